@@ -1,0 +1,21 @@
+"""Every error that elf-rt raises on purpose: one clear line that says how to mend it."""
+
+
+class ElfError(Exception):
+    """Base class. The command line prints it as one line and exits with code 1."""
+
+
+class CheckpointError(ElfError):
+    """A checkpoint or its config cannot be read, or does not describe an ELF model."""
+
+
+class BundleError(ElfError):
+    """A bundle is missing, incomplete, altered, or of a newer schema."""
+
+
+class BackendError(ElfError):
+    """An engine library is absent, or refused the model."""
+
+
+class InputError(ElfError, ValueError):
+    """A value given by the caller is out of range; the message names the valid ones."""

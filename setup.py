@@ -1,0 +1,5 @@
+"""Only what pyproject.toml cannot say: the optional C++ extension."""
+
+from setuptools import setup
+
+setup()
