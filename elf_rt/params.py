@@ -1,0 +1,140 @@
+"""What a model is (`ModelConfig`) and how it is sampled (`SamplingParams`): frozen, checked when made.
+
+Sizes and presets are those of arXiv 2605.10938 and its official configurations.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from elf_rt.errors import InputError
+
+SAMPLERS = ("ode", "sde", "ab2")
+SCHEDULES = ("logit_normal", "uniform", "quantile")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of one ELF network and the constants that its sampler needs."""
+
+    depth: int
+    hidden_size: int
+    num_heads: int
+    head_dim: int
+    mlp_dim: int
+    latent_dim: int
+    bottleneck_dim: int
+    vocab_size: int
+    max_length: int
+    max_input_length: int = 0  # 0: the model is unconditional
+    num_time_tokens: int = 4
+    num_self_cond_cfg_tokens: int = 4
+    num_model_mode_tokens: int = 4
+    self_cond: bool = True
+    noise_scale: float = 2.0
+    t_eps: float = 0.05
+    p_mean: float = -1.5
+    p_std: float = 0.8
+    latent_mean: float = 0.0
+    latent_std: float = 0.2
+    pad_token: str = "pad"
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens attended before the text: time, self-conditioning scale, mode."""
+        return self.num_time_tokens + self.num_self_cond_cfg_tokens + self.num_model_mode_tokens
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        known = {f.name for f in dataclasses.fields(cls)}
+        return cls(**{k: v for k, v in values.items() if k in known})
+
+
+def _released(depth: int, hidden_size: int, num_heads: int, mlp_dim: int) -> ModelConfig:
+    return ModelConfig(
+        depth=depth,
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        head_dim=hidden_size // num_heads,
+        mlp_dim=mlp_dim,
+        latent_dim=512,
+        bottleneck_dim=128,
+        vocab_size=32100,
+        max_length=1024,
+    )
+
+
+RELEASED: dict[str, ModelConfig] = {
+    "ELF-B": _released(12, 768, 12, 2048),
+    "ELF-M": _released(24, 1056, 16, 2816),
+    "ELF-L": _released(32, 1280, 16, 3413),
+}
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one text is drawn. The defaults are those of ELF-B on OpenWebText.
+
+    Raises:
+        InputError: a value is out of range; the message names the valid ones.
+    """
+
+    steps: int = 32  # network calls before the decoding one
+    sampler: str = "sde"
+    schedule: str = "logit_normal"
+    guidance_scale: float = 1.0  # classifier-free guidance w; 1 needs one call
+    sc_cfg: float = 3.0  # self-conditioning guidance s
+    gamma: float = 1.5  # SDE noise: alpha = clamp(1 - gamma * step size, 0, 1)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.steps <= 10_000:
+            raise InputError(f"steps must be between 1 and 10000, got {self.steps}")
+        _one_of("sampler", self.sampler, SAMPLERS)
+        _one_of("schedule", self.schedule, SCHEDULES)
+        for name in ("guidance_scale", "sc_cfg", "gamma"):
+            value = getattr(self, name)
+            if not 0 <= value < 1e6:  # also refuses NaN
+                raise InputError(f"{name} must be a number from 0 up, got {value}")
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with the given fields changed; those given as None keep their value."""
+        names = [f.name for f in dataclasses.fields(self)]
+        for name in changes:
+            _one_of("sampling parameter", name, names)
+        return dataclasses.replace(self, **{k: v for k, v in changes.items() if v is not None})
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+PRESETS: dict[str, dict[str, SamplingParams]] = {
+    "ELF-B": {"default": SamplingParams()},
+    "ELF-M": {"default": SamplingParams(steps=64, gamma=1.0)},
+    "ELF-L": {"default": SamplingParams(steps=64, gamma=1.0)},
+    "ELF-B-PD": {
+        "default": SamplingParams(steps=8, sc_cfg=2.5),
+        "quality": SamplingParams(steps=32, sc_cfg=2.0, gamma=2.0),
+    },
+    "conditional": {
+        "default": SamplingParams(steps=64, sampler="ode", sc_cfg=1.0, guidance_scale=2.0),
+    },
+}
+
+
+def presets_for(config: ModelConfig) -> dict[str, SamplingParams]:
+    """The official presets of the released model with these sizes; ELF-B's for any other."""
+    if config.max_input_length > 0:
+        return PRESETS["conditional"]
+    for name, released in RELEASED.items():
+        if (released.depth, released.hidden_size) == (config.depth, config.hidden_size):
+            return PRESETS[name]
+    return PRESETS["ELF-B"]
+
+
+def _one_of(what: str, value: object, valid: Any) -> None:
+    if value not in valid:
+        raise InputError(f"{what} must be one of {', '.join(valid)}, got {value!r}")
