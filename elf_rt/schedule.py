@@ -41,7 +41,7 @@ class Table:
     t: (J, batch) the time given to the network call that follows row j.
     coef: (J, batch, 5) A, B, C, D, X.
     weights: (J, K, batch) how row j combines the K outputs of the call before it.
-    rows: the K guidance rows; the first is MAIN, and the decoding call makes only that one.
+    rows: the K guidance rows; the first sees the source, and the decoding call makes only that one.
     """
 
     t: np.ndarray
@@ -108,7 +108,9 @@ def guidance_rows(
         for sees_source, w_source in ((True, w), (False, 1.0 - w))
         for sees_prev, w_prev in ((True, s), (False, 1.0 - s))
     ]
-    kept = [(row, weight) for row, weight in pairs if weight != 0 or row == MAIN]
+    kept = [(row, weight) for row, weight in pairs if weight != 0]
+    if not any(row.sees_source for row, _ in kept):
+        kept.insert(0, (MAIN, 0.0))  # the decoding call sees the source whatever the guidance
     return tuple(row for row, _ in kept), tuple(weight for _, weight in kept)
 
 

@@ -1,0 +1,54 @@
+"""What a backend is: one engine library behind two small protocols."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+
+
+class BoundNetwork(Protocol):
+    """The network bound to R rows of length L. Its arrays are the engine's own buffers: write the inputs in place,
+    call ``denoise``, read ``x``. Used by one thread at a time.
+
+    z, x: (R, L, C) float32. x_prev: (R, L, C) or None for a model without self-conditioning.
+    t: (R,). s: (R,) self-conditioning guidance scale, or None. mode: (R,) 0 denoise, 1 decode, or None.
+    """
+
+    z: np.ndarray
+    x: np.ndarray
+    x_prev: np.ndarray | None
+    t: np.ndarray
+    s: np.ndarray | None
+    mode: np.ndarray | None
+
+    def denoise(self) -> None:
+        """One network call: fills ``x`` and keeps the hidden state for ``discretize``."""
+        ...
+
+    def discretize(self) -> np.ndarray:
+        """(R, L) int64 token ids of the hidden state of the last ``denoise``."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Backend(Protocol):
+    """An engine library with one model loaded in one precision. Safe to share between threads."""
+
+    name: str
+    precision: str
+    device: str  # "cpu" or "cuda"
+
+    def bind(self, rows: int, length: int) -> BoundNetwork:
+        """Buffers and engine state for calls of this shape."""
+        ...
+
+    def encode(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """(B, S) int64 ids and mask -> (B, S, C) float32 latents of the bundle's encoder.onnx, not normalised."""
+        ...
+
+    def describe(self) -> Mapping[str, str]:
+        """Library, version, precision, threads: what ``elf-rt info`` and ``bench`` print."""
+        ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,134 @@
+"""ONNX Runtime on the CPU: the backend that is always there."""
+
+import os
+import threading
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from elf_rt.bundle import Bundle
+from elf_rt.errors import BackendError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+NAME = "onnxruntime"
+PRECISIONS = ("fp32", "fp16", "bf16")
+
+
+def unavailable() -> str | None:
+    """Why this backend cannot be used here, or None."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return "not installed: pip install 'elf-rt[cpu]'"
+    return None if hasattr(onnxruntime, "InferenceSession") else "onnxruntime is a broken install: reinstall it"
+
+
+def open_backend(bundle: Bundle, precision: str, threads: int | None = None) -> "OrtBackend":
+    reason = unavailable()
+    if reason:
+        raise BackendError(f"{NAME}: {reason}")
+    return OrtBackend(bundle, precision, threads)
+
+
+class OrtBackend:
+    """Two sessions over one copy of the weights; every bound network has its own IO binding."""
+
+    name = NAME
+    device = "cpu"
+
+    def __init__(self, bundle: Bundle, precision: str, threads: int | None) -> None:
+        import onnxruntime as ort
+
+        self.precision = precision
+        self.config = bundle.config
+        self._bundle = bundle
+        self._threads = threads or os.cpu_count() or 1
+        self._ort = ort
+        files = bundle.variant(precision)
+        self.denoiser = self._session(str(files["denoiser"]))
+        self.discretizer = self._session(str(files["discretizer"]))
+        self._encoder: onnxruntime.InferenceSession | None = None
+        self._lock = threading.Lock()
+
+    def _session(self, path: str) -> "onnxruntime.InferenceSession":
+        options = self._ort.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.log_severity_level = 3
+        try:
+            return self._ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's own errors have no common base
+            raise BackendError(f"{NAME} cannot load {path}: {str(error).splitlines()[0]}") from error
+
+    def bind(self, rows: int, length: int) -> "OrtNetwork":
+        return OrtNetwork(self, rows, length)
+
+    def encode(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        with self._lock:
+            if self._encoder is None:
+                self._encoder = self._session(str(self._bundle.path("encoder.onnx")))
+        (latents,) = self._encoder.run(None, {"ids": ids, "mask": mask})
+        return np.asarray(latents)
+
+    def describe(self) -> Mapping[str, str]:
+        return {
+            "library": f"ONNX Runtime {self._ort.__version__}",
+            "precision": self.precision,
+            "threads": str(self._threads),
+        }
+
+    def close(self) -> None:
+        self._encoder = None
+        del self.denoiser, self.discretizer
+
+
+class OrtNetwork:
+    """Numpy arrays bound to the inputs and outputs of both sessions, so that a call copies nothing."""
+
+    def __init__(self, backend: OrtBackend, rows: int, length: int) -> None:
+        config = backend.config
+        ort = backend._ort
+        inputs = {i.name for i in backend.denoiser.get_inputs()}
+
+        def array(name: str, *shape: int) -> Any:
+            return np.zeros(shape, np.float32) if name in inputs else None
+
+        self.z = array("z", rows, length, config.latent_dim)
+        self.x_prev = array("x_prev", rows, length, config.latent_dim)
+        self.t = array("t", rows)
+        self.s = array("s", rows)
+        self.mode = array("mode", rows)
+        self.x = np.zeros((rows, length, config.latent_dim), np.float32)
+        hidden = np.zeros((rows, length, config.hidden_size), np.float32)
+        self._ids = np.zeros((rows, length), np.int64)
+        self._backend = backend
+        # An OrtValue over a numpy array shares its memory; the binding must keep every value alive.
+        self._denoise = backend.denoiser.io_binding()
+        self._discretize = backend.discretizer.io_binding()
+        self._values = {
+            name: ort.OrtValue.ortvalue_from_numpy(value)
+            for name, value in {**self._inputs(), "x": self.x, "hidden": hidden, "ids": self._ids}.items()
+        }
+        for name in self._inputs():
+            self._denoise.bind_ortvalue_input(name, self._values[name])
+        for name in ("x", "hidden"):
+            self._denoise.bind_ortvalue_output(name, self._values[name])
+        self._discretize.bind_ortvalue_input("hidden", self._values["hidden"])
+        self._discretize.bind_ortvalue_output("ids", self._values["ids"])
+
+    def _inputs(self) -> dict[str, np.ndarray]:
+        named = {"z": self.z, "x_prev": self.x_prev, "t": self.t, "s": self.s, "mode": self.mode}
+        return {name: value for name, value in named.items() if value is not None}
+
+    def denoise(self) -> None:
+        self._backend.denoiser.run_with_iobinding(self._denoise)
+
+    def discretize(self) -> np.ndarray:
+        self._backend.discretizer.run_with_iobinding(self._discretize)
+        return self._ids.copy()
+
+    def close(self) -> None:
+        self._denoise.clear_binding_inputs()
+        self._denoise.clear_binding_outputs()
