@@ -75,6 +75,11 @@ RELEASED: dict[str, ModelConfig] = {
 }
 
 
+def _one_of(what: str, value: object, valid: Any) -> None:
+    if value not in valid:
+        raise InputError(f"{what} must be one of {', '.join(valid)}, got {value!r}")
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How one text is drawn. The defaults are those of ELF-B on OpenWebText.
@@ -133,8 +138,3 @@ def presets_for(config: ModelConfig) -> dict[str, SamplingParams]:
         if (released.depth, released.hidden_size) == (config.depth, config.hidden_size):
             return PRESETS[name]
     return PRESETS["ELF-B"]
-
-
-def _one_of(what: str, value: object, valid: Any) -> None:
-    if value not in valid:
-        raise InputError(f"{what} must be one of {', '.join(valid)}, got {value!r}")
