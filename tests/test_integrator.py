@@ -1,0 +1,141 @@
+"""The integrator step against its formula in float64."""
+
+import numpy as np
+import pytest
+
+from elf_rt.errors import InputError
+from elf_rt.integrator import from_float32, step, step_numpy, to_float32
+from elf_rt.noise import NoiseKey, normal
+from elf_rt.schedule import Row
+
+ROWS = (Row(True, True), Row(False, True), Row(True, False), Row(False, False))
+SHAPES = [(1, 1, 1), (1, 3, 5), (2, 7, 16), (3, 4, 33)]
+TYPES = ["float32", "float16", "uint16"]  # uint16 holds bfloat16
+
+
+def make_case(shape, num_rows=1, dtype="float32", conditional=False, noise="key", seed=0) -> dict:
+    rng = np.random.default_rng(seed)
+
+    def values(*size):
+        return rng.standard_normal(size, dtype=np.float32)
+
+    batch = shape[0]
+    case = {
+        "z": values(*shape),
+        "x_last": values(*shape),
+        "x_rows": from_float32(values(num_rows, *shape), np.dtype(dtype)),
+        "weights": values(num_rows, batch),
+        "coef": values(batch, 5),
+        "next_z": np.full((num_rows, *shape), 77, dtype),
+        "next_x_prev": np.full((num_rows, *shape), 77, dtype),
+        "rows": ROWS[:num_rows],
+    }
+    if conditional:
+        case["source"], case["mask"] = values(*shape), rng.random(shape[:2]) < 0.5
+    if noise == "key":
+        case["noise"] = NoiseKey(rng.integers(0, 2**64, batch, dtype=np.uint64), 5)
+    elif noise == "given":
+        case["noise"] = values(*shape)
+    return case
+
+
+def run(function, case: dict) -> dict[str, np.ndarray]:
+    copy = {key: value.copy() if isinstance(value, np.ndarray) else value for key, value in case.items()}
+    function(**copy)
+    return {key: copy[key] for key in ("z", "x_last", "next_z", "next_x_prev") if copy.get(key) is not None}
+
+
+def formula(case: dict) -> dict[str, np.ndarray]:
+    """The step in float64, written for all samples at once and without its special cases."""
+    z, x_last, coef = (case[key].astype(np.float64) for key in ("z", "x_last", "coef"))
+    a, b, c, d, x = coef.T[:, :, None, None]
+    x_hat = np.einsum("kb,kblc->blc", case["weights"].astype(np.float64), to_float32(case["x_rows"]).astype(np.float64))
+    keep = case["mask"][..., None] if "mask" in case else np.zeros((*z.shape[:2], 1), bool)
+    source = case.get("source", np.zeros_like(z))
+    x_hat = np.where(keep, source, x_hat)
+    noise = case.get("noise", np.zeros_like(z))
+    eps = normal(noise.seeds, noise.index, z.shape[1:]) if isinstance(noise, NoiseKey) else noise
+    z = np.where(keep, source, a * z + b * x_hat + c * x_last + d * eps)
+    seen = [np.ones_like(keep) if row.sees_source else ~keep for row in case["rows"]]
+    return {
+        "z": z,
+        "x_last": x_hat,
+        "next_z": np.stack([z * s for s in seen]),
+        "next_x_prev": np.stack([x * x_hat * s * row.sees_prev for s, row in zip(seen, case["rows"], strict=True)]),
+    }
+
+
+@pytest.mark.parametrize("noise", ["key", "given", None])
+@pytest.mark.parametrize("conditional", [False, True])
+@pytest.mark.parametrize("num_rows", [1, 2, 4])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_step_matches_the_formula(shape, num_rows, conditional, noise):
+    case = make_case(shape, num_rows, conditional=conditional, noise=noise)
+    result, expected = run(step_numpy, case), formula(case)
+    for name, value in result.items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-6, atol=2e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(("dtype", "ulp"), [("float16", 2**-11), ("uint16", 2**-8)])
+def test_network_types_are_rounded_once(dtype, ulp):
+    case = make_case((2, 7, 16), 3, dtype, conditional=True)
+    result, expected = run(step_numpy, case), formula(case)
+    np.testing.assert_allclose(result["z"], expected["z"], rtol=1e-6, atol=2e-6)
+    for name in ("next_z", "next_x_prev"):
+        np.testing.assert_allclose(to_float32(result[name]), expected[name], rtol=ulp, atol=2e-6)
+
+
+def test_bfloat16_rounds_as_torch_does():
+    torch = pytest.importorskip("torch")
+    bits = np.random.default_rng(0).integers(0, 2**32, 100_000, dtype=np.uint32)
+    bits[:6] = [0x7F800000, 0xFF800000, 0x7F7FFFFF, 0x3F808000, 0x3F818000, 1]
+    values = bits.view(np.float32)
+    values = values[~np.isnan(values)]
+    expected = torch.from_numpy(values).to(torch.bfloat16).view(torch.uint16).numpy()
+    np.testing.assert_array_equal(from_float32(values, np.dtype("uint16")), expected)
+    assert np.isnan(to_float32(from_float32(np.float32([np.nan]), np.dtype("uint16")))).all()
+
+
+def test_a_zero_factor_reads_nothing():
+    """The start needs no earlier state: what stands in z, x_last and the outputs may be garbage."""
+    case = make_case((2, 3, 8), 2)
+    for name in ("z", "x_last", "x_rows"):
+        case[name][:] = np.nan
+    case["weights"][:], case["coef"][:] = 0, np.float32([0, 0.5, 0, 2, 0])
+    result = run(step, case)
+    np.testing.assert_array_equal(result["z"], 2 * normal(case["noise"].seeds, 5, (3, 8)))
+    assert not result["x_last"].any() and not result["next_x_prev"].any()
+
+
+def test_samples_are_independent():
+    case = make_case((3, 5, 7), 2, conditional=True)
+    together = run(step, case)
+    alone = {
+        key: value[1:2] if key in ("z", "x_last", "coef", "source", "mask") else value for key, value in case.items()
+    }
+    alone |= {key: case[key][:, 1:2] for key in ("x_rows", "weights", "next_z", "next_x_prev")}
+    alone["noise"] = NoiseKey(case["noise"].seeds[1:2], 5)
+    for name, value in run(step, alone).items():
+        np.testing.assert_array_equal(value, together[name][..., 1:2, :, :], err_msg=name)
+
+
+BAD = {
+    "x_last": (lambda c: c["x_last"][:, :2], r"x_last must have shape \(2, 3, 8\), got \(2, 2, 8\)"),
+    "x_rows": (lambda c: c["x_rows"][:1], r"must have shape"),
+    "weights": (lambda c: c["weights"].astype(np.float64), "weights must be float32, got float64"),
+    "coef": (lambda c: c["coef"][:, :4], r"coef must have shape \(2, 5\), got \(2, 4\)"),
+    "noise": (lambda c: NoiseKey(c["noise"].seeds[:1], 5), r"noise.seeds must have shape \(2,\), got \(1,\)"),
+    "mask": (lambda c: c["mask"].astype(np.int8), "mask must be bool, got int8"),
+    "source": (lambda c: None, "source and mask go together"),
+    "next_z": (lambda c: c["next_z"].astype(np.int32), "next_z must be float32, float16 or uint16, got int32"),
+    "next_x_prev": (lambda c: c["next_x_prev"][:1], r"next_x_prev must have shape \(2, 2, 3, 8\), got \(1, 2, 3, 8\)"),
+}
+
+
+@pytest.mark.parametrize("function", [step, step_numpy])
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named(name, function):
+    case = make_case((2, 3, 8), 2, conditional=True)
+    spoil, message = BAD[name]
+    with pytest.raises(InputError, match=message):
+        function(**(case | {name: spoil(case)}))
