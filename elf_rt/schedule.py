@@ -86,7 +86,7 @@ def make_table(params: SamplingParams, config: ModelConfig, grid: np.ndarray, *,
     coef[2:, :, B] = coef[2:, :, A] * kappa
     coef[2:, :, A] *= 1.0 - kappa
     coef[1:-1, :, D] = (1.0 - alpha) * config.noise_scale
-    coef[2:-1, :, X] = 1.0
+    coef[1:-1, :, X] = 1.0  # in row 1, x̂ holds the source alone; the decoding call gets zeros
     table_weights = np.zeros((n + 2, len(rows), batch))
     table_weights[2:] = np.asarray(weights)[:, None]
     return Table(table_t, coef, table_weights, rows)

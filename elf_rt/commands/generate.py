@@ -1,0 +1,176 @@
+"""``elf-rt generate``: text from a bundle."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import click
+
+from elf_rt.bundle import atomic_file
+from elf_rt.commands.options import SAMPLING_NAMES, backend_options, bundle_argument, sampling_options
+from elf_rt.console import note, progress
+from elf_rt.errors import InputError
+
+
+@click.command("generate")
+@bundle_argument
+@click.option("--prompt", "prompts", multiple=True, help="A source text; may be given several times.")
+@click.option(
+    "--input",
+    "input_path",
+    type=click.Path(allow_dash=True, path_type=Path),
+    help="JSONL with a field input; - reads standard input.",
+)
+@click.option(
+    "--output", "output_path", type=click.Path(path_type=Path), help="Write JSONL to this file, when all is done."
+)
+@click.option("-n", "n", type=click.IntRange(1), default=1, help="Texts for each prompt.")
+@click.option("--seed", type=click.IntRange(0), help="Sample k has seed SEED + k.  [default: drawn at random and told]")
+@click.option("--length", type=click.IntRange(1), help="Tokens of canvas.  [default: the length of training]")
+@sampling_options
+@backend_options
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line: text, seed, input, timings.")
+@click.option("--watch", is_flag=True, help="Show the text forming in the terminal.")
+def command(
+    bundle: Path,
+    prompts: tuple[str, ...],
+    input_path: Path | None,
+    output_path: Path | None,
+    n: int,
+    seed: int | None,
+    length: int | None,
+    backend: str,
+    precision: str,
+    threads: int | None,
+    as_json: bool,
+    watch: bool,
+    **sampling: Any,
+) -> None:
+    """Write text from BUNDLE (by default the only *.elfrt folder here)."""
+    from elf_rt.model import load
+
+    if prompts and input_path:
+        raise click.UsageError("give --prompt or --input, not both")
+    records = [{"input": p} for p in prompts] if input_path is None else read_jsonl(input_path)
+    with ExitStack() as stack:
+        sink = stack.enter_context(_sink(output_path, as_json))
+        model = stack.enter_context(load(bundle, backend, precision=precision, threads=threads))
+        params = model.params(**sampling)
+        arguments = {
+            "prompts": [r["input"] for r in records] or None,
+            "n": n,
+            "seed": seed,
+            "preset": sampling["preset"],
+            "length": length,
+            **{name: sampling[name] for name in SAMPLING_NAMES},
+        }
+        total = n * max(1, len(records))
+        show = _watch if watch and sys.stdout.isatty() else _wait
+        written = 0
+        for results in show(model, arguments, total):
+            for result in results:
+                reference = records[written // n].get("output") if records else None
+                sink(_record(result, reference), single=total == 1)
+                written += 1
+        if seed is None and not as_json and written:
+            note(f"seed {results[-1].seed - (n - 1)}, {params.steps} steps, {model.backend_reason}")
+
+
+def _wait(model: Any, arguments: dict[str, Any], total: int) -> Iterator[list[Any]]:
+    """Batches of results behind a progress bar."""
+    done = 0
+    with progress(f"writing {total} text{'s' * (total > 1)}", total=total) as ticker:
+        for event in model.stream(drafts_every=0, **arguments):
+            if isinstance(event, list):
+                done += len(event)
+                yield event
+            else:
+                ticker.update(done + event.step / event.steps)
+
+
+def _watch(model: Any, arguments: dict[str, Any], total: int) -> Iterator[list[Any]]:
+    """Batches of results behind a live view of the first text of each batch."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.panel import Panel
+    from rich.text import Text
+
+    text = ""
+    with Live(console=Console(stderr=True), transient=True, refresh_per_second=20) as live:
+        for event in model.stream(drafts_every=1, **arguments):
+            if isinstance(event, list):
+                yield event
+                continue
+            if event.texts is not None:
+                text = event.texts[0] or ""
+            live.update(Panel(Text(text), title=f"step {event.step} of {event.steps}, t = {event.t:.3f}"))
+
+
+class _sink:
+    """Where results go: a JSONL file that appears when all is done, JSON lines, or plain text."""
+
+    def __init__(self, path: Path | None, as_json: bool) -> None:
+        self._as_json = as_json or path is not None
+        self._stack = ExitStack()
+        self._file = sys.stdout
+        if path is not None:
+            work = self._stack.enter_context(atomic_file(path))
+            self._file = self._stack.enter_context(work.open("w", encoding="utf-8"))
+
+    def __enter__(self) -> "_sink":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def __call__(self, record: dict[str, Any], single: bool) -> None:
+        if self._as_json:
+            line = json.dumps(record, ensure_ascii=False)
+        else:
+            text = record["text"] if record["text"] is not None else " ".join(map(str, record["ids"]))
+            line = text if single or "\n" not in text else text + "\n"
+        print(line, file=self._file, flush=True)
+
+
+def _record(result: Any, reference: str | None) -> dict[str, Any]:
+    record = {"input": result.prompt, "text": result.text, "seed": result.seed}
+    if reference is not None:
+        record["output"] = reference
+    if result.text is None:
+        record["ids"] = result.ids.tolist()
+    timings = result.timings
+    record["ms"] = {
+        "batch": timings.batch,
+        "total": round(timings.total_ms, 3),
+        "network": round(timings.network_ms, 3),
+    }
+    return record
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Records with a string ``input`` and perhaps a string ``output``; ``-`` is standard input."""
+    name = "standard input" if str(path) == "-" else str(path)
+    try:
+        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        lines = data.decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name} is not UTF-8 (byte {error.start})") from None
+    except OSError as error:
+        raise InputError(f"cannot read {name}: {error.strerror}") from None
+    records = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict) or not isinstance(record.get("input"), str):
+            raise InputError(f'{name} line {number} is not a JSON object with a text "input"')
+        records.append(record)
+    if not records:
+        raise InputError(f"{name} has no line in it")
+    return records

@@ -1,0 +1,297 @@
+"""The public API: ``load`` a bundle, ``generate`` text, ``stream`` it, or ``sample`` latents with everything given."""
+
+import secrets
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from elf_rt import schedule
+from elf_rt.backends import open_backend
+from elf_rt.bundle import Bundle
+from elf_rt.errors import InputError
+from elf_rt.params import SamplingParams
+from elf_rt.sampler import HostSampler, Job, Outcome, StepDone
+from elf_rt.text import TextCodec
+
+TOKENS_PER_BATCH = 8192  # rows x length of one network call; larger requests are cut into batches of this size
+MAX_SEED = 2**64
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Milliseconds of the batch that a text was written in."""
+
+    total_ms: float
+    network_ms: float
+    integrator_ms: float
+    batch: int
+    calls: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """One text. ids: (L,) int64 final token ids; text is None for a bundle without a tokenizer."""
+
+    text: str | None
+    ids: np.ndarray
+    seed: int
+    prompt: str | None
+    timings: Timings
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A step of a stream. texts: what each sample would read now, on the steps that draft, else None."""
+
+    step: int
+    steps: int
+    t: float
+    texts: list[str | None] | None
+
+
+def load(
+    path: str | Path, backend: str = "auto", *, precision: str = "auto", threads: int | None = None, check: bool = False
+) -> "Model":
+    """Open a bundle.
+
+    Args:
+        path: the folder ``name.elfrt`` that ``elf-rt export`` wrote.
+        backend: "auto", or a name that ``elf-rt doctor`` lists.
+        precision: "auto", fp32, bf16, fp16 or int8, as the backend allows.
+        threads: CPU threads of the engine; all cores by default.
+        check: verify the sha256 of every file now, not only of those that are used.
+
+    Raises:
+        BundleError, BackendError: with one line that says how to mend it.
+    """
+    bundle = Bundle.open(path)
+    if check:
+        bundle.check()
+    return Model(bundle, *open_backend(bundle, backend, precision, threads))
+
+
+class Model:
+    """A loaded model. Safe to share between threads; ``close()`` it, or use it as a context manager."""
+
+    def __init__(self, bundle: Bundle, backend: Any, reason: str) -> None:
+        self.bundle = bundle
+        self.config = bundle.config
+        self.backend = backend
+        self.backend_reason = reason
+        self.codec = TextCodec(bundle, backend.encode)
+        self._sampler: Any = _make_sampler(backend, bundle)
+
+    def params(self, preset: str = "default", **overrides: Any) -> SamplingParams:
+        """The bundle's preset with some values changed (None keeps the preset's)."""
+        if preset not in self.bundle.presets:
+            raise InputError(f"preset must be one of {', '.join(self.bundle.presets)}, got {preset!r}")
+        return self.bundle.presets[preset].replace(**overrides)
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | None = None,
+        n: int = 1,
+        *,
+        seed: int | None = None,
+        preset: str = "default",
+        length: int | None = None,
+        on_step: Callable[[int, int], None] | None = None,
+        **overrides: Any,
+    ) -> list[Result]:
+        """Write n texts for each prompt, or n texts without one.
+
+        Sample k of a prompt has seed ``seed + k``, and its text depends on that seed, the prompt and the sampling
+        parameters alone: not on the batch, its place in it, or the other prompts.
+
+        Args:
+            seed: 0 .. 2**64 - 1; drawn at random when None, and told in the results.
+            length: tokens of canvas, up to the model's max_length; another length than the trained one changes results.
+            on_step: called after each step with (network calls done, all to do).
+            **overrides: fields of SamplingParams: steps, sampler, schedule, guidance_scale, sc_cfg, gamma.
+
+        Returns:
+            len(prompts) * n results, the n of the first prompt first.
+        """
+        results: list[Result] = []
+        for batch in self._batches(prompts, n, seed, self.params(preset, **overrides), length):
+            for event in self._sampler.run(batch.job):
+                if isinstance(event, Outcome):
+                    results += self._results(batch, event)
+                elif on_step is not None:
+                    on_step(batch.done + event.step * len(batch.job.seeds), batch.total)
+        return results
+
+    def stream(
+        self,
+        prompts: str | Sequence[str] | None = None,
+        n: int = 1,
+        *,
+        seed: int | None = None,
+        preset: str = "default",
+        length: int | None = None,
+        drafts_every: int = 4,
+        **overrides: Any,
+    ) -> Iterator[Draft | list[Result]]:
+        """Like ``generate``, step by step: a Draft after each step, each batch's results after its last.
+
+        Every ``drafts_every`` steps (0: never) the current estimate is decoded, which costs one more network call.
+        Stop iterating (or close the iterator) to cancel.
+        """
+        params = self.params(preset, **overrides)
+        for batch in self._batches(prompts, n, seed, params, length, drafts_every):
+            for event in self._sampler.run(batch.job):
+                if isinstance(event, Outcome):
+                    yield self._results(batch, event)
+                else:
+                    yield self._draft(batch, event)
+
+    def sample(
+        self,
+        *,
+        z0: np.ndarray | None = None,
+        grid: np.ndarray | None = None,
+        eps: np.ndarray | None = None,
+        source: np.ndarray | None = None,
+        mask: np.ndarray | None = None,
+        seeds: Sequence[int] | np.ndarray = (0,),
+        params: SamplingParams | None = None,
+        length: int | None = None,
+    ) -> Outcome:
+        """The sampler with everything given, below text: what ``elf-rt verify`` replays.
+
+        Args:
+            z0: (B, L, C) the start, noise scale applied; drawn from ``seeds`` when None.
+            grid: (N + 1,) or (B, N + 1) times from 0 to 1; drawn from ``seeds`` when None.
+            eps: (N, B, L, C) unit noise of each SDE step (the last is never used); drawn from ``seeds`` when None.
+            source, mask: (B, L, C) normalised source latents and (B, L) where they stand.
+
+        Returns:
+            latents (B, L, C) at t = 1 and ids (B, L) as the decoding call gave them, with timings.
+        """
+        params = params or self.params()
+        seeds = np.asarray(seeds, np.uint64)
+        batch = len(seeds) if z0 is None else len(z0)
+        seeds = np.broadcast_to(seeds, (batch,)) if len(seeds) == 1 else seeds
+        length = self._length(length if z0 is None else z0.shape[1])
+        self._check_shapes(batch, length, z0=z0, source=source)
+        if grid is None:
+            grid = schedule.make_grid(params, self.config, seeds)
+        grid = np.broadcast_to(schedule.check_grid(grid), (batch, np.shape(grid)[-1]))
+        table = schedule.make_table(params, self.config, grid, conditional=source is not None)
+        mask = None if mask is None else np.asarray(mask, bool)
+        job = Job(table, length, seeds, params.sc_cfg, source, mask, z0, eps)
+        return next(event for event in self._sampler.run(job) if isinstance(event, Outcome))
+
+    def close(self) -> None:
+        """Free the engine's memory. The model cannot be used after it."""
+        self._sampler.close()
+        self.backend.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def _batches(
+        self,
+        prompts: str | Sequence[str] | None,
+        n: int,
+        seed: int | None,
+        params: SamplingParams,
+        length: int | None,
+        drafts_every: int = 0,
+    ) -> Iterator["_Batch"]:
+        """Cut a request into jobs of bounded size."""
+        if n < 1:
+            raise InputError(f"n must be 1 or more, got {n}")
+        if seed is None:
+            seed = secrets.randbits(32)
+        if not 0 <= seed <= MAX_SEED - n:
+            raise InputError(f"seed must be between 0 and 2**64 - n, got {seed}")
+        length = self._length(length)
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        sources = None if prompts is None else self.codec.tokenize(prompts)
+        total = n * (1 if prompts is None else len(prompts))
+        rows, _ = schedule.guidance_rows(params, self.config, conditional=sources is not None)
+        size = max(1, TOKENS_PER_BATCH // (len(rows) * length))
+        encoded: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # of the prompts of this batch
+        for start in range(0, total, size):
+            index = range(start, min(total, start + size))
+            seeds = np.array([seed + i % n for i in index], np.uint64)
+            source = mask = None
+            if sources is not None:
+                wanted = sorted({i // n for i in index})
+                new = [p for p in wanted if p not in encoded]
+                if new:
+                    latents, masks = self.codec.encode([sources[p] for p in new], length)
+                    encoded = {p: encoded[p] for p in wanted if p in encoded}
+                    encoded |= {p: (latents[k], masks[k]) for k, p in enumerate(new)}
+                source = np.stack([encoded[i // n][0] for i in index])
+                mask = np.stack([encoded[i // n][1] for i in index])
+            grid = schedule.make_grid(params, self.config, seeds)
+            table = schedule.make_table(params, self.config, grid, conditional=sources is not None)
+            yield _Batch(
+                Job(table, length, seeds, params.sc_cfg, source, mask, drafts_every=drafts_every),
+                None if prompts is None else [prompts[i // n] for i in index],
+                None if sources is None else np.array([len(sources[i // n]) for i in index]),
+                start * params.steps,
+                total * params.steps,
+            )
+
+    def _results(self, batch: "_Batch", outcome: Outcome) -> list[Result]:
+        ids = self.codec.finish(outcome.ids, batch.source_lengths)
+        timings = Timings(
+            outcome.seconds * 1e3,
+            outcome.network_seconds * 1e3,
+            outcome.integrator_seconds * 1e3,
+            len(ids),
+            outcome.calls,
+        )
+        return [
+            Result(self.codec.decode(row), row, int(seed), None if batch.prompts is None else batch.prompts[i], timings)
+            for i, (row, seed) in enumerate(zip(ids, batch.job.seeds, strict=True))
+        ]
+
+    def _draft(self, batch: "_Batch", event: StepDone) -> Draft:
+        texts = None
+        if event.draft is not None:
+            texts = [self.codec.decode(row) for row in self.codec.finish(event.draft, batch.source_lengths)]
+        return Draft(event.step, batch.job.table.num_steps, event.t, texts)
+
+    def _length(self, length: int | None) -> int:
+        trained = self.config.max_length
+        if length is None or length == trained:
+            return trained
+        if not 1 <= length <= trained:
+            raise InputError(f"length must be between 1 and {trained}, got {length}")
+        warnings.warn(f"the model was trained on {trained} tokens; a length of {length} changes results", stacklevel=4)
+        return length
+
+    def _check_shapes(self, batch: int, length: int, **arrays: np.ndarray | None) -> None:
+        want = (batch, length, self.config.latent_dim)
+        for name, array in arrays.items():
+            if array is not None and array.shape != want:
+                raise InputError(f"{name} must have shape {want}, got {array.shape}")
+
+
+@dataclass(frozen=True)
+class _Batch:
+    job: Job
+    prompts: Sequence[str] | None
+    source_lengths: np.ndarray | None  # (B,)
+    done: int  # sample-steps before this batch
+    total: int
+
+
+def _make_sampler(backend: Any, bundle: Bundle) -> Any:
+    if backend.device == "cuda":
+        from elf_rt.device.sampler import DeviceSampler
+
+        return DeviceSampler(backend, bundle.config)
+    return HostSampler(backend, bundle.config.latent_dim)

@@ -1,0 +1,102 @@
+"""Text to source latents, token ids to text."""
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from elf_rt.bundle import Bundle
+from elf_rt.errors import InputError
+
+PAD_ID = 0
+EOS_ID = 1
+
+Encoder = Callable[[np.ndarray, np.ndarray], np.ndarray]  # ids (B, S), mask (B, S) -> latents (B, S, C)
+
+
+class TextCodec:
+    """The tokenizer and the source encoder of a bundle.
+
+    Args:
+        encode_onnx: runs the bundle's encoder.onnx, for bundles whose encoder is a network.
+    """
+
+    def __init__(self, bundle: Bundle, encode_onnx: Encoder) -> None:
+        self.config = bundle.config
+        self.eos_id = int(bundle.tokenizer.get("eos_id", EOS_ID))
+        self.pad_id = int(bundle.tokenizer.get("pad_id", PAD_ID))
+        self.append_eos = bool(bundle.tokenizer.get("append_eos", True))
+        self.tokenizer = None
+        if "file" in bundle.tokenizer:
+            from tokenizers import Tokenizer
+
+            self.tokenizer = Tokenizer.from_file(str(bundle.path(bundle.tokenizer["file"])))
+        self._encode: Encoder | None = None
+        if bundle.encoder is not None:
+            if bundle.encoder["kind"] == "embedding":
+                table = np.load(bundle.path(bundle.encoder["file"]), mmap_mode="r")  # (V, C)
+                self._encode = lambda ids, mask: np.asarray(table[ids], np.float32)
+            else:
+                self._encode = encode_onnx
+
+    def decode(self, ids: np.ndarray) -> str | None:
+        """(L,) token ids -> text without padding and special tokens; None for a bundle without a tokenizer."""
+        if self.tokenizer is None:
+            return None
+        return str(self.tokenizer.decode([int(i) for i in ids if i != self.pad_id], skip_special_tokens=True)).strip()
+
+    def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Source token ids of each prompt: no special tokens but the EOS that the model was trained with, cut to
+        ``max_input_length``.
+
+        Raises:
+            InputError: the model takes no prompt, or a prompt has no token.
+        """
+        limit = self.config.max_input_length
+        if limit == 0 or self._encode is None:
+            raise InputError("this model takes no prompt: it was exported without a text encoder")
+        if self.tokenizer is None:
+            raise InputError("this bundle has no tokenizer: export the checkpoint again with --tokenizer")
+        sources = []
+        for index, prompt in enumerate(prompts):
+            ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids
+            if not ids:
+                raise InputError(f"prompt {index + 1} has no token in it: {prompt!r}")
+            if self.append_eos:
+                ids = [*ids, self.eos_id]
+            if len(ids) > limit:
+                warnings.warn(f"prompt {index + 1} has {len(ids)} tokens and is cut to {limit}", stacklevel=2)
+            sources.append(ids[:limit])
+        return sources
+
+    def encode(self, sources: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Clean source latents (B, L, C) float32, normalised, and the mask (B, L) of the positions they hold."""
+        if self._encode is None:
+            raise InputError("this model takes no prompt: it was exported without a text encoder")
+        width = max(len(ids) for ids in sources)
+        if width >= length:
+            raise InputError(f"a source of {width} tokens leaves no room for text in a length of {length}")
+        ids = np.full((len(sources), width), self.pad_id, np.int64)
+        mask = np.zeros((len(sources), length), bool)
+        for row, source in enumerate(sources):
+            ids[row, : len(source)] = source
+            mask[row, : len(source)] = True
+        latents = self._encode(ids, mask[:, :width].astype(np.int64))
+        source_latents = np.zeros((len(sources), length, self.config.latent_dim), np.float32)
+        source_latents[:, :width] = (latents - self.config.latent_mean) / self.config.latent_std
+        source_latents[~mask] = 0.0
+        return source_latents, mask
+
+    def finish(self, ids: np.ndarray, source_lengths: np.ndarray | None) -> np.ndarray:
+        """Raw ids (B, L) -> final ids: the source shifted away, everything from the first EOS on made padding.
+
+        With sources, the result is (B, L - max_input_length), as the official sampler cuts it.
+        """
+        ids = np.asarray(ids).copy()
+        if source_lengths is not None:
+            kept = max(1, ids.shape[1] - self.config.max_input_length)
+            columns = np.arange(kept)[None] + np.asarray(source_lengths)[:, None]
+            ids = np.take_along_axis(ids, np.minimum(columns, ids.shape[1] - 1), axis=1)
+        ended = np.maximum.accumulate(ids == self.eos_id, axis=1)
+        ids[ended] = self.pad_id
+        return ids

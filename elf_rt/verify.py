@@ -1,0 +1,157 @@
+"""Replay recorded runs of the reference model through a backend, and compare."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from elf_rt.errors import BundleError, InputError
+from elf_rt.model import Model
+from elf_rt.params import SamplingParams
+
+MAX_LATENT_ERROR = 5e-5  # relative, float32
+MIN_TOKEN_AGREEMENT = 0.99  # other precisions
+MAX_EDIT_DISTANCE = 0.01
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison. latent_error is relative; token_agreement and edit_distance (normalised) are shares."""
+
+    name: str
+    latent_error: float
+    token_agreement: float
+    edit_distance: float
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    precision: str
+    backend: str
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    @property
+    def summary(self) -> str:
+        worst = max(check.latent_error for check in self.checks)
+        tokens = min(check.token_agreement for check in self.checks)
+        return f"latent error {worst:.1e}, token agreement {tokens:.4f} ({self.backend}, {self.precision})"
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "passed": self.passed}
+
+
+def verify(model: Model, replay: Path | None = None) -> Report:
+    """Replay a file (the bundle's own by default) and judge it.
+
+    float32 must give latents within 5e-5 and every token id; other precisions the same tokens within 0.01.
+
+    Raises:
+        InputError: the file is no replay, or its shapes are not those of the model.
+    """
+    arrays = _read(replay or model.bundle.path("replay.npz"))
+    checks = []
+    for name, latent, ids, want_latent, want_ids in _compared(model, arrays):
+        error = float(np.linalg.norm(latent - want_latent) / np.linalg.norm(want_latent))
+        agreement = float(np.mean(ids == want_ids))
+        distance = float(np.mean([edit_distance(a, b) for a, b in zip(ids, want_ids, strict=True)]))
+        if model.backend.precision == "fp32":
+            passed = error < MAX_LATENT_ERROR and agreement == 1.0
+        else:
+            passed = agreement >= MIN_TOKEN_AGREEMENT and distance <= MAX_EDIT_DISTANCE
+        checks.append(Check(name, error, agreement, distance, passed))
+    if not checks:
+        raise InputError(f"{replay or 'replay.npz'} holds no run to compare with")
+    return Report(model.backend.precision, model.backend.name, tuple(checks))
+
+
+def _compared(model: Model, arrays: dict[str, np.ndarray]) -> Iterator[tuple[str, Any, Any, Any, Any]]:
+    """(name, latents, ids, expected latents, expected ids) of every recorded call and run."""
+    try:
+        if "fwd_z" in arrays:
+            yield "network call", *_call(model, arrays)
+        for i in range(sum(name.endswith("_spec") for name in arrays)):
+            run = {k.removeprefix(f"run{i}_"): v for k, v in arrays.items() if k.startswith(f"run{i}_")}
+            params = _parse_spec(str(run["spec"]), model)
+            source = run.get("cond")
+            outcome = model.sample(
+                z0=run["z0"],
+                grid=run["t"],
+                eps=run["eps"] if params.sampler == "sde" else None,
+                source=source,
+                mask=None if source is None else run["cond_mask"] > 0.5,
+                params=params,
+            )
+            guidance = f", w = {params.guidance_scale:g}" if source is not None else ""
+            name = f"{params.sampler} {params.steps} steps, s = {params.sc_cfg:g}{guidance}"
+            yield name, outcome.latents, outcome.ids, run["latent"], run["ids"]
+            if "final_ids" in run:
+                lengths = None if source is None else (run["cond_mask"] > 0.5).sum(1)
+                final = model.codec.finish(outcome.ids, lengths)
+                yield name + ", final ids", outcome.latents, final, run["latent"], run["final_ids"]
+    except KeyError as error:
+        raise InputError(f"the replay lacks {error.args[0]}") from None
+
+
+def _call(model: Model, arrays: dict[str, np.ndarray]) -> tuple[Any, Any, Any, Any]:
+    """One denoising call, and the decoding call at the same z."""
+    rows, length, _ = arrays["fwd_z"].shape
+    want_ids = arrays["dec_ids"] if "dec_ids" in arrays else arrays["dec_logits"].argmax(-1)
+    network = model.backend.bind(rows, length)
+    try:
+        network.z[:], network.t[:] = arrays["fwd_z"], arrays["fwd_t"]
+        for buffer, value in (
+            (network.x_prev, arrays["fwd_x_prev"]),
+            (network.s, arrays["fwd_sc"]),
+            (network.mode, np.zeros(rows)),
+        ):
+            if buffer is not None:
+                buffer[:] = value
+        network.denoise()
+        x = network.x.copy()
+        for buffer, number in ((network.x_prev, 0.0), (network.t, 1.0), (network.mode, 1.0)):
+            if buffer is not None:
+                buffer[:] = number
+        network.denoise()
+        return x, network.discretize(), arrays["fwd_x"], want_ids
+    finally:
+        network.close()
+
+
+def _parse_spec(text: str, model: Model) -> SamplingParams:
+    spec = dict(line.split(": ", 1) for line in text.strip().splitlines())
+    return model.params(
+        sampler=spec["method"],
+        steps=int(spec["steps"]),
+        schedule=spec["schedule"],
+        gamma=float(spec["gamma"]) if "gamma" in spec else None,
+        guidance_scale=float(spec.get("cfg", 1.0)),
+        sc_cfg=float(spec.get("sc", 1.0)),
+    )
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except FileNotFoundError:
+        raise BundleError(f"no replay at {path}") from None
+    except (OSError, ValueError, EOFError, AttributeError) as error:
+        raise InputError(f"{path} is no replay file (.npz of arrays): {error}") from None
+
+
+def edit_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Levenshtein distance of two id sequences over the length of the longer one."""
+    previous = np.arange(len(b) + 1)
+    for i, token in enumerate(a, 1):
+        # Insertions run along the row: d[j] = min over k <= j of (best[k] + j - k).
+        best = np.minimum(previous[1:] + 1, previous[:-1] + (b != token))
+        row = np.concatenate([[i], best])
+        previous = np.minimum.accumulate(row - np.arange(len(row))) + np.arange(len(row))
+    return float(previous[-1]) / max(1, len(a), len(b))
