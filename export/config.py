@@ -160,7 +160,7 @@ def make_config(sizes: Mapping[str, int | None], settings: Mapping[str, Any], wh
     pad_token = settings.get("pad_token", "pad")
     if pad_token not in ("pad", "eos"):
         raise CheckpointError(f"{where}: pad_token must be pad or eos, got {pad_token!r}")
-    numbers = {field: _number(settings, key, where) for field, key in _KEYS.items() if key in settings}
+    numbers: dict[str, Any] = {field: _number(settings, key, where) for field, key in _KEYS.items() if key in settings}
     return ModelConfig(
         **known, **numbers, max_length=max_length, max_input_length=max_input_length, pad_token=pad_token
     )

@@ -1,0 +1,406 @@
+"""Checkpoints: every layout gives the same tensors bit for bit, and every bad file one clear line and nothing else."""
+
+import argparse
+import dataclasses
+import hashlib
+import os
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from elf_rt.errors import CheckpointError
+from elf_rt.export.checkpoint import load_checkpoint
+from elf_rt.export.config import expected_shapes, make_config, read_sizes
+from elf_rt.params import RELEASED
+
+GOLDEN = Path(__file__).parent / "data" / "golden"
+OFFICIAL = GOLDEN / "uncond" / "checkpoint_10"
+CONFIG = GOLDEN / "uncond" / "config.yml"
+
+
+@pytest.fixture(scope="module")
+def official():
+    """The golden checkpoint as torch alone reads it: raw weights under params, the average under ema_params1."""
+    return torch.load(OFFICIAL, weights_only=True)
+
+
+def prefixed(state, prefix="model."):
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+LAYOUTS = {
+    "official": lambda c: c,
+    "training state around it": lambda c: (
+        c
+        | {
+            "step": np.int64(10),
+            "dropout_rng": np.arange(4, dtype=np.uint32),
+            "lr_scheduler": {"base_lrs": [np.float64(1e-3)], "args": argparse.Namespace(lr=1.0)},
+            "opt_state": {"state": {0: {"exp_avg": torch.zeros(3)}}, "folder": Path("runs")},
+        }
+    ),
+    "lightning": lambda c: {
+        "state_dict": prefixed(c["params"]) | {"encoder.shared.weight": torch.zeros(2, 2)},
+        "ema": {"decay": 0.999, "shadow": c["ema_params1"]},
+        "pytorch-lightning_version": "2.5.0",
+    },
+    "plain": lambda c: c["ema_params1"],
+    "compiled": lambda c: prefixed(prefixed(c["ema_params1"], "_orig_mod."), "module."),
+    "state_dict and metadata": lambda c: {"state_dict": c["ema_params1"], "metadata": {"task": "text"}},
+    "config and ema": lambda c: {"config": {"max_length": 16}, "ema": c["ema_params1"]},
+}
+WITH_RAW = ("official", "training state around it", "lightning")
+
+
+def write(folder: Path, content, name="model.pt", config=CONFIG) -> Path:
+    folder.mkdir(exist_ok=True)
+    if name.endswith(".safetensors"):
+        save_file(content, folder / name)
+    else:
+        torch.save(content, folder / name)
+    if config is not None:
+        shutil.copy(config, folder / "config.yml")
+    return folder / name
+
+
+def assert_same(state, wanted):
+    assert state.keys() == wanted.keys()
+    for name, tensor in state.items():
+        assert tensor.dtype == torch.float32 and tensor.is_contiguous()
+        assert torch.equal(tensor, wanted[name].float()), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_give_the_same_tensors(tmp_path, official, layout):
+    path = write(tmp_path, LAYOUTS[layout](official))
+    checkpoint = load_checkpoint(path)
+    assert checkpoint.weights == "ema"
+    assert_same(checkpoint.state, official["ema_params1"])
+    if layout in WITH_RAW:
+        raw = load_checkpoint(path, raw=True)
+        assert raw.weights == "raw"
+        assert_same(raw.state, official["params"])
+        assert not torch.equal(raw.state["proj_kernel"], checkpoint.state["proj_kernel"])
+    else:
+        with pytest.raises(CheckpointError, match="leave out --raw"):
+            load_checkpoint(path, raw=True)
+
+
+def test_safetensors(tmp_path, official):
+    path = write(tmp_path, official["ema_params1"], "elf.safetensors")
+    assert_same(load_checkpoint(path).state, official["ema_params1"])
+
+
+def test_legacy_torch_file(tmp_path, official):
+    path = write(tmp_path, {})
+    torch.save(official, path, _use_new_zipfile_serialization=False)
+    assert_same(load_checkpoint(path).state, official["ema_params1"])
+
+
+def test_no_ema(tmp_path, official):
+    for content in ({"params": official["params"]}, {"state_dict": prefixed(official["params"])}):
+        path = write(tmp_path, content)
+        with pytest.raises(CheckpointError, match="no EMA weights: pass --raw"):
+            load_checkpoint(path)
+        assert_same(load_checkpoint(path, raw=True).state, official["params"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_float_types_become_float32(tmp_path, official, dtype):
+    stored = {name: tensor.to(dtype) for name, tensor in official["ema_params1"].items()}
+    assert_same(load_checkpoint(write(tmp_path, stored)).state, stored)
+
+
+def test_sizes_and_settings():
+    checkpoint = load_checkpoint(GOLDEN / "cond")
+    expected = {
+        "depth": 2,
+        "hidden_size": 48,
+        "num_heads": 4,
+        "head_dim": 12,
+        "mlp_dim": 128,
+        "latent_dim": 32,
+        "bottleneck_dim": 8,
+        "vocab_size": 97,
+        "num_time_tokens": 4,
+        "num_self_cond_cfg_tokens": 4,
+        "num_model_mode_tokens": 4,
+        "self_cond": True,
+        "max_length": 24,
+        "max_input_length": 10,
+        "noise_scale": 2.0,
+        "t_eps": 0.05,
+        "p_mean": -1.5,
+        "p_std": 0.8,
+        "latent_mean": 0.0,
+        "latent_std": 0.2,
+        "pad_token": "eos",
+    }
+    assert dataclasses.asdict(checkpoint.config) == expected
+    assert checkpoint.settings == yaml.safe_load((GOLDEN / "cond" / "config.yml").read_text())
+
+
+@pytest.mark.parametrize("case", ["cond", "head_dim_66", "no_sc_tokens", "no_self_cond", "t5", "uncond"])
+def test_golden_cases_load_as_their_config_says(case):
+    config, settings = load_checkpoint(GOLDEN / case).config, yaml.safe_load((GOLDEN / case / "config.yml").read_text())
+    names = ("bottleneck_dim", "num_time_tokens", "num_self_cond_cfg_tokens", "num_model_mode_tokens", "latent_mean")
+    assert [getattr(config, name) for name in names] == [settings[name] for name in names]
+    assert config.self_cond == (settings["self_cond_prob"] > 0)
+    assert config.head_dim == (66 if case == "head_dim_66" else 12)
+
+
+def test_unused_self_conditioning_is_left_out():
+    stored = torch.load(GOLDEN / "no_self_cond" / "checkpoint_10", weights_only=True)["ema_params1"]
+    state = load_checkpoint(GOLDEN / "no_self_cond").state
+    assert stored.keys() - state.keys() == {"self_cond_proj.weight", "self_cond_proj.bias"}
+
+
+def test_settings_inside_the_file_or_named(tmp_path, official):
+    inside = {"max_length": 20, "latent_mean": "1e-1", "denoiser_noise_scale": 1}
+    path = write(tmp_path, {"config": inside, "ema": official["ema_params1"]}, config=None)
+    config = load_checkpoint(path).config
+    assert (config.max_length, config.latent_mean, config.noise_scale) == (20, 0.1, 1.0)
+    assert (config.p_mean, config.p_std, config.t_eps, config.latent_std) == (-1.5, 0.8, 0.05, 0.2)
+    assert load_checkpoint(path, config=CONFIG).config.max_length == 16
+    (tmp_path / "train.yaml").write_text("max_length: 18")
+    assert load_checkpoint(path).config.max_length == 18
+    (tmp_path / "other.yml").write_text("max_length: 19")
+    with pytest.raises(CheckpointError, match=r"several YAML files \(other.yml, train.yaml\)"):
+        load_checkpoint(path)
+
+
+def test_folder_takes_the_highest_step(tmp_path, official):
+    for step in (9, 10, 100):
+        shifted = {name: tensor + step for name, tensor in official["ema_params1"].items()}
+        write(tmp_path, {"ema_params1": shifted, "params": official["params"]}, f"checkpoint_{step}")
+    write(tmp_path, {"unrelated": 1}, "checkpoint_latest")
+    checkpoint = load_checkpoint(tmp_path)
+    assert checkpoint.path == tmp_path / "checkpoint_100"
+    assert torch.equal(checkpoint.state["proj_bias"], official["ema_params1"]["proj_bias"] + 100)
+
+
+def test_folder_with_one_weight_file(tmp_path, official):
+    write(tmp_path, official["ema_params1"], "model.safetensors")
+    save_file({"embedding.weight": torch.zeros(2, 2)}, tmp_path / "encoder.safetensors")
+    assert load_checkpoint(tmp_path).path.name == "model.safetensors"
+    write(tmp_path, official["ema_params1"], "last.ckpt")
+    with pytest.raises(CheckpointError, match=r"several weight files, name one: last.ckpt, model.safetensors"):
+        load_checkpoint(tmp_path)
+
+
+def test_sha256_is_that_of_the_file(tmp_path):
+    assert load_checkpoint(OFFICIAL).sha256 == hashlib.sha256(OFFICIAL.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("name", ["org/model", "org/model/en-de", "org/model/en-de/checkpoint_10"])
+def test_hub_id(tmp_path, monkeypatch, name):
+    folder = tmp_path / "snapshot" / "en-de" if "en-de" in name else tmp_path / "snapshot"
+    folder.mkdir(parents=True)
+    shutil.copy(OFFICIAL, folder)
+    shutil.copy(CONFIG, tmp_path / "snapshot")
+    asked = []
+
+    def snapshot_download(repo, allow_patterns=None):
+        asked.append((repo, allow_patterns))
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    checkpoint = load_checkpoint(name)
+    assert checkpoint.path == folder / "checkpoint_10" and checkpoint.config.max_length == 16
+    sub = name.removeprefix("org/model").lstrip("/")
+    assert asked == [("org/model", [sub, f"{sub}/*", "*.yml", "*.yaml", "*.json"] if sub else None)]
+
+
+def test_hub_out_of_reach_or_unknown(monkeypatch, tmp_path):
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    for error, message in (
+        (LocalEntryNotFoundError("offline"), "cannot be reached"),
+        (HFValidationError("bad name"), "gives no such model"),
+    ):
+
+        def snapshot_download(repo, allow_patterns=None, error=error):
+            raise error
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+        with pytest.raises(CheckpointError, match=message):
+            load_checkpoint("org/model")
+    with pytest.raises(CheckpointError, match="no such file or folder"):
+        load_checkpoint(tmp_path / "absent")
+    with pytest.raises(CheckpointError, match="no such file or folder"):
+        load_checkpoint("absent.pt")
+
+
+def test_jax_folder(tmp_path):
+    (tmp_path / "checkpoint_0").mkdir()
+    (tmp_path / "checkpoint_0" / "_METADATA").write_text("{}")
+    for folder in (tmp_path, tmp_path / "checkpoint_0"):
+        with pytest.raises(CheckpointError, match="this is the JAX layout; use the -torch conversion"):
+            load_checkpoint(folder)
+
+
+def test_released_sizes_need_no_yaml(tmp_path):
+    released = dataclasses.asdict(RELEASED["ELF-B"])
+    state = {name: torch.zeros(1).expand(shape) for name, shape in expected_shapes(released).items()}
+    assert make_config(read_sizes(state), {}, tmp_path) == RELEASED["ELF-B"]
+    with pytest.raises(CheckpointError, match=r"no released size .*--config"):
+        make_config(read_sizes(state) | {"depth": 11}, {}, tmp_path)
+
+
+class Payload:
+    """A pickle that would create a file when an ordinary unpickler reads it."""
+
+    def __init__(self, call, *args):
+        self.reduced = call, args
+
+    def __reduce__(self):
+        return self.reduced
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda obj, path: path.write_bytes(pickle.dumps(obj, protocol=2))])
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize(
+    "call", [(os.system, "touch {}"), (eval, "open({!r}, 'w')"), (Path.touch, Path), (np.save, "{}", 1)]
+)
+def test_hostile_pickle_runs_nothing(tmp_path, official, save, hidden, call):
+    path, trace = tmp_path / "checkpoint_1", tmp_path / "trace"
+    args = [a.format(str(trace)) if isinstance(a, str) else trace if a is Path else a for a in call[1:]]
+    payload = Payload(call[0], *args)
+    save({**official, "opt_state": [payload]} if hidden else payload, path)
+    with pytest.raises(CheckpointError, match="nothing in it was run") as caught:
+        load_checkpoint(path)
+    assert "\n" not in str(caught.value)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["checkpoint_1"]
+
+
+def _zip(path, name, compression):
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr(name, bytes(1_000_000))
+
+
+def _truncated(path, share):
+    content = OFFICIAL.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+
+
+BAD_FILES = {
+    "text": (lambda p: p.write_text("max_length: 3\n"), "is a text file"),
+    "git lfs": (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
+    "empty": (lambda p: p.write_bytes(b""), "is empty"),
+    "half": (lambda p: _truncated(p, 0.5), "truncated or damaged"),
+    "almost whole": (lambda p: _truncated(p, 0.99), "truncated or damaged"),
+    "noise": (lambda p: p.write_bytes(np.random.default_rng(0).bytes(5000)), "is not a checkpoint, or is damaged"),
+    "other zip": (lambda p: _zip(p, "notes.txt", zipfile.ZIP_STORED), "not one that torch.save wrote"),
+    "zip bomb": (lambda p: _zip(p, "archive/data.pkl", zipfile.ZIP_DEFLATED), "compressed zip"),
+    "tensor": (lambda p: torch.save(torch.zeros(3), p), "holds a Tensor, not a mapping"),
+    "no weights": (lambda p: torch.save({"step": 3, "lr": 0.1}, p), "no weights of a known layout, only: step, lr"),
+    "empty mapping": (lambda p: torch.save({}, p), "not a mapping of weights"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_bad_files(tmp_path, kind):
+    make, message = BAD_FILES[kind]
+    path = tmp_path / "checkpoint_1"
+    make(path)
+    shutil.copy(CONFIG, tmp_path)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_checkpoint(path)
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"some words, not tensors", (8).to_bytes(8, "little") + b"{}"])
+def test_bad_safetensors(tmp_path, content):
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        load_checkpoint(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n- b\n", "must hold a YAML mapping .*got a list"),
+        ("", "must hold a YAML mapping .*got a NoneType"),
+        ("a: [1\nb: 2", "is not YAML"),
+        ("pad_token: pad\n", "lacks max_length"),
+        ("max_length: 0\n", "max_length must be a whole number from 1 up, got 0"),
+        ("max_length: 16.5\n", "max_length must be a whole number"),
+        ("max_length: true\n", "max_length must be a whole number"),
+        ("{max_length: 16, max_input_length: 16}", "max_input_length 16 must be below max_length 16"),
+        ("{max_length: 16, pad_token: bos}", "pad_token must be pad or eos, got 'bos'"),
+        ("{max_length: 16, latent_std: 0}", "latent_std must be a finite number above 0, got 0"),
+        ("{max_length: 16, denoiser_p_mean: .nan}", "denoiser_p_mean must be a finite number, got nan"),
+        ("{max_length: 16, t_eps: small}", "t_eps must be a finite number above 0, got 'small'"),
+    ],
+)
+def test_bad_yaml(tmp_path, text, message):
+    shutil.copy(OFFICIAL, tmp_path)
+    (tmp_path / "config.yml").write_text(text)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_checkpoint(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_yaml_that_is_not_there(tmp_path, official):
+    with pytest.raises(CheckpointError, match=r"absent.yml cannot be read"):
+        load_checkpoint(OFFICIAL, config=tmp_path / "absent.yml")
+    path = write(tmp_path, official["ema_params1"], config=None)
+    with pytest.raises(CheckpointError, match=r"no released size \(ELF-B, ELF-M, ELF-L\): .*--config"):
+        load_checkpoint(path)
+
+
+def test_every_bad_tensor_is_listed_in_one_error(tmp_path, official):
+    state = dict(official["ema_params1"])
+    del state["proj_bias"], state["blocks.1.attn.qkv.weight"]
+    state["extra.weight"] = torch.zeros(3)
+    state["blocks.0.mlp.w12.bias"] = torch.zeros(255)
+    state["unembed_kernel"] = state["unembed_kernel"].T
+    state["blocks.1.norm1.weight"] = torch.full((48,), float("inf"))
+    state["t_embedder.mlp_0.bias"] = torch.full((48,), float("nan"))
+    state["final_layer.linear.bias"] = torch.zeros(32, dtype=torch.int64)
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(write(tmp_path, state))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.split(": ", 1)[1].split("; ") == [
+        "missing: blocks.1.attn.qkv.weight, proj_bias",
+        "unexpected: extra.weight",
+        "not a plain tensor: final_layer.linear.bias",
+        "mis-shaped: blocks.0.mlp.w12.bias (255,) for (256), unembed_kernel (97, 32) for (32, 97)",
+        "not finite: t_embedder.mlp_0.bias, blocks.1.norm1.weight",
+    ]
+
+
+def test_tensors_that_tell_the_sizes_may_be_missing_too(tmp_path, official):
+    sized = ["unembed_bias", "blocks.0.attn.q_norm.weight", "final_layer.norm_final.weight", "t_emb_tokens"]
+    state = {name: tensor for name, tensor in official["ema_params1"].items() if name not in sized}
+    with pytest.raises(CheckpointError, match="missing") as caught:
+        load_checkpoint(write(tmp_path, state))
+    assert all(name in str(caught.value) for name in sized) and "mis-shaped" not in str(caught.value)
+
+
+def test_a_tensor_larger_than_its_storage_is_refused(tmp_path, official):
+    state = official["ema_params1"] | {"unembed_kernel": torch.zeros(1).expand(32, 97)}
+    with pytest.raises(CheckpointError, match="not a plain tensor: unembed_kernel"):
+        load_checkpoint(write(tmp_path, state))
+
+
+def test_head_width_must_fit(tmp_path, official):
+    state = dict(official["ema_params1"])
+    for i in range(2):
+        state |= {f"blocks.{i}.attn.{n}.weight": torch.ones(13) for n in ("q_norm", "k_norm")}
+    with pytest.raises(CheckpointError, match=r"13, which must be even and divide 48"):
+        load_checkpoint(write(tmp_path, state))
+
+
+def test_another_model_is_refused(tmp_path):
+    state = {"blocks.987654321.w": torch.zeros(2), "lm_head.weight": torch.zeros(2, 2)}
+    with pytest.raises(CheckpointError, match=r"unexpected: blocks.987654321.w, lm_head.weight"):
+        load_checkpoint(write(tmp_path, state))
