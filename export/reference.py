@@ -5,7 +5,7 @@ Sources:
 - RMSNorm: arXiv 1910.07467.  SwiGLU: arXiv 2002.05202.  Rotary embedding (interleaved pairs): arXiv 2104.09864.
 - Query and key norms: arXiv 2302.05442.
 
-Letters: R network rows, L text length, P prefix tokens, S = P + L, C latent width, H hidden, D head width, V vocabulary.
+Letters: R network rows, L text length, P prefix tokens, S = P + L, C latent, H hidden, D head width, V vocabulary.
 Parameter names are those of the official state dict.
 """
 
@@ -127,7 +127,7 @@ class ELF(nn.Module):
         self.unembed_bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def prefix(self, t: Tensor, s: Tensor | None, mode: Tensor | None) -> Tensor:
-        """Prefix tokens (R, P, H). Mode tokens are zero in denoise mode and still attended, so they are never dropped."""
+        """Prefix tokens (R, P, H). Mode tokens are zero in denoise mode, yet attended: they are never dropped."""
         tokens = [self.t_emb_tokens + self.t_embedder(t)[:, None]]
         if self.config.num_self_cond_cfg_tokens:
             tokens.append(self.self_cond_cfg_tokens + self.self_cond_cfg_embedder(s)[:, None])

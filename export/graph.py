@@ -1,0 +1,218 @@
+"""The network as two ONNX graphs, `denoiser` and `discretizer`, over one weights file.
+
+Letters: R rows, L text length, P prefix tokens, S = P + L, C latent width, H hidden, D head width (padded by the plan).
+Sources: facts of the operators at https://onnx.ai/onnx/operators; the network is elf_rt.export.reference.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from elf_rt.export import rewrite
+from elf_rt.export.graph_builder import GraphBuilder, Value, WeightFile
+from elf_rt.export.precision import FP32, Precision, PrecisionPlan
+from elf_rt.params import ModelConfig
+
+FUSED_OPSET = 23  # the first with Attention and RMSNormalization
+END = np.iinfo(np.int64).max
+
+
+def write_graphs(
+    folder: Path,
+    config: ModelConfig,
+    state: Mapping[str, np.ndarray],
+    plan: PrecisionPlan = FP32,
+    opset: int = FUSED_OPSET,
+) -> list[str]:
+    """Write denoiser.onnx, discretizer.onnx and weights.bin into `folder`, and return these names.
+
+    `state` holds float32 arrays under the official names. `opset` 23 and above uses Attention and RMSNormalization;
+    20 spells both out, for engines that are older than these operators. Inputs and outputs are float32 in every plan.
+    """
+    with WeightFile(folder / "weights.bin") as weights:
+        metadata = {"precision": plan.precision.value}
+        _Denoiser(config, state, plan, GraphBuilder("denoiser", opset, weights)).write().save(
+            folder / "denoiser.onnx", metadata
+        )
+        _discretizer(config, state, plan, GraphBuilder("discretizer", opset, weights)).save(
+            folder / "discretizer.onnx", metadata
+        )
+    return ["denoiser.onnx", "discretizer.onnx", "weights.bin"]
+
+
+class _Denoiser:
+    """(z, x_prev, t, s, mode) -> (x, hidden); inputs that the model has no parameters for are left out."""
+
+    def __init__(
+        self, config: ModelConfig, state: Mapping[str, np.ndarray], plan: PrecisionPlan, g: GraphBuilder
+    ) -> None:
+        self.config, self.state, self.plan, self.g = config, state, plan, g
+        self.width = rewrite.padded(config.head_dim, plan)
+
+    def write(self) -> GraphBuilder:
+        config, g = self.config, self.g
+        latents: tuple[int | str, ...] = ("rows", "length", config.latent_dim)
+        text = g.input("z", latents)
+        if config.self_cond:
+            text = g.op("Concat", text, g.input("x_prev", latents), axis=-1)  # (R, L, 2C)
+        prefix = self.prefix()  # (R, P, H)
+        g.scope = "text_proj"
+        text = linear(g, "text_proj.proj1", text, rewrite.input_projection(config, self.state))  # (R, L, bottleneck)
+        text = linear(g, "text_proj.proj2", text, self.stored("text_proj.proj2"))  # (R, L, H)
+        h = g.op("Concat", prefix, text, axis=1)  # (R, S, H)
+        rotary = self.rotary(h)
+        for block in range(config.depth):
+            h = g.op("Add", h, self.attention(block, h, rotary))
+            h = g.op("Add", h, self.mlp(block, h))
+        g.scope = "final_layer"
+        hidden = g.op("Slice", h, g.integers(config.num_prefix_tokens), g.integers(END), g.integers(1))  # (R, L, H)
+        normed = self.norm("final_layer.norm_final", hidden)
+        x = linear(g, "final_layer.linear", normed, self.stored("final_layer.linear"))  # (R, L, C)
+        g.output(x, "x", latents)
+        g.output(hidden, "hidden", ("rows", "length", config.hidden_size))
+        return g
+
+    def prefix(self) -> Value:
+        config, g = self.config, self.g
+        frequencies = g.weight("frequencies", rewrite.scalar_frequencies())
+        tokens = [self.scalar_tokens("t", "t_embedder", "t_emb_tokens", frequencies)]
+        if config.num_self_cond_cfg_tokens:
+            tokens.append(self.scalar_tokens("s", "self_cond_cfg_embedder", "self_cond_cfg_tokens", frequencies))
+        if config.num_model_mode_tokens:
+            g.scope = "mode_tokens"
+            mode = g.op("Unsqueeze", g.input("mode", ("rows",)), g.integers(1, 2))  # (R, 1, 1)
+            tokens.append(g.op("Mul", mode, g.weight("mode_tokens", self.state["mode_tokens"])))
+        return g.op("Concat", *tokens, axis=1)
+
+    def scalar_tokens(self, scalar: str, embedder: str, tokens: str, frequencies: Value) -> Value:
+        """(R,) -> (R, tokens, H): the learned tokens plus the embedding of the scalar."""
+        g = self.g
+        g.scope = embedder
+        angles = g.op("Mul", g.op("Unsqueeze", g.input(scalar, ("rows",)), g.integers(1)), frequencies)  # (R, 128)
+        features = g.op("Concat", g.op("Cos", angles), g.op("Sin", angles), axis=-1)  # (R, 256)
+        inner = silu(g, linear(g, f"{embedder}.mlp_0", features, self.stored(f"{embedder}.mlp_0")))
+        embedding = linear(g, f"{embedder}.mlp_2", inner, self.stored(f"{embedder}.mlp_2"))  # (R, H)
+        return g.op("Add", g.op("Unsqueeze", embedding, g.integers(1)), g.weight(tokens, self.state[tokens]))
+
+    def rotary(self, h: Value) -> tuple[Value, Value]:
+        """cos and sin of this call's positions, each (S, D). Constant once the length is."""
+        g = self.g
+        g.scope = "rotary"
+        cos, sin = rewrite.rotary_tables(self.config, self.plan)
+        length = g.integer_op("Shape", h, start=1, end=2)
+        start, axis = g.integers(0), g.integers(0)
+        return (
+            g.op("Slice", g.weight("rotary.cos", cos), start, length, axis),
+            g.op("Slice", g.weight("rotary.sin", sin), start, length, axis),
+        )
+
+    def attention(self, block: int, h: Value, rotary: tuple[Value, Value]) -> Value:
+        """(R, S, H) residual -> (R, S, H) float32, to be added to it."""
+        g, plan, heads, width = self.g, self.plan, self.config.num_heads, self.width
+        name = f"blocks.{block}.attn"
+        weights = rewrite.attention_weights(self.config, self.state, block, plan)
+        normed = self.norm(f"blocks.{block}.norm1", h)
+        g.scope = name
+        qkv = linear(g, f"{name}.qkv", normed, weights.qkv, plan.precision_of(f"{name}.qkv"))
+        qkv = g.op("Reshape", qkv, g.integers(0, 0, 3 * heads, width))  # (R, S, 3 heads, D)
+        qkv = g.op("Transpose", qkv, perm=[0, 2, 1, 3])  # (R, 3 heads, S, D)
+        q, k, v = g.ops("Split", 3, qkv, axis=1, num_outputs=3)  # each (R, heads, S, D)
+        precision = plan.precision_of(name)
+        q = g.cast(self.rotate(self.head_norm(f"{name}.q_norm", q, weights.q_norm), rotary), precision)
+        k = g.cast(self.rotate(self.head_norm(f"{name}.k_norm", k, weights.k_norm), rotary), precision)
+        mixed = self.mix(q, k, g.cast(v, precision))  # (R, heads, S, D)
+        mixed = g.op("Transpose", mixed, perm=[0, 2, 1, 3])  # (R, S, heads, D)
+        mixed = g.op("Reshape", mixed, g.integers(0, 0, heads * width))  # (R, S, heads * D)
+        out = linear(g, f"{name}.proj", mixed, weights.proj, plan.precision_of(f"{name}.proj"))
+        return self.unfold(out, plan.exponent(f"{name}.proj"))
+
+    def mix(self, q: Value, k: Value, v: Value) -> Value:
+        """softmax(q k^T / sqrt(true head width)) v, no mask."""
+        g, scale = self.g, self.config.head_dim**-0.5
+        if g.opset >= FUSED_OPSET:
+            return g.op("Attention", q, k, v, scale=scale)
+        assert q.precision is not None
+        q = g.op("Mul", q, g.scalar(scale, q.precision))  # scaled before the product: the form that engines fuse
+        scores = g.op("MatMul", q, g.op("Transpose", k, perm=[0, 1, 3, 2]))  # (R, heads, S, S)
+        return g.op("MatMul", g.op("Softmax", scores, axis=-1), v)
+
+    def rotate(self, x: Value, rotary: tuple[Value, Value]) -> Value:
+        """Half-split rotary of x (R, heads, S, D), written the way engines recognise."""
+        g, (cos, sin), half = self.g, rotary, self.width // 2
+        axis = g.integers(3)
+        first = g.op("Slice", x, g.integers(0), g.integers(half), axis)
+        second = g.op("Slice", x, g.integers(half), g.integers(2 * half), axis)
+        turned = g.op("Concat", g.op("Neg", second), first, axis=-1)
+        return g.op("Add", g.op("Mul", x, cos), g.op("Mul", turned, sin))
+
+    def mlp(self, block: int, h: Value) -> Value:
+        """(R, S, H) residual -> (R, S, H) float32, to be added to it."""
+        g, plan, name = self.g, self.plan, f"blocks.{block}.mlp"
+        weights = rewrite.mlp_weights(self.config, self.state, block, plan)
+        normed = self.norm(f"blocks.{block}.norm2", h)
+        g.scope = name
+        ab = linear(g, f"{name}.w12", normed, weights.w12, plan.precision_of(f"{name}.w12"))
+        if plan.precision_of(f"{name}.w3") is Precision.FP32:
+            ab = g.cast(ab, Precision.FP32)  # a product that only a float32 GEMM reads is never rounded
+        a, b = g.ops("Split", 2, ab, axis=-1, num_outputs=2)  # each (R, S, inner)
+        product = g.op("Mul", silu(g, a), b)
+        out = linear(g, f"{name}.w3", product, weights.w3, plan.precision_of(f"{name}.w3"))
+        return self.unfold(out, plan.exponent(f"{name}.w3"))
+
+    def unfold(self, x: Value, exponent: int) -> Value:
+        """Back to float32, and times the power of two that was folded into the weights."""
+        x = self.g.cast(x, Precision.FP32)
+        return self.g.op("Mul", x, self.g.scalar(2.0**exponent)) if exponent else x
+
+    def norm(self, name: str, x: Value) -> Value:
+        """RMSNorm of the float32 residual."""
+        self.g.scope = name
+        return rms_norm(self.g, x, self.g.weight(f"{name}.weight", self.state[f"{name}.weight"]), rewrite.NORM_EPS)
+
+    def head_norm(self, name: str, x: Value, norm: rewrite.HeadNorm) -> Value:
+        """RMSNorm over each head, in float32 whatever the type of x."""
+        return rms_norm(self.g, self.g.cast(x, Precision.FP32), self.g.weight(f"{name}.weight", norm.weight), norm.eps)
+
+    def stored(self, name: str) -> rewrite.Linear:
+        return rewrite.Linear(self.state[f"{name}.weight"].T, self.state[f"{name}.bias"])
+
+
+def _discretizer(
+    config: ModelConfig, state: Mapping[str, np.ndarray], plan: PrecisionPlan, g: GraphBuilder
+) -> GraphBuilder:
+    """hidden (R, L, H) -> ids (R, L): argmax of the token logits, the lowest id on ties."""
+    hidden = g.input("hidden", ("rows", "length", config.hidden_size))
+    # No norm stands before the head, so its input is as wide as the residual: float32 in every plan.
+    features = linear(g, "proj", hidden, rewrite.Linear(state["proj_kernel"], state["proj_bias"]))  # (R, L, C)
+    features = g.op("Gelu", features, approximate="tanh")
+    unembed = rewrite.unembedding(config, state, plan)
+    weight = g.weight("unembed.weight", unembed.weight, plan.precision_of("unembed"))
+    logits = g.op("MatMul", g.cast(features, plan.precision_of("unembed")), weight)
+    assert unembed.bias is not None
+    logits = g.op("Add", g.cast(logits, Precision.FP32), g.weight("unembed.bias", unembed.bias))  # (R, L, V)
+    ids = g.integer_op("ArgMax", logits, axis=-1, keepdims=0, select_last_index=0)
+    g.output(ids, "ids", ("rows", "length"))
+    return g
+
+
+def linear(
+    g: GraphBuilder, name: str, x: Value, weights: rewrite.Linear, precision: Precision = Precision.FP32
+) -> Value:
+    """x @ weight + bias, all in `precision`."""
+    out = g.op("MatMul", g.cast(x, precision), g.weight(f"{name}.weight", weights.weight, precision))
+    if weights.bias is None:
+        return out
+    return g.op("Add", out, g.weight(f"{name}.bias", weights.bias, precision))
+
+
+def silu(g: GraphBuilder, x: Value) -> Value:
+    return g.op("Mul", x, g.op("Sigmoid", x))
+
+
+def rms_norm(g: GraphBuilder, x: Value, weight: Value, eps: float) -> Value:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, all float32."""
+    if g.opset >= FUSED_OPSET:
+        return g.op("RMSNormalization", x, weight, axis=-1, epsilon=eps, stash_type=1)
+    mean = g.op("ReduceMean", g.op("Mul", x, x), g.integers(-1), keepdims=1)
+    return g.op("Mul", g.op("Div", x, g.op("Sqrt", g.op("Add", mean, g.scalar(eps)))), weight)

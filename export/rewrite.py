@@ -1,0 +1,152 @@
+"""Exact rewrites of the weights before a graph is written: same network, a form that engines run fast.
+
+- Rotary pairs (2i, 2i + 1) are moved to (i, i + D/2) by permuting the rows of q and k and their norms: rotary then is
+  one contiguous split, which engines fuse, and q.k does not change.
+- Widths are padded with zeros to a multiple of `plan.alignment`.
+- self_cond_proj and proj1 have nothing between them, so they become one matrix.
+- Powers of two from the precision plan are folded in: a tensor named in the plan comes out of its GEMM divided by
+  2^exponent, and what reads it multiplies back. In float32 that changes no bit.
+
+Linear weights come out input-first (inputs, outputs), ready for MatMul.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from elf_rt.export.precision import PrecisionPlan
+from elf_rt.params import ModelConfig
+
+NORM_EPS = 1e-6
+ROPE_BASE = 10000.0
+TIME_FREQUENCIES = 128
+
+State = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Linear:
+    weight: np.ndarray  # (inputs, outputs)
+    bias: np.ndarray | None  # (outputs,)
+
+
+@dataclass(frozen=True)
+class HeadNorm:
+    """RMSNorm over a head whose width may be padded: the divisor stays that of the true width."""
+
+    weight: np.ndarray  # (D padded,)
+    eps: float
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    qkv: Linear  # (H, 3 * heads * D padded)
+    q_norm: HeadNorm
+    k_norm: HeadNorm
+    proj: Linear  # (heads * D padded, H)
+
+
+@dataclass(frozen=True)
+class MlpWeights:
+    w12: Linear  # (H, 2 * inner padded)
+    w3: Linear  # (inner padded, H)
+
+
+def padded(width: int, plan: PrecisionPlan) -> int:
+    return -(-width // plan.alignment) * plan.alignment
+
+
+def attention_weights(config: ModelConfig, state: State, block: int, plan: PrecisionPlan) -> AttentionWeights:
+    name = f"blocks.{block}.attn"
+    width, heads = config.head_dim, config.num_heads
+    wide = padded(width, plan)
+    half_split, plain = _half_split(width, wide), _padded_index(width, wide)
+    e_q, e_k, e_v = (plan.exponent(f"{name}.{part}") for part in "qkv")
+    e_out = plan.exponent(f"{name}.proj")
+
+    weight = state[f"{name}.qkv.weight"].reshape(3, heads, width, -1)  # (3, heads, D, H)
+    bias = state[f"{name}.qkv.bias"].reshape(3, heads, width)
+    parts = ((0, half_split, e_q), (1, half_split, e_k), (2, plain, e_v))
+    rows = np.stack([np.ldexp(_take(weight[i], index, axis=1), -e) for i, index, e in parts])
+    biases = np.stack([np.ldexp(_take(bias[i], index, axis=1), -e) for i, index, e in parts])
+    qkv = Linear(rows.reshape(3 * heads * wide, -1).T, biases.reshape(-1))
+
+    def head_norm(which: str, exponent: int) -> HeadNorm:
+        # mean over `wide` = mean over `width` * width / wide, and eps moves with the statistics
+        ratio = width / wide
+        return HeadNorm(
+            _take(state[f"{name}.{which}_norm.weight"], half_split, axis=0) * np.float32(math.sqrt(ratio)),
+            math.ldexp(NORM_EPS * ratio, -2 * exponent),
+        )
+
+    out = state[f"{name}.proj.weight"].T.reshape(heads, width, -1)  # (heads, D, H)
+    out = np.ldexp(_take(out, plain, axis=1).reshape(heads * wide, -1), e_v - e_out)
+    proj = Linear(out, np.ldexp(state[f"{name}.proj.bias"], -e_out))
+    return AttentionWeights(qkv, head_norm("q", e_q), head_norm("k", e_k), proj)
+
+
+def mlp_weights(config: ModelConfig, state: State, block: int, plan: PrecisionPlan) -> MlpWeights:
+    name = f"blocks.{block}.mlp"
+    index = _padded_index(config.mlp_dim, padded(config.mlp_dim, plan))
+    e_b, e_out = plan.exponent(f"{name}.b"), plan.exponent(f"{name}.w3")
+
+    weight = state[f"{name}.w12.weight"].reshape(2, config.mlp_dim, -1)  # (2, inner, H)
+    bias = state[f"{name}.w12.bias"].reshape(2, -1)
+    a, b = _take(weight[0], index, axis=0), np.ldexp(_take(weight[1], index, axis=0), -e_b)
+    a_bias, b_bias = _take(bias[0], index, axis=0), np.ldexp(_take(bias[1], index, axis=0), -e_b)
+    w12 = Linear(np.concatenate([a, b]).T, np.concatenate([a_bias, b_bias]))
+
+    out = np.ldexp(_take(state[f"{name}.w3.weight"].T, index, axis=0), e_b - e_out)
+    return MlpWeights(w12, Linear(out, np.ldexp(state[f"{name}.w3.bias"], -e_out)))
+
+
+def input_projection(config: ModelConfig, state: State) -> Linear:
+    """[z, x_prev] or z -> bottleneck: self_cond_proj and proj1 multiplied in float64."""
+    proj1 = state["text_proj.proj1.weight"].astype(np.float64)  # (bottleneck, C)
+    if not config.self_cond:
+        return Linear(proj1.T.astype(np.float32), None)
+    weight = proj1 @ state["self_cond_proj.weight"].astype(np.float64)  # (bottleneck, 2C)
+    bias = proj1 @ state["self_cond_proj.bias"].astype(np.float64)
+    return Linear(weight.T.astype(np.float32), bias.astype(np.float32))
+
+
+def unembedding(config: ModelConfig, state: State, plan: PrecisionPlan) -> Linear:
+    """(C, V padded). A padded id has the lowest float32 as bias, so the argmax never names it."""
+    index = _padded_index(config.vocab_size, padded(config.vocab_size, plan))
+    bias = np.where(index < 0, np.finfo(np.float32).min, _take(state["unembed_bias"], index, axis=0))
+    return Linear(_take(state["unembed_kernel"], index, axis=1), bias)
+
+
+def rotary_tables(config: ModelConfig, plan: PrecisionPlan) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin, each (P + max_length, D padded), both halves alike. Prefix tokens are not rotated: cos 1, sin 0."""
+    width, wide = config.head_dim, padded(config.head_dim, plan)
+    inverse = np.zeros(wide // 2)  # the padding turns by 0
+    inverse[: width // 2] = ROPE_BASE ** (-np.arange(0, width, 2) / width)
+    positions = np.concatenate([np.zeros(config.num_prefix_tokens), np.arange(config.max_length)])
+    angles = np.outer(positions, np.tile(inverse, 2))
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def scalar_frequencies() -> np.ndarray:
+    """(1, 128) float32: 10000^(-k/128)."""
+    return (ROPE_BASE ** (-np.arange(TIME_FREQUENCIES) / TIME_FREQUENCIES)).astype(np.float32)[None]
+
+
+def _padded_index(width: int, wide: int) -> np.ndarray:
+    """Source index of each padded position; -1 marks padding."""
+    return np.concatenate([np.arange(width), np.full(wide - width, -1)])
+
+
+def _half_split(width: int, wide: int) -> np.ndarray:
+    """Even positions, padded to wide / 2, then odd positions, padded likewise."""
+    even = _padded_index(width // 2, wide // 2)
+    return np.concatenate([np.where(even < 0, -1, 2 * even), np.where(even < 0, -1, 2 * even + 1)])
+
+
+def _take(array: np.ndarray, index: np.ndarray, axis: int) -> np.ndarray:
+    """numpy.take with zeros where the index is -1."""
+    taken = np.take(array, index, axis=axis)
+    np.moveaxis(taken, axis, 0)[index < 0] = 0
+    return taken
