@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from elf_rt.export.config import Shape, expected_shapes, find_settings, make_config, read_sizes
-from elf_rt.export.layouts import WeightFile, find_weights, read_weights
 
 from elf_rt.bundle import sha256
 from elf_rt.errors import CheckpointError
+from elf_rt.export.config import Shape, expected_shapes, find_settings, make_config, read_sizes
+from elf_rt.export.layouts import WeightFile, find_weights, printable, read_weights
 from elf_rt.params import ModelConfig
 
 
@@ -69,8 +69,8 @@ def _check(tensors: Mapping[str, Any], shapes: Mapping[str, Shape], path: Path) 
     """Raises one CheckpointError that lists every missing, unexpected, mis-shaped and non-finite tensor."""
     faults = {
         "missing": [name for name in shapes if name not in tensors],
-        "unexpected": [name for name in tensors if name not in shapes],
-        "not a plain tensor": [name for name in tensors if not _is_plain(tensors[name])],
+        "unexpected": [printable(name) for name in tensors if name not in shapes],
+        "not a plain tensor": [printable(name) for name in tensors if not _is_plain(tensors[name])],
     }
     plain = {name: tensors[name] for name in shapes if name in tensors and _is_plain(tensors[name])}
     wrong = {name: _mismatch(tensor, shapes[name]) for name, tensor in plain.items()}

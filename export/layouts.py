@@ -62,6 +62,12 @@ _STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 ]
 
 
+def printable(name: object) -> str:
+    """A name out of a file, safe to show on one line of a terminal."""
+    text = str(name)
+    return text if text.isprintable() else ascii(text)
+
+
 def find_weights(source: str | Path) -> tuple[Path, list[Path]]:
     """The weight file that `source` means, and the folders where its YAML may lie.
 
@@ -172,7 +178,7 @@ def _refuse_other_zips(path: Path, size: int) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:  # ValueError: names not UTF-8
         raise CheckpointError(f"{path} is truncated or damaged: copy or download it again") from error
     if not any(entry.filename.endswith("/data.pkl") for entry in entries):
         raise CheckpointError(f"{path} is a zip archive, but not one that torch.save wrote")
@@ -192,7 +198,7 @@ def _unpickle(path: Path) -> Any:
         if name is None:
             raise CheckpointError(f"{path} is not a checkpoint, or is damaged") from error
         raise CheckpointError(
-            f"{path} holds more than data ({name[1] or name[2]}) and was refused; nothing in it was run. "
+            f"{path} holds more than data ({printable(name[1] or name[2])}) and was refused; nothing in it was run. "
             "Where you trust it, save its state dict alone again"
         ) from error
     except Exception as error:  # a damaged pickle can raise anything at all
@@ -212,7 +218,7 @@ def _sort_out(path: Path, content: Mapping[str, Any]) -> WeightFile:
         return WeightFile(ema, state, settings)
     if any(isinstance(value, torch.Tensor) for value in content.values()):
         return WeightFile(_clean(content), None, settings)
-    raise CheckpointError(f"{path} holds no weights of a known layout, only: {', '.join(map(str, content))}")
+    raise CheckpointError(f"{path} holds no weights of a known layout, only: {', '.join(map(printable, content))}")
 
 
 def _mapping(content: Mapping[str, Any], key: str) -> Mapping[str, Any] | None:

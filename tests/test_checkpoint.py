@@ -296,11 +296,16 @@ BAD_FILES = {
     "empty": (lambda p: p.write_bytes(b""), "is empty"),
     "half": (lambda p: _truncated(p, 0.5), "truncated or damaged"),
     "almost whole": (lambda p: _truncated(p, 0.99), "truncated or damaged"),
+    "names not UTF-8": (
+        lambda p: p.write_bytes(OFFICIAL.read_bytes().replace(b"checkpoint_10/data.pkl", b"\xff" * 22)),
+        "truncated or damaged",
+    ),
     "noise": (lambda p: p.write_bytes(np.random.default_rng(0).bytes(5000)), "is not a checkpoint, or is damaged"),
     "other zip": (lambda p: _zip(p, "notes.txt", zipfile.ZIP_STORED), "not one that torch.save wrote"),
     "zip bomb": (lambda p: _zip(p, "archive/data.pkl", zipfile.ZIP_DEFLATED), "compressed zip"),
     "tensor": (lambda p: torch.save(torch.zeros(3), p), "holds a Tensor, not a mapping"),
     "no weights": (lambda p: torch.save({"step": 3, "lr": 0.1}, p), "no weights of a known layout, only: step, lr"),
+    "odd names": (lambda p: torch.save({"a\nb\x1b": 3}, p), r"only: 'a\\nb\\x1b'"),
     "empty mapping": (lambda p: torch.save({}, p), "not a mapping of weights"),
 }
 
