@@ -202,7 +202,7 @@ extern "C" __global__ void elf_advance(elf::Progress* progress, int32_t count) {
 }
 
 #define ELF_KERNELS(NAME, T, V)                                                                                     \
-  extern "C" __global__ void __launch_bounds__(256) elf_step_##NAME(ELF_STEP_PARAMETERS(T)) {                       \
+  extern "C" __global__ void __launch_bounds__(256, 3) elf_step_##NAME(ELF_STEP_PARAMETERS(T)) {                       \
     elf::step<T, V>(z, x_last, x_rows, next_z, next_x_prev, next_t, next_s, next_mode, source, mask, seeds, noise,  \
                     t, coef, weights, s, progress, length, width, table_rows, rows, next_rows, offset, final);      \
   }                                                                                                                 \
