@@ -1,0 +1,118 @@
+"""The few CUDA runtime calls that the TensorRT backends need, each checked; and which GPU this machine has.
+
+``cuda.bindings`` is imported at the first call. Its functions return (error, result, ...) and never raise, also
+without a driver, so ``find_gpu`` is safe everywhere.
+"""
+
+import functools
+import importlib
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from elf_rt.errors import BackendError
+
+MODULE = "cuda.bindings.runtime"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The first visible NVIDIA GPU. sm: compute capability, 89 for 8.9."""
+
+    name: str
+    sm: int
+
+
+def find_gpu() -> Gpu | str:
+    """The first visible GPU (CUDA_VISIBLE_DEVICES chooses), or why there is none."""
+    try:
+        cudart = _module()
+    except ImportError:
+        return "cuda-bindings is not installed: pip install cuda-bindings"
+    error, count = cudart.cudaGetDeviceCount()
+    if error == cudart.cudaError_t.cudaErrorInsufficientDriver:
+        return "no NVIDIA driver, or one too old for CUDA " + str(getattr(cudart, "CUDART_VERSION", 0) // 1000 or "")
+    if error or not count:
+        return "no NVIDIA GPU is visible"
+    attribute = cudart.cudaDeviceAttr
+    major = call("cudaDeviceGetAttribute", attribute.cudaDevAttrComputeCapabilityMajor, 0)
+    minor = call("cudaDeviceGetAttribute", attribute.cudaDevAttrComputeCapabilityMinor, 0)
+    name = call("cudaGetDeviceProperties", 0).name
+    return Gpu(name.decode() if isinstance(name, bytes) else str(name), 10 * int(major) + int(minor))
+
+
+def call(function: str, *arguments: Any) -> Any:
+    """Call one CUDA runtime function and return its result, if it has one.
+
+    Raises:
+        BackendError: the call failed; names it and CUDA's reason.
+    """
+    cudart = _module()
+    error, *result = getattr(cudart, function)(*arguments)
+    if error:
+        _, reason = cudart.cudaGetErrorString(error)
+        raise BackendError(f"CUDA: {function} failed: {reason.decode()}{_advice(cudart, error)}")
+    return result[0] if result else None
+
+
+def _advice(cudart: ModuleType, error: Any) -> str:
+    if error == cudart.cudaError_t.cudaErrorMemoryAllocation:
+        return ": use a smaller batch, or a GPU with more free memory"
+    return ""
+
+
+@functools.cache
+def _module() -> ModuleType:
+    return importlib.import_module(MODULE)
+
+
+class DeviceMemory:
+    """Device memory of a fixed size, zeroed, aligned to 256 bytes; freed by ``close``."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self.num_bytes = num_bytes
+        self.pointer = int(call("cudaMalloc", max(1, num_bytes)))
+        call("cudaMemset", self.pointer, 0, num_bytes)
+
+    def close(self) -> None:
+        pointer, self.pointer = self.pointer, 0
+        if pointer:
+            call("cudaFree", pointer)
+
+
+class PinnedMemory:
+    """Page-locked host memory, which the GPU copies from and to at full speed; freed by ``close``."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self.num_bytes = num_bytes
+        self.pointer = int(call("cudaMallocHost", max(1, num_bytes)))
+
+    def close(self) -> None:
+        pointer, self.pointer = self.pointer, 0
+        if pointer:
+            call("cudaFreeHost", pointer)
+
+
+class Stream:
+    """A stream that does not wait for the default one; destroyed by ``close``."""
+
+    def __init__(self) -> None:
+        cudart = _module()
+        self._stream = call("cudaStreamCreateWithFlags", cudart.cudaStreamNonBlocking)
+        self.handle = int(self._stream)
+
+    def copy_to_device(self, device: int, host: int, num_bytes: int) -> None:
+        kind = _module().cudaMemcpyKind.cudaMemcpyHostToDevice
+        call("cudaMemcpyAsync", device, host, num_bytes, kind, self._stream)
+
+    def copy_to_host(self, host: int, device: int, num_bytes: int) -> None:
+        kind = _module().cudaMemcpyKind.cudaMemcpyDeviceToHost
+        call("cudaMemcpyAsync", host, device, num_bytes, kind, self._stream)
+
+    def synchronize(self) -> None:
+        call("cudaStreamSynchronize", self._stream)
+
+    def close(self) -> None:
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            call("cudaStreamDestroy", stream)

@@ -1,0 +1,95 @@
+"""What differs between TensorRT and TensorRT-RTX when they build, read from ``recipes/*.toml``: data, not branches."""
+
+import tomllib
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Self
+
+from elf_rt.errors import BackendError
+from elf_rt.plans import LIBRARIES, Library, Machine
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One library's way of building.
+
+    sms: compute capabilities that it can build for on any machine; empty: only for the GPU at hand.
+    alone: those that share a plan with no other. half_gemm_only: those without float32 matrix products.
+    operators: ONNX operator -> the first version that parses it.
+    """
+
+    library: str
+    oldest: str
+    sms: tuple[int, ...]
+    timing_cache: bool
+    flags: tuple[str, ...]
+    operators: dict[str, str]
+    alone: tuple[int, ...] = ()
+    half_gemm_only: tuple[int, ...] = ()
+    no_bf16: tuple[int, ...] = field(default=())
+
+    @classmethod
+    def load(cls, name: str) -> Self:
+        text = resources.files("elf_rt.engines").joinpath("recipes", f"{name}.toml").read_text(encoding="utf-8")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in tomllib.loads(text).items()})
+
+    @property
+    def names(self) -> Library:
+        return LIBRARIES[self.library]
+
+    def check_version(self, version: str) -> None:
+        if version_tuple(version) < version_tuple(self.oldest):
+            raise BackendError(f"{self.names.title} {version} is too old: elf-rt needs {self.oldest} or later")
+
+    def too_old_for(self, version: str, complaint: str) -> str | None:
+        """The operator in a parser's complaint that this version does not know yet, with the version that does."""
+        for operator, first in self.operators.items():
+            if operator in complaint and version_tuple(version) < version_tuple(first):
+                return f"{operator} needs {self.names.title} {first}, this is {version}"
+        return None
+
+    def groups(self, asked: tuple[int, ...], precision: str, machine: Machine) -> list[tuple[int, ...]]:
+        """The compute capabilities to build for, one plan for each group.
+
+        Args:
+            asked: what --sm names; empty: the GPU at hand, or without one all that can share one plan.
+        """
+        here = machine.gpu.sm if machine.gpu else None
+        if not self.sms:
+            return [self._only_here(asked, here, machine.no_gpu)]
+        if not asked:
+            asked = (here,) if here else tuple(sm for sm in self.sms if sm not in self.alone)
+        for sm in asked:
+            if sm not in self.sms:
+                names = ", ".join(map(str, self.sms))
+                mend = "build with --target tensorrt on that machine" if sm in (87, 90, 100, 103, 110) else "check --sm"
+                raise BackendError(f"{self.names.title} cannot build for sm_{sm}, only for {names}: {mend}")
+            if precision == "bf16" and sm in self.no_bf16:
+                raise BackendError(f"sm_{sm} has no bfloat16: build with --fp16")
+            if precision == "fp32" and sm in self.half_gemm_only:
+                raise BackendError(f"{self.names.title} has no float32 matrix product on sm_{sm}: build with --fp16")
+        together = tuple(sorted({sm for sm in asked if sm not in self.alone}))
+        return ([together] if together else []) + [(sm,) for sm in sorted(set(asked) & set(self.alone))]
+
+    def _only_here(self, asked: tuple[int, ...], here: int | None, no_gpu: str) -> tuple[int, ...]:
+        if here is None:
+            raise BackendError(
+                f"{self.names.title} builds on the GPU that the plan will run on, and here is none ({no_gpu}): "
+                "build on that machine, or ahead with --target tensorrt-rtx --sm ..."
+            )
+        if asked and set(asked) != {here}:
+            raise BackendError(
+                f"{self.names.title} builds only for the GPU of this machine (sm_{here}): leave --sm out, or give "
+                "--target tensorrt-rtx"
+            )
+        return (here,)
+
+
+def version_tuple(version: str) -> tuple[int, ...]:
+    """ "10.13.0.35" -> (10, 13, 0, 35); a part that is no number ends it."""
+    numbers: list[int] = []
+    for part in version.split("."):
+        if not part.isdigit():
+            break
+        numbers.append(int(part))
+    return tuple(numbers)

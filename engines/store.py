@@ -1,0 +1,111 @@
+"""Folders of plans that appear whole or not at all, also when builds are killed or run at the same time."""
+
+import contextlib
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+from elf_rt.errors import BackendError
+from elf_rt.plans import Record
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+UNFINISHED = ".unfinished-"
+ABANDONED_AFTER_SECONDS = 24 * 3600  # where a folder cannot be locked, so that only its age tells
+
+
+def find_built(target: Path, key: str) -> Record | None:
+    """The record of a plan that was built before with this key and is still whole, or None."""
+    if not target.is_dir():
+        return None
+    try:
+        record = Record.read(target)
+        record.check_files(target)
+    except BackendError:
+        return None  # damaged: to be built again and replaced
+    return record if record.key == key else None
+
+
+@contextlib.contextmanager
+def new_plan(target: Path, key: str) -> Iterator[Path]:
+    """A hidden folder to write a plan into; it takes the name ``target`` when the block succeeds.
+
+    When another build of the same key was faster, its plan stays and ours is dropped. SIGTERM and SIGHUP end the block
+    like an exception, so that nothing is left; what a SIGKILL leaves is removed by the next build.
+    """
+    plans = target.parent
+    plans.mkdir(parents=True, exist_ok=True)
+    with _signals_raise(), contextlib.ExitStack() as held:
+        with _locked(plans):  # no other build may take the new folder for an abandoned one before it is locked
+            _remove_abandoned(plans)
+            work = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=plans))
+            held.callback(shutil.rmtree, work, ignore_errors=True)
+            held.enter_context(_locked(work))
+        yield work
+        work.chmod(0o755)
+        _publish(work, target, key)
+
+
+def _publish(work: Path, target: Path, key: str) -> None:
+    with _locked(target.parent):
+        if find_built(target, key):
+            return
+        if target.exists():  # damaged: moved aside whole, so that nobody ever sees half of it
+            os.replace(target, Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=target.parent)) / "damaged")
+        os.replace(work, target)
+        _remove_abandoned(target.parent)
+
+
+def _remove_abandoned(plans: Path) -> None:
+    """Delete unfinished folders that no build holds: their builds were killed."""
+    for work in plans.glob(f"{UNFINISHED}*"):
+        if fcntl is None and time.time() - work.stat().st_mtime < ABANDONED_AFTER_SECONDS:
+            continue
+        with contextlib.suppress(BlockingIOError, FileNotFoundError), _locked(work, wait=False):
+            shutil.rmtree(work)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold a folder against other processes that lock it too; the system lets go when this process ends.
+
+    Raises:
+        BlockingIOError: another process holds it, and ``wait`` is false.
+    """
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Turn the signals that end a process into SystemExit while files are being written."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
