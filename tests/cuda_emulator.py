@@ -1,0 +1,81 @@
+"""A stand-in for the CUDA driver's launch: the very kernels of cpp_ext/integrator.cu, compiled for the host.
+
+"Device memory" is numpy memory and an address is ``array.ctypes.data``. Arguments convert as cuda.core converts them
+(a Python int is 64 bits, np.int32 is 32), and a count or size that differs from the kernel's is an error.
+
+    emulator = cuda_emulator.load()                     # skips the test where there is no g++
+    emulator.launch("elf_step_float32", grid, block, *arguments)
+"""
+
+import ctypes
+import functools
+import shutil
+import subprocess
+import tempfile
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from elf_rt.device.kernels import NAMES
+
+MAX_PARAMETERS = 64
+
+
+class Emulator:
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+
+    def launch(self, name: str, grid: tuple[int, ...], block: tuple[int, ...] | int, *arguments: object) -> None:
+        """Run the kernel over the whole grid, one thread after the other."""
+        values = [_convert(argument) for argument in arguments]
+        sizes = (ctypes.c_size_t * MAX_PARAMETERS)()
+        count = getattr(self._library, f"parameters_{name}")(sizes)
+        if [ctypes.sizeof(value) for value in values] != list(sizes[:count]):
+            got = [ctypes.sizeof(value) for value in values]
+            raise TypeError(f"{name} takes parameters of {list(sizes[:count])} bytes, got {got}")
+        pointers = (ctypes.c_void_p * max(1, count))(*(ctypes.addressof(value) for value in values))
+        getattr(self._library, f"launch_{name}")(_dim3(grid), _dim3(block), pointers)
+
+
+@functools.cache
+def load() -> Emulator:
+    """Compile the kernels once per process; skips the calling test without a C++ compiler."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("needs g++ or clang++")
+    with tempfile.TemporaryDirectory() as folder:
+        unit, library = Path(folder, "unit.cpp"), Path(folder, "emulator.so")
+        names = "\n".join(f"EMULATE({name})" for name in NAMES)
+        unit.write_text(f'#include "cuda_host_shim.h"\n#include "integrator.cu"\n{names}\n', encoding="utf-8")
+        includes = ["-I", str(Path(__file__).parent), "-I", str(resources.files("elf_rt._csrc"))]
+        flags = [
+            "-std=c++17",
+            "-O2",
+            "-ffp-contract=off",
+            "-fno-math-errno",
+            "-shared",
+            "-fPIC",
+            "-Wno-unknown-pragmas",
+        ]
+        subprocess.run([compiler, *flags, *includes, "-o", str(library), str(unit)], check=True)
+        return Emulator(ctypes.CDLL(str(library)))
+
+
+def address(array: np.ndarray | None) -> int:
+    """The "device" address of an array, 0 for None."""
+    return 0 if array is None else array.ctypes.data
+
+
+def _convert(argument: object) -> ctypes._SimpleCData:
+    if isinstance(argument, np.int32):
+        return ctypes.c_int32(int(argument))
+    if isinstance(argument, int):
+        return ctypes.c_int64(argument)
+    raise TypeError(f"no CUDA argument: {argument!r}")
+
+
+def _dim3(size: tuple[int, ...] | int) -> ctypes.Array:
+    sizes = (size,) if isinstance(size, int) else size
+    return (ctypes.c_uint32 * 3)(*sizes, *[1] * (3 - len(sizes)))
