@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from elf_rt.errors import BundleError, InputError
-from elf_rt.model import Model
+from elf_rt.model import Model, load
 from elf_rt.params import SamplingParams
 
 MAX_LATENT_ERROR = 5e-5  # relative, float32
@@ -69,6 +69,19 @@ def verify(model: Model, replay: Path | None = None) -> Report:
     if not checks:
         raise InputError(f"{replay or 'replay.npz'} holds no run to compare with")
     return Report(model.backend.precision, model.backend.name, tuple(checks))
+
+
+def verify_folder(
+    folder: Path,
+    replay: Path | None = None,
+    *,
+    backend: str = "auto",
+    precision: str = "auto",
+    threads: int | None = None,
+) -> Report:
+    """Open a bundle and ``verify`` it."""
+    with load(folder, backend, precision=precision, threads=threads) as model:
+        return verify(model, replay)
 
 
 def _compared(model: Model, arrays: dict[str, np.ndarray]) -> Iterator[tuple[str, Any, Any, Any, Any]]:

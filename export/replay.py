@@ -22,7 +22,7 @@ from elf_rt.export.reference import ELF
 from elf_rt.params import ModelConfig, SamplingParams
 
 Call = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # z, x_prev, t, s, mode
-FLOP_BUDGET = 4e13  # of one replay run on the CPU: steps and batch of a large model shrink to fit it
+FLOP_BUDGET = 1e13  # of one run, about a minute on two cores: steps and batch of a large model shrink to fit it
 
 
 @dataclass(frozen=True)
@@ -84,22 +84,29 @@ def sample(model: ELF, run: Run, on_call: Callable[[Call], None] | None = None) 
 
 
 def plan_runs(
-    config: ModelConfig, presets: dict[str, SamplingParams], cond: Tensor | None, mask: Tensor | None, seed: int = 0
+    config: ModelConfig,
+    presets: dict[str, SamplingParams],
+    cond: Tensor | None,
+    mask: Tensor | None,
+    *,
+    max_steps: int,
+    seed: int,
 ) -> list[Run]:
-    """One run for each distinct preset, and one without a source where the model takes one.
+    """Runs over every preset, and one without a source where the model takes one.
 
     cond (B, L, C) and mask (B, L) are source latents to run on. Steps and batch shrink for a large model.
     """
     generator = torch.Generator().manual_seed(seed)
-    flop = 2.0 * _parameters(config) * config.max_length
-    runs = []
-    for params in dict.fromkeys(presets.values()):
-        rows = 2 if params.guidance_scale != 1 else 1
-        batch = int(min(4, max(1, FLOP_BUDGET // (flop * rows * 8))))
-        steps = int(min(params.steps, 32, max(4, FLOP_BUDGET // (flop * rows * batch))))
-        runs.append(_draw(config, params.replace(steps=steps), batch, generator, cond, mask))
-        if cond is not None:
-            runs.append(_draw(config, params.replace(steps=min(steps, 8)), batch, generator, None, None))
+    step_flop = 2.0 * _parameters(config) * config.max_length
+    runs: list[Run] = []
+    for params in presets.values():
+        cost = step_flop * (2 if params.guidance_scale != 1 else 1)
+        batch = int(min(4, max(1, FLOP_BUDGET // (cost * max_steps))))
+        params = params.replace(steps=int(min(params.steps, max_steps, max(4, FLOP_BUDGET // (cost * batch)))))
+        if all(params != run.params for run in runs):
+            runs.append(_draw(config, params, batch, generator, cond, mask))
+    if cond is not None:
+        runs.append(_draw(config, runs[0].params, len(runs[0].z0), generator, None, None))
     return runs
 
 

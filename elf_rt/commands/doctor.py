@@ -1,0 +1,25 @@
+"""``elf-rt doctor``: what works on this machine."""
+
+import os
+import platform
+
+import click
+
+from elf_rt import __version__
+
+
+@click.command("doctor")
+def command() -> None:
+    """Show which backends work on this machine, why the others do not, and which integrator runs."""
+    from elf_rt import integrator
+    from elf_rt.backends import discover
+
+    click.echo(f"elf-rt {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
+    click.echo(f"{os.cpu_count()} CPU cores, integrator in {integrator.IMPLEMENTATION}")
+    if integrator.IMPLEMENTATION == "numpy":
+        click.echo("  the C++ extension was not built: install a C++ compiler and reinstall elf-rt to make it faster")
+    found = discover()
+    for backend in found:
+        click.echo(f"{'ok ' if backend.reason is None else '-- '} {backend.name:16} {backend.reason or ''}".rstrip())
+    if all(backend.reason for backend in found):
+        click.echo("no backend works here: pip install 'elf-rt[cpu]'")

@@ -1,0 +1,88 @@
+"""``elf-rt export``: a trained checkpoint becomes a bundle."""
+
+import json
+from pathlib import Path
+
+import click
+
+from elf_rt.console import note, progress
+from elf_rt.errors import BackendError, InputError
+
+PRECISIONS = ("fp32", "fp16", "bf16")
+
+
+def _precisions(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(["fp32", *value.split(",")]))
+    for name in names:
+        if name not in PRECISIONS:
+            raise click.BadParameter(f"{name!r} is not one of {', '.join(PRECISIONS)}")
+    return names
+
+
+@click.command("export")
+@click.argument("checkpoint")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Folder to write.  [default: CHECKPOINT's name, .elfrt]"
+)
+@click.option("--config", type=click.Path(path_type=Path), help="YAML of the model.  [default: the one beside it]")
+@click.option("--raw", is_flag=True, help="Take the trained weights, not their moving average (EMA).")
+@click.option("--tokenizer", type=click.Path(path_type=Path), help="tokenizer.json.  [default: the one beside it]")
+@click.option("--encoder", help="Text encoder: safetensors table, T5 folder or Hub id.  [default: the one beside it]")
+@click.option("--append-eos/--no-append-eos", default=True, help="End each source text with EOS, as in training.")
+@click.option("--precision", default="fp32,fp16", callback=_precisions, help="Graphs to write: fp32, fp16, bf16.")
+@click.option(
+    "--prompts", type=click.Path(path_type=Path), help="JSONL of sources to measure and replay with.  [default: random]"
+)
+@click.option("--presets", type=click.Path(path_type=Path), help="JSON of named sampling parameters to add.")
+def command(
+    checkpoint: str,
+    output: Path | None,
+    config: Path | None,
+    raw: bool,
+    tokenizer: Path | None,
+    encoder: str | None,
+    append_eos: bool,
+    precision: tuple[str, ...],
+    prompts: Path | None,
+    presets: Path | None,
+) -> None:
+    """Turn CHECKPOINT (a file, a folder, or a Hub id org/name) into a bundle, and prove it.
+
+    The bundle is replayed in ONNX Runtime at the end; it is written only when its text is the reference model's.
+    """
+    try:
+        from elf_rt.export.pipeline import ExportOptions, default_output, export_bundle, read_presets
+    except ImportError as error:
+        raise BackendError(f"export needs {error.name}: pip install 'elf-rt[export]'") from None
+    from elf_rt.commands.generate import read_jsonl
+    from elf_rt.verify import verify_folder
+
+    output = output or default_output(checkpoint)
+    options = ExportOptions(
+        config=config,
+        raw=raw,
+        tokenizer=tokenizer,
+        encoder=encoder,
+        append_eos=append_eos,
+        precisions=precision,
+        prompts=[record["input"] for record in read_jsonl(prompts)] if prompts else (),
+        presets=read_presets(presets) if presets else {},
+    )
+    proofs: list[str] = []
+
+    def prove(folder: Path, name: str) -> None:
+        report = verify_folder(folder, backend="onnxruntime", precision=name)
+        if not report.passed:
+            raise InputError(
+                f"the {name} graphs do not repeat the reference model ({report.summary}); no bundle written"
+            )
+        proofs.append(report.summary)
+
+    with progress("reading the checkpoint") as ticker:
+        export_bundle(checkpoint, output, options, prove=prove, say=ticker.describe)
+    for proof in proofs:
+        note(f"proven: {proof}")
+    manifest = json.loads((output / "manifest.json").read_text(encoding="utf-8"))
+    if "file" not in manifest["tokenizer"]:
+        note("warning: no tokenizer.json found, so this bundle gives token ids only: export again with --tokenizer")
+    click.echo(output)

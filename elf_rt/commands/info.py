@@ -1,0 +1,50 @@
+"""``elf-rt info``: what a bundle holds."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from elf_rt.bundle import Bundle
+from elf_rt.commands.options import bundle_argument
+
+
+@click.command("info")
+@bundle_argument
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest.")
+def command(bundle: Path, as_json: bool) -> None:
+    """Show the model, presets, precisions and plans of BUNDLE, after checking every file."""
+    opened = Bundle.open(bundle)
+    opened.check()
+    if as_json:
+        click.echo(json.dumps(opened.manifest, indent=1, ensure_ascii=False))
+        return
+    for name, value in _lines(opened):
+        click.echo(f"{name:12} {value}")
+
+
+def _lines(bundle: Bundle) -> list[tuple[str, str]]:
+    c, source = bundle.config, bundle.manifest["source"]
+    size = sum((bundle.folder / name).stat().st_size for name in bundle.manifest["files"])
+    kind = f"sources of up to {c.max_input_length} tokens" if c.max_input_length else "unconditional"
+    lines = [
+        ("bundle", f"{bundle.folder}, {size / 1e6:.1f} MB, every file as exported"),
+        ("source", f"{source['checkpoint']} ({source['weights']} weights, sha256 {source['sha256'][:12]}…)"),
+        ("model", f"{c.depth} blocks of width {c.hidden_size}, {c.num_heads} heads of {c.head_dim}"),
+        ("", f"{c.max_length} tokens, {kind}, latents of {c.latent_dim}, vocabulary {c.vocab_size}"),
+        ("encoder", bundle.encoder["kind"] if bundle.encoder else "none"),
+        ("tokenizer", "tokenizer.json" if "file" in bundle.tokenizer else "none: token ids only"),
+    ]
+    for name, params in bundle.presets.items():
+        lines.append(("preset", f"{name}: " + ", ".join(f"{k} {v}" for k, v in params.to_json().items())))
+    for name, files in bundle.variants.items():
+        weights = (bundle.folder / files["weights"]).stat().st_size
+        lines.append(("precision", f"{name}: weights {weights / 1e6:.1f} MB"))
+        lines += [("", text) for text in _exceptions(bundle.manifest.get("precision", {}).get(name, {}))]
+    return lines
+
+
+def _exceptions(plan: dict[str, Any]) -> list[str]:
+    """What a precision plan keeps wider or scales, one line each."""
+    return [f"{item['name']}: {item['reason']}" for item in plan.get("items", []) if item.get("reason")]

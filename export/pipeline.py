@@ -1,0 +1,191 @@
+"""From a checkpoint to a bundle, the whole way: read, measure, write the graphs, record the replay, prove it."""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from elf_rt import __version__
+from elf_rt.bundle import SUFFIX, Bundle, atomic_folder, write_manifest
+from elf_rt.errors import CheckpointError
+from elf_rt.export.checkpoint import Checkpoint, load_checkpoint
+from elf_rt.export.encoder import check_tokenizer, find_tokenizer, write_encoder
+from elf_rt.export.graph import write_graphs
+from elf_rt.export.precision import FP32, Precision, measure_ranges, plan_precision
+from elf_rt.export.reference import ELF
+from elf_rt.export.replay import plan_runs, record
+from elf_rt.params import SamplingParams, presets_for
+from elf_rt.text import EOS_ID, TextCodec
+
+REPLAY_SOURCES = 4  # texts that the replay of a conditional model runs on
+REPLAY_STEPS = 8  # more would amplify float32 rounding on an untrained model until nothing can be judged
+RANGE_STEPS = 32  # activations are measured on longer runs, with seeds of their own
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What ``elf-rt export`` may be told.
+
+    config: the YAML, where it is not beside the weights. raw: the weights without moving average.
+    tokenizer, encoder: files, folders or Hub ids; looked for beside the checkpoint by default.
+    prompts: texts to record the replay and measure activations with, for conditional models.
+    presets: named sampling parameters that replace the official ones.
+    """
+
+    config: Path | None = None
+    raw: bool = False
+    tokenizer: Path | None = None
+    encoder: str | None = None
+    append_eos: bool = True
+    precisions: Sequence[str] = ("fp32", "fp16")
+    prompts: Sequence[str] = ()
+    presets: dict[str, SamplingParams] = field(default_factory=dict)
+
+
+def default_output(source: str) -> Path:
+    """The bundle's folder, named after the checkpoint, in the current folder."""
+    path = Path(source)
+    name = path.stem if path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".safetensors") else path.name
+    return Path(f"{name or path.resolve().name}{SUFFIX}")
+
+
+def export_bundle(
+    source: str,
+    output: Path,
+    options: ExportOptions,
+    *,
+    prove: Callable[[Path, str], None],
+    say: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Write the bundle of a checkpoint. Nothing is left at ``output`` unless every precision was proven.
+
+    Args:
+        prove: called with the finished folder and each precision; raises to refuse the bundle.
+        say: told what is being done.
+
+    Raises:
+        CheckpointError: the checkpoint, its config, tokenizer or encoder cannot be used.
+    """
+    say("reading the checkpoint")
+    checkpoint = load_checkpoint(source, config=options.config, raw=options.raw)
+    model = ELF(checkpoint.config)
+    model.load_state_dict(checkpoint.state)
+    model.eval()
+    with atomic_folder(output) as folder:
+        manifest = _describe(checkpoint, options, presets_for(checkpoint.config) | options.presets)
+        manifest |= _write_text_side(folder, checkpoint, options)
+        cond, mask = _sources(folder, manifest, checkpoint, options)
+        presets = {name: SamplingParams(**values) for name, values in manifest["presets"].items()}
+
+        say("running the reference model")
+        runs = plan_runs(checkpoint.config, presets, cond, mask, max_steps=REPLAY_STEPS, seed=0)
+        np.savez(folder / "replay.npz", **record(model, runs))
+
+        state = {name: tensor.numpy() for name, tensor in checkpoint.state.items()}
+        say("writing the fp32 graphs")
+        write_graphs(folder, checkpoint.config, state, FP32)
+        manifest["variants"] = {"fp32": _files("")}
+        manifest["precision"] = {}
+        lower = [Precision(name) for name in options.precisions if name != "fp32"]
+        if lower:
+            say("measuring activations")
+            longer = plan_runs(checkpoint.config, presets, cond, mask, max_steps=RANGE_STEPS, seed=1)
+            ranges = measure_ranges(model, longer)
+        for precision in lower:
+            say(f"writing the {precision.value} graphs")
+            plan = plan_precision(precision, checkpoint.config, state, ranges)
+            (folder / precision.value).mkdir()
+            write_graphs(folder / precision.value, checkpoint.config, state, plan)
+            manifest["variants"][precision.value] = _files(f"{precision.value}/")
+            manifest["precision"][precision.value] = plan.to_json()
+        write_manifest(folder, manifest)
+        for name in manifest["variants"]:
+            say(f"replaying the {name} bundle")
+            prove(folder, name)
+
+
+def _describe(checkpoint: Checkpoint, options: ExportOptions, presets: dict[str, SamplingParams]) -> dict[str, Any]:
+    return {
+        "exporter": f"elf-rt {__version__}",
+        "source": {
+            "checkpoint": checkpoint.path.name,
+            "sha256": checkpoint.sha256,
+            "weights": checkpoint.weights,
+        },
+        "model": checkpoint.config.to_json(),
+        "presets": {name: params.to_json() for name, params in presets.items()},
+        "tokenizer": {"pad_id": 0, "eos_id": 1, "append_eos": options.append_eos},
+        "encoder": None,
+    }
+
+
+def _write_text_side(folder: Path, checkpoint: Checkpoint, options: ExportOptions) -> dict[str, Any]:
+    """Tokenizer and encoder into the folder; their manifest entries."""
+    entries: dict[str, Any] = {}
+    config = checkpoint.config
+    beside = checkpoint.path.parent
+    encoder = options.encoder or _encoder_beside(beside, checkpoint.settings)
+    tokenizer = options.tokenizer or find_tokenizer(beside, encoder)
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, config.vocab_size)
+        shutil.copyfile(tokenizer, folder / "tokenizer.json")
+        entries["tokenizer"] = {"pad_id": 0, "eos_id": 1, "append_eos": options.append_eos, "file": "tokenizer.json"}
+    if config.max_input_length > 0 and encoder is not None:
+        entries["encoder"] = write_encoder(folder, encoder, latent_dim=config.latent_dim)
+    return entries
+
+
+def _encoder_beside(folder: Path, settings: dict[str, Any]) -> str | None:
+    """The encoder that lies beside the checkpoint, or the one that its YAML names."""
+    table = folder / "encoder.safetensors"
+    named = settings.get("encoder_model_name")
+    if table.is_file():
+        return str(table)
+    if isinstance(named, str) and (folder / named).is_dir():
+        return str(folder / named)
+    return named if isinstance(named, str) and "/" in named else None
+
+
+def _sources(
+    folder: Path, manifest: dict[str, Any], checkpoint: Checkpoint, options: ExportOptions
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Source latents (B, L, C) and mask (B, L) for the replay: of the given prompts, else of random tokens."""
+    if manifest["encoder"] is None:
+        return None, None
+    config = checkpoint.config
+    write_manifest(folder, manifest | {"variants": {}})
+    codec = TextCodec(Bundle.open(folder), lambda ids, mask: _run_encoder(folder / "encoder.onnx", ids, mask))
+    if options.prompts:
+        sources = codec.tokenize(options.prompts[:REPLAY_SOURCES])
+    else:
+        rng = np.random.default_rng(0)
+        widths = rng.integers(2, config.max_input_length, REPLAY_SOURCES, endpoint=True)
+        sources = [[*rng.integers(EOS_ID + 1, config.vocab_size, width - 1).tolist(), EOS_ID] for width in widths]
+    latents, mask = codec.encode(sources, config.max_length)
+    return torch.from_numpy(latents), torch.from_numpy(mask)
+
+
+def _run_encoder(path: Path, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """(B, S) ids and mask -> (B, S, C) latents, in ONNX Runtime."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, {"ids": ids, "mask": mask})[0])
+
+
+def _files(prefix: str) -> dict[str, str]:
+    names = {"denoiser": "denoiser.onnx", "discretizer": "discretizer.onnx", "weights": "weights.bin"}
+    return {part: prefix + name for part, name in names.items()}
+
+
+def read_presets(path: Path) -> dict[str, SamplingParams]:
+    """Named presets from a JSON file: {"name": {"steps": 8, ...}}."""
+    try:
+        return {name: SamplingParams(**values) for name, values in json.loads(path.read_text("utf-8")).items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a JSON mapping of presets: {error}") from None
