@@ -1,6 +1,6 @@
 """A small ONNX writer: nodes with tracked types, and weights streamed into one external file.
 
-onnx.helper is used directly, not torch.onnx.export, so that the type of every tensor and the form of every node is ours.
+onnx.helper is used directly, not torch.onnx.export: the type of every tensor and the form of every node are ours.
 """
 
 from collections.abc import Sequence
@@ -87,6 +87,11 @@ class GraphBuilder:
         """A float32 graph input; a string in the shape is a dynamic axis."""
         self._inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
         return Value(name, Precision.FP32)
+
+    def integer_input(self, name: str, shape: Sequence[int | str]) -> Value:
+        """An int64 graph input."""
+        self._inputs.append(helper.make_tensor_value_info(name, TensorProto.INT64, shape))
+        return Value(name, None)
 
     def output(self, value: Value, name: str, shape: Sequence[int | str]) -> None:
         """Publish `value` as graph output: float32, or int64 when it is not a float."""
