@@ -13,8 +13,9 @@
 // in one graph (captured for N, or for more and run for fewer), or the same cut into graphs of k steps, each closed by
 // elf_advance, which are launched again and again. A given start z instead of noise: write z and set base = 1.
 //
-// Launch: grid (ceil(length * width / (V * block)), batch), V = 4 elements a thread for float32, 8 for 16-bit types:
-// every access is 16 bytes wide where addresses and sizes allow it, and by element otherwise.
+// Launch: elf_advance as one thread; the others with grid (ceil(length * width / (V * block)), batch, 1), V = 4 elements
+// a thread for float32, 8 for 16-bit types: every access is 16 bytes wide where addresses and sizes allow it, and by
+// element otherwise.
 #include "integrator.h"
 
 namespace elf {

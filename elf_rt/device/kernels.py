@@ -83,6 +83,11 @@ def grid(batch: int, length: int, width: int, dtype: str) -> tuple[int, int, int
     return -(-length * width // elements), batch, 1
 
 
+def threads(name: str) -> int:
+    """The block size a kernel is launched with."""
+    return 1 if name == "elf_advance" else BLOCK
+
+
 def get_cubin(sm: int, cache: Path | None = None) -> bytes:
     """The kernels for compute capability `sm` (89 for 8.9), from the cache or compiled now.
 
@@ -123,7 +128,7 @@ def compile_cubin(sm: int) -> tuple[bytes, str]:
 def load_kernels(sm: int, cache: Path | None = None) -> dict[str, Any]:
     """The kernels by name (NAMES), as cuda.core kernels of the current context.
 
-    Only with a driver and a device made current: without one cuda.core does not return (see ``elf_rt.cudart.find_gpu``).
+    Only with a driver (``elf_rt.cudart.find_gpu``) and a device made current: cuda.core hangs without one.
     """
     from cuda.core import ObjectCode
 
