@@ -84,16 +84,17 @@ def find_weights(source: str | Path) -> tuple[Path, list[Path]]:
     match = _HUB_ID.fullmatch(str(source))
     if match is None:
         raise CheckpointError(f"no such file or folder: {source}")
-    root = download(match["repo"], match["sub"])
-    path = root / (match["sub"] or "")
+    sub = match["sub"]
+    root = download(match["repo"], [sub, f"{sub}/*", "*.yml", "*.yaml", "*.json"] if sub else None)
+    path = root / (sub or "")
     if not path.exists():
-        raise CheckpointError(f"the Hub model {match['repo']} has no {match['sub']}")
+        raise CheckpointError(f"the Hub model {match['repo']} has no {sub}")
     file = path if path.is_file() else _in_folder(path)
     return file, [file.parent, root]
 
 
-def download(repo: str, sub: str | None = None) -> Path:
-    """The local snapshot of a Hub model; with `sub`, only that folder or file and the small files beside it.
+def download(repo: str, patterns: list[str] | None = None) -> Path:
+    """The local snapshot of a Hub model: the files that match one of `patterns`, all of them by default.
 
     Raises:
         CheckpointError: the Hub is out of reach, or has no such model.
@@ -101,9 +102,8 @@ def download(repo: str, sub: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = [sub, f"{sub}/*", "*.yml", "*.yaml", "*.json"] if sub else None
     try:
-        return Path(snapshot_download(repo, allow_patterns=wanted))
+        return Path(snapshot_download(repo, allow_patterns=patterns))
     except (LocalEntryNotFoundError, ConnectionError) as error:
         raise CheckpointError(
             f"{repo} is no file or folder here, and the Hugging Face Hub cannot be reached: go online once, "

@@ -1,0 +1,236 @@
+"""The text side of a bundle: the source encoder (an embedding table or a T5), and the tokenizer beside it."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from elf_rt.errors import CheckpointError
+from elf_rt.export.layouts import download, printable, read_weights
+from elf_rt.export.t5 import T5Sizes, write_t5_encoder
+from elf_rt.params import ModelConfig
+
+TABLE = "embedding.weight"
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # T5's own names have no organisation: t5-small
+_HUB_FILES = ["config.json", "model.safetensors", "tokenizer.json", "spiece.model"]
+REPLAY_SOURCES = 4
+
+
+def write_encoder(folder: Path, source: str | Path, *, latent_dim: int, vocab_size: int = 0) -> dict[str, Any]:
+    """Writes the encoder into the bundle `folder` and returns its manifest entry: kind, file, source, vocab_size.
+
+    `source` is a safetensors file with `embedding.weight` (V, C), or the folder or Hub id of a T5 encoder in
+    Hugging Face's layout. The latents are not normalised: the runtime applies latent_mean and latent_std.
+
+    Raises:
+        CheckpointError: no such encoder, another architecture, damaged weights, another width than the model's
+            `latent_dim`, or fewer rows than `vocab_size` tokens.
+    """
+    root = _local(source)
+    if root.is_file():
+        entry = _write_table(folder, root, latent_dim, vocab_size)
+    else:
+        entry = _write_t5(folder, root, latent_dim, vocab_size)
+    return entry | {"source": Path(source).name if Path(source).exists() else str(source)}
+
+
+def _local(source: str | Path) -> Path:
+    """A file or folder here; a Hub id is downloaded."""
+    if Path(source).exists():
+        return Path(source)
+    if not _HUB_NAME.fullmatch(str(source)):
+        raise CheckpointError(f"no such encoder: {source}")
+    return download(str(source), _HUB_FILES)
+
+
+def _write_table(folder: Path, path: Path, latent_dim: int, vocab_size: int) -> dict[str, Any]:
+    table = _tensors(path).get(TABLE)
+    if not isinstance(table, torch.Tensor) or table.ndim != 2:
+        raise CheckpointError(f"{path} has no table {TABLE} (V, C)")
+    if table.dtype not in (torch.float16, torch.float32):
+        table = table.float()  # numpy has no bfloat16
+    _check_width(path, table.shape[1], latent_dim)
+    _check_rows(path, table.shape[0], vocab_size)
+    if not torch.isfinite(table).all():
+        raise CheckpointError(f"{path}: {TABLE} is not finite")
+    np.save(folder / "embedding.npy", table.numpy())
+    return {"kind": "embedding", "file": "embedding.npy", "vocab_size": table.shape[0]}
+
+
+def _write_t5(folder: Path, root: Path, latent_dim: int, vocab_size: int) -> dict[str, Any]:
+    sizes = T5Sizes.read(_read_config(root), root)
+    _check_width(root, sizes.d_model, latent_dim)
+    _check_rows(root, sizes.vocab_size, vocab_size)
+    path = root / "model.safetensors"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{root} has no model.safetensors: save it with transformers (T5EncoderModel, save_pretrained)"
+        )
+    tensors = _tensors(path)
+    if "shared.weight" not in tensors and "encoder.embed_tokens.weight" in tensors:
+        tensors["shared.weight"] = tensors["encoder.embed_tokens.weight"]
+    shapes = sizes.shapes()
+    missing = [name for name in shapes if name not in tensors]
+    wrong = [
+        f"{name} {tuple(tensors[name].shape)} for {shape}"
+        for name, shape in shapes.items()
+        if name in tensors and tuple(tensors[name].shape) != shape
+    ]
+    broken = [name for name in shapes if name in tensors and not torch.isfinite(tensors[name]).all()]
+    faults = {"missing": missing, "mis-shaped": wrong, "not finite": broken}
+    listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in faults.items() if names)
+    if listed:
+        raise CheckpointError(f"{path} is not the encoder that its config.json describes: {listed}")
+    write_t5_encoder(folder, sizes, {name: tensors[name].float().numpy() for name in shapes})
+    _prove(folder, sizes)
+    return {"kind": "onnx", "file": "encoder.onnx", "vocab_size": sizes.vocab_size}
+
+
+def _tensors(path: Path) -> dict[str, Any]:
+    return dict(read_weights(path).ema or {})
+
+
+def _read_config(root: Path) -> Mapping[str, Any]:
+    path = root / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{root} has no config.json, so it is not an encoder in Hugging Face's layout")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got a {type(config).__name__}")
+    return config
+
+
+def _check_width(where: Path, width: int, latent_dim: int) -> None:
+    if width != latent_dim:
+        raise CheckpointError(
+            f"{where} is {width} wide, the checkpoint's latents are {latent_dim}: name the encoder it was trained with"
+        )
+
+
+def _check_rows(where: Path, rows: int, vocab_size: int) -> None:
+    if rows < vocab_size:
+        raise CheckpointError(f"{where} knows {rows} tokens, fewer than the {vocab_size} of the tokenizer")
+
+
+def _prove(folder: Path, sizes: T5Sizes) -> None:
+    """Runs the written graph once: what an engine refuses, or what overflows, must not reach a bundle."""
+    ids = np.arange(2 * 7, dtype=np.int64).reshape(2, 7) % sizes.vocab_size
+    mask = np.ones_like(ids)
+    mask[1, 3:] = 0
+    latents = _run_onnx(folder / "encoder.onnx", ids, mask)
+    if latents.shape != (2, 7, sizes.d_model) or not np.isfinite(latents).all():
+        raise CheckpointError("the encoder's latents are not finite: its weights are damaged")
+
+
+def _run_onnx(path: Path, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (latents,) = session.run(None, {"ids": ids, "mask": mask})
+    return np.asarray(latents)
+
+
+def find_tokenizer(checkpoint_folder: Path, encoder_source: str | Path | None) -> Path | None:
+    """The tokenizer.json beside the checkpoint, else beside the encoder or in its Hub snapshot; None: there is none.
+
+    Raises:
+        CheckpointError: there is only a SentencePiece model, which must be converted first; or the Hub is out of reach.
+    """
+    folders = [checkpoint_folder]
+    if encoder_source is not None and not (checkpoint_folder / "tokenizer.json").is_file():
+        root = _local(encoder_source)
+        folders.append(root.parent if root.is_file() else root)
+    for folder in folders:
+        if (folder / "tokenizer.json").is_file():
+            return folder / "tokenizer.json"
+    for folder in folders:
+        if (folder / "spiece.model").is_file():
+            raise CheckpointError(
+                f"{folder} has spiece.model but no tokenizer.json: convert it with transformers, "
+                f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+            )
+    return None
+
+
+def check_tokenizer(path: Path, vocab_size: int) -> int:
+    """The number of tokens in a tokenizer.json, which must not exceed the `vocab_size` of the model's head.
+
+    Raises:
+        CheckpointError: the file is no tokenizer, or has a token that the head cannot write.
+    """
+    tokens = max(_load_tokenizer(path).get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    if not 0 < tokens <= vocab_size:
+        raise CheckpointError(
+            f"{path} has {tokens} tokens, the model's head {vocab_size}: name the tokenizer it was trained with"
+        )
+    return tokens
+
+
+def _load_tokenizer(path: Path) -> Any:
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except Exception as error:  # tokenizers raises Exception itself
+        raise CheckpointError(f"{path} is not a tokenizer.json ({printable(error)})") from error
+
+
+def encode_sources(
+    folder: Path, manifest: Mapping[str, Any], config: ModelConfig, prompts: Sequence[str]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Source latents (B, L, C) and mask (B, L) of the texts, or of random tokens of mixed lengths without any.
+
+    `folder` and `manifest` are those of the bundle in the making, with its encoder and tokenizer in place.
+
+    Raises:
+        CheckpointError: a prompt has no token, or there is no tokenizer for it.
+    """
+    sources = _tokenize(folder, manifest, config, prompts) if prompts else _random_sources(manifest, config)
+    width = max(map(len, sources))
+    ids = np.full((len(sources), width), manifest["tokenizer"]["pad_id"], np.int64)  # (B, S)
+    mask = np.zeros((len(sources), config.max_length), bool)  # (B, L)
+    for row, source in enumerate(sources):
+        ids[row, : len(source)] = source
+        mask[row, : len(source)] = True
+    encoder = manifest["encoder"]
+    if encoder["kind"] == "embedding":
+        encoded = np.load(folder / encoder["file"], mmap_mode="r")[ids]  # (B, S, C)
+    else:
+        encoded = _run_onnx(folder / encoder["file"], ids, mask[:, :width].astype(np.int64))
+    latents = np.zeros((*mask.shape, config.latent_dim), np.float32)
+    latents[:, :width] = (encoded - np.float32(config.latent_mean)) / np.float32(config.latent_std)
+    return torch.from_numpy(np.where(mask[..., None], latents, np.float32(0))), torch.from_numpy(mask)
+
+
+def _tokenize(
+    folder: Path, manifest: Mapping[str, Any], config: ModelConfig, prompts: Sequence[str]
+) -> list[list[int]]:
+    entry = manifest["tokenizer"]
+    if "file" not in entry:
+        raise CheckpointError("prompts need a tokenizer: name one with --tokenizer")
+    tokenizer = _load_tokenizer(folder / entry["file"])
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    sources = [tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in prompts]
+    for prompt, ids in zip(prompts, sources, strict=True):
+        if not ids:
+            raise CheckpointError(f"the prompt {prompt!r} has no token in it")
+    end = [entry["eos_id"]] if entry["append_eos"] else []
+    return [[*ids, *end][: config.max_input_length] for ids in sources]
+
+
+def _random_sources(manifest: Mapping[str, Any], config: ModelConfig) -> list[list[int]]:
+    """Sources of 1 to max_input_length tokens, the same at every export; without padding and EOS, ids 0 and 1."""
+    random = np.random.default_rng(0)
+    lengths = np.linspace(config.max_input_length, 1, REPLAY_SOURCES).round().astype(int)
+    tokens = min(config.vocab_size, manifest["encoder"]["vocab_size"])
+    return [random.integers(2, tokens, length).tolist() for length in lengths]
