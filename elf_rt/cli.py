@@ -13,6 +13,7 @@ from elf_rt.errors import ElfError
 COMMANDS = {  # name -> (module in elf_rt.commands, one line for --help)
     "export": ("export", "Turn a trained checkpoint into a bundle."),
     "generate": ("generate", "Write text from a bundle."),
+    "eval": ("evaluate", "Measure how good the text is."),
     "verify": ("verify", "Prove that a bundle writes what the reference model writes."),
     "info": ("info", "Show what is in a bundle."),
     "doctor": ("doctor", "Show which backends work on this machine, and why the others do not."),

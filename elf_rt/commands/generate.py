@@ -150,8 +150,8 @@ def _record(result: Any, reference: str | None) -> dict[str, Any]:
     return record
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Records with a string ``input`` and perhaps a string ``output``; ``-`` is standard input."""
+def read_jsonl(path: Path, field: str = "input") -> list[dict[str, Any]]:
+    """Records whose ``field`` is a string; ``-`` is standard input."""
     name = "standard input" if str(path) == "-" else str(path)
     try:
         data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
@@ -168,8 +168,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except ValueError:
             record = None
-        if not isinstance(record, dict) or not isinstance(record.get("input"), str):
-            raise InputError(f'{name} line {number} is not a JSON object with a text "input"')
+        if not isinstance(record, dict) or not isinstance(record.get(field), str):
+            raise InputError(f'{name} line {number} is not a JSON object with a text "{field}"')
         records.append(record)
     if not records:
         raise InputError(f"{name} has no line in it")

@@ -1,0 +1,278 @@
+"""``elf-rt eval``: how good the text is, of a JSONL file or of texts written now."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from elf_rt import evaluation
+from elf_rt.bundle import Bundle
+from elf_rt.commands.generate import read_jsonl
+from elf_rt.commands.options import SAMPLING_NAMES, backend_options, sampling_options
+from elf_rt.console import note, progress
+from elf_rt.errors import InputError
+
+METRICS = ("fluency", "accuracy", "agreement", "self-bleu")
+
+
+@dataclass(frozen=True)
+class Run:
+    """The texts of one seed (of one file: seed None), and their tokens."""
+
+    seed: int | None
+    texts: list[str]
+    tokens: list[evaluation.Tokens]
+
+
+@click.command("eval")
+@click.argument("bundle", type=click.Path(path_type=Path), required=False)
+@click.option(
+    "--input",
+    "input_path",
+    type=click.Path(allow_dash=True, path_type=Path),
+    help="JSONL: texts to evaluate (field text), or with BUNDLE prompts (field input).",
+)
+@click.option(
+    "--references",
+    "references_path",
+    type=click.Path(path_type=Path),
+    help="JSONL with a field output.  [default: the field output of --input]",
+)
+@click.option(
+    "--against",
+    "against_path",
+    type=click.Path(path_type=Path),
+    help="JSONL of another run (field text), to measure agreement.",
+)
+@click.option(
+    "--lm",
+    "lm_path",
+    type=click.Path(path_type=Path),
+    help="Local folder of a Hugging Face causal language model, for perplexity.",
+)
+@click.option(
+    "--tokenizer",
+    "tokenizer_path",
+    type=click.Path(path_type=Path),
+    help="Bundle or tokenizer.json whose tokens are counted.  [default: BUNDLE's, else --lm's, else words]",
+)
+@click.option(
+    "--metric",
+    "metrics",
+    type=click.Choice(METRICS),
+    multiple=True,
+    help="Only this; may be given several times.  [default: all that the files allow, but self-bleu]",
+)
+@click.option(
+    "-n", "n", type=click.IntRange(1), default=1, help="With BUNDLE: texts for each prompt, or texts without one."
+)
+@click.option("--seed", type=click.IntRange(0), default=0, help="With BUNDLE: the first seed.")
+@click.option(
+    "--seeds",
+    type=click.IntRange(1),
+    default=1,
+    help="With BUNDLE: how often to write all texts; gives mean and deviation.",
+)
+@sampling_options
+@backend_options
+@click.option("--json", "as_json", is_flag=True, help="One JSON object: runs, mean, deviation.")
+def command(bundle: Path | None, **options: Any) -> None:
+    """Measure texts: fluency, and agreement with references or with another run.
+
+    Perplexity, entropy and repetition are always shown together, because repetitive text has a low perplexity.
+    """
+    if options["input_path"] is None and bundle is None:
+        raise click.UsageError("give --input FILE.jsonl with texts to evaluate, or a BUNDLE to write some")
+    records = _records(bundle, options["input_path"])
+    references = _references(records, options)
+    other = None if options["against_path"] is None else _texts(options["against_path"])
+    wanted = _wanted(options["metrics"], references, other)
+    model = None if options["lm_path"] is None else evaluation.LanguageModel(options["lm_path"])
+    tokenize, unit = _tokenizer(bundle, options["tokenizer_path"], model)
+    runs = _file_run(records, tokenize) if bundle is None else _generated_runs(bundle, records, tokenize, options)
+
+    results = []
+    for run in runs:
+        expected = (
+            None if references is None else [r for r in references for _ in range(len(run.texts) // len(references))]
+        )
+        results.append(
+            {"seed": run.seed, "texts": len(run.texts)} | _measure(run, wanted, expected, other, model, tokenize)
+        )
+    summary = _summary(results, unit)
+    if options["as_json"]:
+        click.echo(json.dumps(summary))
+    else:
+        _show(summary)
+
+
+def _measure(
+    run: Run,
+    wanted: set[str],
+    references: list[str] | None,
+    other: list[str] | None,
+    model: evaluation.LanguageModel | None,
+    tokenize: Callable[[str], evaluation.Tokens],
+) -> dict[str, float | None]:
+    """The wanted numbers of one run, by name."""
+    values: dict[str, float | None] = {}
+    if "fluency" in wanted:
+        perplexity = None
+        if model is not None:
+            with progress("perplexity", total=len(run.texts)) as ticker:
+                perplexity = model.perplexity(run.texts, ticker.update).value
+        values |= asdict(evaluation.fluency(run.tokens, perplexity))
+    if "accuracy" in wanted:
+        assert references is not None
+        values |= asdict(evaluation.accuracy(run.texts, references))
+    if "agreement" in wanted:
+        assert other is not None
+        values |= asdict(evaluation.agreement(run.tokens, [tokenize(text) for text in other]))
+    if "self-bleu" in wanted:
+        with progress("self-BLEU", total=len(run.texts)) as ticker:
+            values["self_bleu"] = evaluation.self_bleu(run.texts, ticker.update)
+    return values
+
+
+def _wanted(metrics: tuple[str, ...], references: list[str] | None, other: list[str] | None) -> set[str]:
+    if not metrics:
+        given = (("accuracy", references), ("agreement", other))
+        return {"fluency"} | {name for name, needs in given if needs is not None}
+    if "accuracy" in metrics and references is None:
+        raise InputError(
+            "there are no references for exact match, BLEU and ROUGE: give --references FILE.jsonl, "
+            'or a field "output" in --input'
+        )
+    if "agreement" in metrics and other is None:
+        raise InputError("there is no other run to agree with: give --against FILE.jsonl")
+    return set(metrics)
+
+
+def _records(bundle: Path | None, path: Path | None) -> list[dict[str, Any]]:
+    if path is None:
+        return []
+    return read_jsonl(path, "text" if bundle is None else "input")
+
+
+def _texts(path: Path) -> list[str]:
+    return [record["text"] for record in read_jsonl(path, "text")]
+
+
+def _references(records: list[dict[str, Any]], options: dict[str, Any]) -> list[str] | None:
+    """One reference for each record; None when there are none at all."""
+    if options["references_path"] is not None:
+        references = [record["output"] for record in read_jsonl(options["references_path"], "output")]
+        if len(references) != len(records):
+            raise InputError(
+                f"{options['references_path']} has {len(references)} references for {len(records)} records"
+            )
+        return references
+    missing = [number for number, record in enumerate(records, 1) if not isinstance(record.get("output"), str)]
+    if len(missing) == len(records):
+        return None
+    if missing:
+        raise InputError(f'{options["input_path"]}: record {missing[0]} has no text "output", but others have')
+    return [record["output"] for record in records]
+
+
+def _tokenizer(
+    bundle: Path | None, path: Path | None, model: evaluation.LanguageModel | None
+) -> tuple[Callable[[str], evaluation.Tokens], str]:
+    """How a text is cut into the tokens that are counted, and the name of these tokens."""
+    if path is None and bundle is not None and "file" in Bundle.open(bundle).tokenizer:
+        path = bundle
+    if path is None:
+        return (str.split, "words") if model is None else (model.tokenize, f"tokens of {model.path.name}")
+    if path.is_dir():
+        opened = Bundle.open(path)
+        if "file" not in opened.tokenizer:
+            raise InputError(f"{path} has no tokenizer: give --tokenizer tokenizer.json")
+        file, name = opened.path(opened.tokenizer["file"]), opened.name
+    else:
+        file, name = path, path.name
+    from tokenizers import Tokenizer
+
+    if not file.is_file():
+        raise InputError(f"no tokenizer at {file}")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing narrower
+        raise InputError(f"{file} is not a tokenizer.json: {error}") from None
+    return (lambda text: tokenizer.encode(text, add_special_tokens=False).ids), f"tokens of {name}"
+
+
+def _file_run(records: list[dict[str, Any]], tokenize: Callable[[str], evaluation.Tokens]) -> Iterator[Run]:
+    texts = [record["text"] for record in records]
+    yield Run(None, texts, [tokenize(text) for text in texts])
+
+
+def _generated_runs(
+    bundle: Path, records: list[dict[str, Any]], tokenize: Callable[[str], evaluation.Tokens], options: dict[str, Any]
+) -> Iterator[Run]:
+    """One run for each seed. Runs share no sample: each takes n seeds of its own."""
+    from elf_rt.model import load
+
+    prompts = [record["input"] for record in records] or None
+    sampling = {name: options[name] for name in ("preset", *SAMPLING_NAMES)}
+    with ExitStack() as stack:
+        model = stack.enter_context(
+            load(bundle, options["backend"], precision=options["precision"], threads=options["threads"])
+        )
+        note(f"{model.params(**sampling).steps} steps, {model.backend_reason}")
+        total = options["seeds"]
+        ticker = stack.enter_context(progress("writing", total=total))
+        for k in range(total):
+            seed = options["seed"] + k * options["n"]
+            results = model.generate(
+                prompts,
+                options["n"],
+                seed=seed,
+                on_step=lambda done, all_, k=k: ticker.update(k + done / all_),
+                **sampling,
+            )
+            if any(result.text is None for result in results):
+                raise InputError(f"{bundle} has no tokenizer, so there is no text to evaluate: export with --tokenizer")
+            texts = [str(result.text) for result in results]
+            yield Run(seed, texts, [tokenize(text) for text in texts])
+
+
+def _summary(results: list[dict[str, Any]], unit: str) -> dict[str, Any]:
+    """Mean and sample deviation over runs; the deviation of one run is None."""
+    mean, deviation = {}, {}
+    for name in [key for key in results[0] if key not in ("seed", "texts")]:
+        values = [result[name] for result in results]
+        known = None not in values
+        mean[name] = float(np.mean(values)) if known else None
+        deviation[name] = float(np.std(values, ddof=1)) if known and len(values) > 1 else None
+    return {"unit": unit, "runs": results, "mean": mean, "deviation": deviation}
+
+
+def _show(summary: dict[str, Any]) -> None:
+    mean, deviation = summary["mean"], summary["deviation"]
+
+    def value(name: str, digits: int) -> str:
+        if mean[name] is None:
+            return "not measured (no --lm)"
+        spread = "" if deviation[name] is None else f" ± {deviation[name]:.{digits}f}"
+        return f"{mean[name]:.{digits}f}{spread}"
+
+    runs = summary["runs"]
+    click.echo(f"{runs[0]['texts']} texts" + (f", {len(runs)} seeds: mean ± deviation" if len(runs) > 1 else ""))
+    if "entropy" in mean:
+        click.echo(
+            f"perplexity {value('perplexity', 2)}, entropy {value('entropy', 3)} nats, "
+            f"repeated 5-grams {value('repetition', 4)}"
+        )
+        click.echo(f"distinct-1 {value('distinct_1', 3)}, distinct-2 {value('distinct_2', 3)} ({summary['unit']})")
+    if "exact_match" in mean:
+        rouge = " / ".join(value(f"rouge_{kind}", 1) for kind in ("1", "2", "l"))
+        click.echo(f"exact match {value('exact_match', 4)}, BLEU {value('bleu', 2)}, ROUGE-1/2/L {rouge}")
+    if "token_agreement" in mean:
+        click.echo(f"token agreement {value('token_agreement', 4)}, edit distance {value('edit_distance', 4)}")
+    if "self_bleu" in mean:
+        click.echo(f"self-BLEU {value('self_bleu', 2)}")

@@ -1,0 +1,252 @@
+"""What the text is worth: fluency without references, and agreement with references or with another run.
+
+A low perplexity alone proves nothing, for a text that repeats itself scores low. So `Fluency` keeps the three numbers
+that are read together: perplexity under a language model, unigram entropy, and the share of repeated 5-grams.
+Libraries of the extra ``elf-rt[eval]`` are imported by the functions that need them.
+"""
+
+import importlib
+import math
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from elf_rt.errors import InputError
+
+Tokens = Sequence[Hashable]  # the tokens of one text: ids, or words
+
+MAX_LM_TOKENS = 1024  # as the official evaluation cuts a text
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp(nll / tokens) over a whole corpus: nll in nats, tokens = how many were predicted."""
+
+    nll: float
+    tokens: int
+
+    @property
+    def value(self) -> float:
+        return math.exp(min(self.nll / self.tokens, 700.0))
+
+
+@dataclass(frozen=True)
+class Fluency:
+    """The three numbers that mean something only together.
+
+    perplexity: under a language model; None when none was given. entropy: of the unigrams of a text, nats, mean.
+    repetition: share of a text's 5-grams that repeat an earlier one, mean. distinct_1, distinct_2: distinct n-grams
+    over all n-grams of the corpus.
+    """
+
+    perplexity: float | None
+    entropy: float
+    repetition: float
+    distinct_1: float
+    distinct_2: float
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Against references. exact_match in 0..1; BLEU (sacrebleu) and ROUGE F-measures (rouge-score) in 0..100."""
+
+    exact_match: float
+    bleu: float
+    rouge_1: float
+    rouge_2: float
+    rouge_l: float
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """With another run: share of equal tokens, and edit distance over the longer length, both means over texts."""
+
+    token_agreement: float
+    edit_distance: float
+
+
+def fluency(sequences: Sequence[Tokens], perplexity: float | None = None) -> Fluency:
+    """`Fluency` of a corpus of token sequences, with a perplexity measured elsewhere."""
+    return Fluency(
+        perplexity,
+        unigram_entropy(sequences),
+        repetition(sequences, 5),
+        distinct(sequences, 1),
+        distinct(sequences, 2),
+    )
+
+
+def unigram_entropy(sequences: Sequence[Tokens]) -> float:
+    """Mean over texts of -Σ p ln p, where p are the relative counts of the text's own tokens. An empty text has 0."""
+    _require(sequences)
+    return float(np.mean([_entropy(tokens) for tokens in sequences]))
+
+
+def repetition(sequences: Sequence[Tokens], n: int = 5) -> float:
+    """Mean over texts of 1 - distinct n-grams / n-grams. A text shorter than n has 0."""
+    _require(sequences)
+    shares = []
+    for tokens in sequences:
+        grams = _ngrams(tokens, n)
+        shares.append(1.0 - len(set(grams)) / len(grams) if grams else 0.0)
+    return float(np.mean(shares))
+
+
+def distinct(sequences: Sequence[Tokens], n: int) -> float:
+    """Distinct n-grams over all n-grams of the corpus (Li et al. 2016, distinct-n); 0 when there is none."""
+    _require(sequences)
+    grams = [gram for tokens in sequences for gram in _ngrams(tokens, n)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def accuracy(texts: Sequence[str], references: Sequence[str]) -> Accuracy:
+    """`Accuracy` of texts against one reference each. Needs ``elf-rt[eval]``."""
+    _require(texts, references)
+    scorer = _library("rouge_score.rouge_scorer").RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    scores = [scorer.score(reference, text) for text, reference in zip(texts, references, strict=True)]
+    rouge = {kind: 100.0 * float(np.mean([s[kind].fmeasure for s in scores])) for kind in scores[0]}
+    bleu = _library("sacrebleu").corpus_bleu(list(texts), [list(references)]).score
+    return Accuracy(exact_match(texts, references), float(bleu), rouge["rouge1"], rouge["rouge2"], rouge["rougeL"])
+
+
+def exact_match(texts: Sequence[str], references: Sequence[str]) -> float:
+    """Share of texts equal to their reference, white space at both ends aside."""
+    _require(texts, references)
+    return float(np.mean([t.strip() == r.strip() for t, r in zip(texts, references, strict=True)]))
+
+
+def self_bleu(texts: Sequence[str], on_text: Callable[[int], None] | None = None) -> float:
+    """Mean BLEU of each text against all the others (Zhu et al. 2018, Texygen): 100 when all are equal.
+
+    Needs ``elf-rt[eval]``. Its time grows with the square of the number of texts. on_text is told how many are done.
+    """
+    if len(texts) < 2:
+        raise InputError("self-BLEU needs at least two texts")
+    bleu = _library("sacrebleu").BLEU(effective_order=True)
+    scores = []
+    for i, text in enumerate(texts):
+        scores.append(bleu.sentence_score(text, [*texts[:i], *texts[i + 1 :]]).score)
+        if on_text is not None:
+            on_text(i + 1)
+    return float(np.mean(scores))
+
+
+def agreement(run: Sequence[Tokens], other: Sequence[Tokens]) -> Agreement:
+    """`Agreement` of two runs over the same inputs, text by text."""
+    _require(run, other)
+    pairs = list(zip(run, other, strict=True))
+    return Agreement(
+        float(np.mean([token_agreement(a, b) for a, b in pairs])),
+        float(np.mean([edit_distance(a, b) for a, b in pairs])),
+    )
+
+
+def token_agreement(a: Tokens, b: Tokens) -> float:
+    """Share of positions with equal tokens; where one text is longer, its surplus disagrees."""
+    longest = max(len(a), len(b))
+    return sum(x == y for x, y in zip(a, b, strict=False)) / longest if longest else 1.0
+
+
+def edit_distance(a: Tokens, b: Tokens) -> float:
+    """Levenshtein distance (insert, delete, substitute) over the length of the longer text; 0 for two empty ones."""
+    codes: dict[Hashable, int] = {}
+    left, right = (np.array([codes.setdefault(token, len(codes)) for token in s], np.int64) for s in (a, b))
+    across = np.arange(len(right) + 1)
+    row = across
+    for i, token in enumerate(left, 1):
+        best = np.minimum(row[1:] + 1, row[:-1] + (right != token))  # deletion, substitution
+        # Insertions run along the row: row[j] = min over k <= j of (best[k] + j - k).
+        row = np.minimum.accumulate(np.concatenate([[i], best]) - across) + across
+    return float(row[-1]) / max(len(left), len(right), 1)
+
+
+class LanguageModel:
+    """A local Hugging Face causal language model, for perplexity. Needs ``elf-rt[eval]``.
+
+    Args:
+        path: a folder with the model and its tokenizer; nothing is downloaded.
+
+    Raises:
+        InputError: the folder is not there, or holds no causal language model with a tokenizer.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not (self.path / "config.json").is_file():
+            raise InputError(
+                f"no language model at {path}: give a local folder with config.json, weights and tokenizer"
+            )
+        self._torch = _library("torch")
+        transformers = _library("transformers")
+        # transformers reports what is wrong with a folder by several exception types.
+        try:
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+            model = transformers.AutoModelForCausalLM.from_pretrained(self.path, local_files_only=True)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f"cannot open the language model at {path}: {reason}") from None
+        self._device = "cuda" if self._torch.cuda.is_available() else "cpu"
+        self._model = model.to(self._device).eval()
+        limit = getattr(model.config, "max_position_embeddings", None) or MAX_LM_TOKENS
+        self.max_tokens = min(MAX_LM_TOKENS, limit)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text, cut to ``max_tokens``."""
+        ids: list[int] = self.tokenizer(text, truncation=True, max_length=self.max_tokens)["input_ids"]
+        return ids
+
+    def nll(self, ids: Sequence[int]) -> float:
+        """-Σ ln p(id_i | id_0 .. id_{i-1}) over i ≥ 1, nats, in float32; the first token is not predicted."""
+        torch = self._torch
+        tokens = torch.tensor([list(ids)], device=self._device)
+        with torch.inference_mode():
+            logits = self._model(tokens).logits[0, :-1].float()
+        return float(torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum"))
+
+    def perplexity(self, texts: Sequence[str], on_text: Callable[[int], None] | None = None) -> Perplexity:
+        """Corpus perplexity by the official recipe: retokenise, cut to 1024, exp(total NLL / total tokens).
+
+        Texts of fewer than two tokens predict nothing and are left out. on_text is told how many texts are done.
+
+        Raises:
+            InputError: no text has two tokens.
+        """
+        nll, tokens = 0.0, 0
+        for done, text in enumerate(texts, 1):
+            ids = self.tokenize(text)
+            if len(ids) > 1:
+                nll += self.nll(ids)
+                tokens += len(ids) - 1
+            if on_text is not None:
+                on_text(done)
+        if tokens == 0:
+            raise InputError("no text has two tokens, so there is no perplexity to measure")
+        return Perplexity(nll, tokens)
+
+
+def _entropy(tokens: Tokens) -> float:
+    counts = np.array(list(Counter(tokens).values()), np.float64)
+    shares = counts / max(len(tokens), 1)
+    return float(-np.sum(shares * np.log(shares)))
+
+
+def _ngrams(tokens: Tokens, n: int) -> list[tuple[Hashable, ...]]:
+    return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+
+
+def _require(first: Sequence[Any], second: Sequence[Any] | None = None) -> None:
+    if not len(first):
+        raise InputError("there is no text to evaluate")
+    if second is not None and len(first) != len(second):
+        raise InputError(f"there are {len(first)} texts but {len(second)} to compare them with: give one for each")
+
+
+def _library(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise InputError(f"{name.split('.')[0]} is not installed: pip install 'elf-rt[eval]'") from None

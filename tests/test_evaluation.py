@@ -1,0 +1,212 @@
+"""Metrics against values worked out by hand, and against independent computations."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elf_rt import evaluation
+from elf_rt.cli import main
+from elf_rt.errors import InputError
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "dog", "ran"]
+
+
+def test_entropy_by_hand() -> None:
+    # p = 1/2, 1/4, 1/4 has entropy 1.5 ln 2; four equal shares have 2 ln 2.
+    assert evaluation.unigram_entropy([list("aabc")]) == pytest.approx(1.5 * math.log(2))
+    assert evaluation.unigram_entropy([list("aabc"), list("abcd")]) == pytest.approx(1.75 * math.log(2))
+    assert evaluation.unigram_entropy([["a"] * 9]) == 0
+
+
+def test_repetition_by_hand() -> None:
+    # "abababab" has 7 bigrams, 2 of them distinct.
+    assert evaluation.repetition([list("abababab")], 2) == pytest.approx(5 / 7)
+    assert evaluation.repetition([list("abababab"), list("abcdefgh")], 2) == pytest.approx(5 / 14)
+    assert evaluation.repetition([list("abcd")], 5) == 0  # no 5-gram at all
+
+
+def test_distinct_counts_over_the_corpus() -> None:
+    # ab, bc | ab, bd: three distinct of four.
+    assert evaluation.distinct([list("abc"), list("abd")], 2) == pytest.approx(3 / 4)
+    assert evaluation.distinct([list("a")], 2) == 0
+
+
+def test_accuracy_by_hand() -> None:
+    # Clipped precisions 5/6, 3/5, 2/4, 1/3 and no brevity penalty; ROUGE-1 5/6, ROUGE-2 3/5, ROUGE-L 5/6.
+    result = evaluation.accuracy(["the cat sat on the mat"], ["the cat sat on a mat"])
+    assert result.bleu == pytest.approx(100 * (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25)
+    assert result.rouge_1 == pytest.approx(100 * 5 / 6)
+    assert result.rouge_2 == pytest.approx(100 * 3 / 5)
+    assert result.rouge_l == pytest.approx(100 * 5 / 6)
+    assert result.exact_match == 0
+
+
+def test_exact_match_forgives_white_space_at_the_ends_only() -> None:
+    assert evaluation.exact_match([" a b", "a  b", "a b", "A b"], ["a b"] * 4) == 0.5
+
+
+def test_self_bleu() -> None:
+    assert evaluation.self_bleu(["the cat sat on the mat"] * 3) == pytest.approx(100)
+    assert evaluation.self_bleu(["a b c d e", "f g h i j"]) < 5
+    # Each against two references: counts clip at the most any one reference has.
+    mixed = evaluation.self_bleu(["a b c d", "a b c d", "w x y z"])
+    assert 60 < mixed < 70
+
+
+@given(st.text("abc", max_size=12), st.text("abc", max_size=12))
+def test_edit_distance_against_the_textbook_table(a: str, b: str) -> None:
+    table = np.zeros((len(a) + 1, len(b) + 1))
+    table[:, 0], table[0] = np.arange(len(a) + 1), np.arange(len(b) + 1)
+    for i in range(1, len(a) + 1):
+        for j in range(1, len(b) + 1):
+            change = table[i - 1, j - 1] + (a[i - 1] != b[j - 1])
+            table[i, j] = min(table[i - 1, j] + 1, table[i, j - 1] + 1, change)
+    assert evaluation.edit_distance(a, b) == pytest.approx(table[-1, -1] / max(len(a), len(b), 1))
+
+
+def test_agreement_by_hand() -> None:
+    assert evaluation.edit_distance("kitten", "sitting") == pytest.approx(3 / 7)
+    # One insertion at the front: every position disagrees, one edit.
+    result = evaluation.agreement([list("abcd"), list("abcd")], [list("xabcd"), list("abcd")])
+    assert result.token_agreement == pytest.approx(0.5)
+    assert result.edit_distance == pytest.approx(0.1)
+
+
+def test_empty_and_unequal_corpora_are_refused() -> None:
+    with pytest.raises(InputError, match="no text"):
+        evaluation.unigram_entropy([])
+    with pytest.raises(InputError, match="2 texts but 1"):
+        evaluation.exact_match(["a", "b"], ["a"])
+    with pytest.raises(InputError, match="at least two"):
+        evaluation.self_bleu(["a"])
+
+
+@pytest.fixture(scope="module")
+def lm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny GPT-2 with random weights and a tokenizer of whole words, in Hugging Face layout."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("lm")
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)} | {"<unk>": len(WORDS)}, "<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(folder)
+    torch.manual_seed(0)
+    size = len(WORDS) + 1
+    config = GPT2Config(vocab_size=size, n_positions=16, n_embd=16, n_layer=1, n_head=2, initializer_range=1.0)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_perplexity_against_probabilities_read_one_by_one(lm_folder: Path) -> None:
+    import torch
+    from transformers import GPT2LMHeadModel
+
+    texts = ["the cat sat on a mat", "dog ran", "sat"]  # the last predicts nothing
+    network = GPT2LMHeadModel.from_pretrained(lm_folder).double().eval()
+    nll, tokens = 0.0, 0
+    for text in texts:
+        ids = [WORDS.index(word) for word in text.split()]
+        for i in range(1, len(ids)):
+            with torch.no_grad():
+                row = network(torch.tensor([ids[:i]])).logits[0, -1].numpy()
+            nll -= math.log(np.exp(row[ids[i]]) / np.exp(row).sum())
+            tokens += 1
+    done: list[int] = []
+    result = evaluation.LanguageModel(lm_folder).perplexity(texts, done.append)
+    assert result.tokens == tokens == 6
+    assert result.value == pytest.approx(math.exp(nll / tokens), rel=1e-5)
+    assert result.value > 2  # random weights of deviation 1 are far from uniform and from certain
+    assert done == [1, 2, 3]
+
+
+def test_perplexity_cuts_long_text_and_wants_two_tokens(lm_folder: Path) -> None:
+    model = evaluation.LanguageModel(lm_folder)
+    assert model.perplexity(["cat " * 40]).tokens == 15  # the model has 16 positions
+    with pytest.raises(InputError, match="two tokens"):
+        model.perplexity(["cat", ""])
+
+
+def write(path: Path, *records: object) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def run_eval(*args: object) -> Result:
+    from elf_rt.commands.evaluate import command
+
+    return CliRunner().invoke(command, [str(a) for a in args])
+
+
+def test_eval_of_a_file(tmp_path: Path, lm_folder: Path) -> None:
+    texts = write(tmp_path / "texts.jsonl", {"text": "the cat sat"}, {"text": "a dog ran"})
+    references = write(tmp_path / "references.jsonl", {"output": "the cat sat"}, {"output": "the dog ran"})
+    result = run_eval(
+        "--input", texts, "--references", references, "--against", texts, "--lm", lm_folder, "--metric", "fluency",
+        "--metric", "accuracy", "--metric", "agreement", "--metric", "self-bleu", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout)
+    expected = evaluation.LanguageModel(lm_folder).perplexity(["the cat sat", "a dog ran"]).value
+    assert summary["mean"]["perplexity"] == pytest.approx(expected)
+    assert summary["mean"]["entropy"] == pytest.approx(math.log(3))
+    assert summary["mean"]["exact_match"] == 0.5
+    assert summary["mean"]["token_agreement"] == 1
+    assert summary["runs"][0]["texts"] == 2
+    assert summary["deviation"]["entropy"] is None
+
+
+def test_eval_shows_the_three_numbers_together(tmp_path: Path) -> None:
+    texts = write(tmp_path / "texts.jsonl", {"text": "a b a b a b a b a b", "output": "a"})
+    result = run_eval("--input", texts)
+    assert result.exit_code == 0, result.output
+    (line,) = [line for line in result.stdout.splitlines() if "perplexity" in line]
+    assert "entropy 0.693 nats" in line and "repeated 5-grams 0.6667" in line  # 6 5-grams, 2 distinct
+    assert "exact match 0.0000" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        ('{"text": "a"}\n', ["--metric", "accuracy"], "no references"),
+        ('{"text": "a"}\n', ["--metric", "agreement"], "--against"),
+        ('{"text": "a"}\n', ["--lm", "nowhere"], "no language model at nowhere"),
+        ('{"text": "a"}\n', ["--tokenizer", "nowhere.json"], "no tokenizer at nowhere.json"),
+        ('{"text": "a", "output": "a"}\n{"text": "a"}\n', [], "record 2 has no text"),
+        ("", [], "no line in it"),
+        ("not JSON\n", [], "line 1 is not a JSON object"),
+        ('{"input": "a"}\n', [], 'a text "text"'),
+    ],
+)
+def test_bad_input_is_one_clear_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, options: list[str], message: str
+) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(SystemExit) as stop:
+        main(["eval", "--input", str(path), *options])
+    error = capsys.readouterr().err
+    assert stop.value.code == 1
+    assert error.count("\n") == 1 and error.startswith("error: ") and message in error
+
+
+def test_references_must_be_one_for_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = write(tmp_path / "texts.jsonl", {"text": "a"}, {"text": "b"})
+    references = write(tmp_path / "references.jsonl", {"output": "a"})
+    with pytest.raises(SystemExit):
+        main(["eval", "--input", str(texts), "--references", str(references)])
+    assert "1 references for 2 records" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_language_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="cannot open the language model") as caught:
+        evaluation.LanguageModel(tmp_path)
+    assert "\n" not in str(caught.value)
