@@ -4,7 +4,6 @@
 without a driver, so ``find_gpu`` is safe everywhere.
 """
 
-import functools
 import importlib
 from dataclasses import dataclass
 from types import ModuleType
@@ -61,7 +60,6 @@ def _advice(cudart: ModuleType, error: Any) -> str:
     return ""
 
 
-@functools.cache
 def _module() -> ModuleType:
     return importlib.import_module(MODULE)
 
@@ -116,3 +114,8 @@ class Stream:
         stream, self._stream = self._stream, None
         if stream is not None:
             call("cudaStreamDestroy", stream)
+
+
+def synchronize(stream: int) -> None:
+    """Wait until all work on a stream (a handle as an integer) is done."""
+    call("cudaStreamSynchronize", stream)

@@ -1,0 +1,306 @@
+"""The TensorRT backends on strict stand-ins for the library and CUDA, and on the real TensorRT-RTX as far as it goes."""
+
+import ctypes
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_cuda import FakeCuda, install_cuda
+from fake_tensorrt import install_tensorrt
+from golden_cases import golden
+from plan_bundles import golden_bundle, model_bundle, rtx_spec
+
+from elf_rt.backends import trt, trt_rtx
+from elf_rt.backends.ort import OrtBackend
+from elf_rt.bundle import Bundle
+from elf_rt.cudart import Gpu
+from elf_rt.engines.build import Request, build, plan_spec
+from elf_rt.engines.recipe import Recipe
+from elf_rt.engines.shapes import parse_profiles
+from elf_rt.errors import BackendError
+from elf_rt.plans import RECORD, Profile, Range, Record, this_machine
+
+NEWEST = "11.4.0.106"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return golden_bundle(tmp_path_factory.mktemp("bundles") / "uncond.elfrt")
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    return install_cuda(monkeypatch)
+
+
+def build_fake(bundle: Bundle, batch: str, precision: str = "fp32") -> Record:
+    """A plan of the fake TensorRT that is installed, for the fake GPU."""
+    recipe, machine = Recipe.load("tensorrt"), this_machine()
+    (sms,) = recipe.groups((), precision, machine)
+    request = Request(precision, sms, parse_profiles(batch, None, bundle.config))
+    return build(plan_spec(bundle, recipe, machine, request))
+
+
+@pytest.fixture
+def ready(bundle: Bundle, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """A function that builds plans for some batches and opens the backend on them."""
+    install_tensorrt(monkeypatch, NEWEST, cuda)
+    monkeypatch.setattr(Bundle, "plans_dir", tmp_path / "plans")
+
+    def make(*batches: str) -> trt.TrtBackend:
+        for batch in batches:
+            build_fake(bundle, batch)
+        return trt.open_backend(bundle, "fp32")
+
+    return make
+
+
+def call_inputs(network: Any, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    for name in ("z", "x_prev", "t", "s", "mode"):
+        array = getattr(network, name)
+        if array is not None:
+            array[:] = rng.standard_normal(array.shape)
+
+
+@pytest.mark.parametrize("version", ["10.3.0", "10.16.1.11", NEWEST])
+def test_host_network_gives_what_onnx_runtime_gives(
+    version: str, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Built and run by every TensorRT from JetPack 6 on, with no name that one of them lacks."""
+    install_tensorrt(monkeypatch, version, cuda)
+    data = golden("uncond")
+    opset = 20 if version == "10.3.0" else 23
+    bundle = model_bundle(tmp_path / "m.elfrt", data.config, data.state, ("fp32",), opset)
+    build_fake(bundle, "2")
+    backend = trt.open_backend(bundle, "fp32")
+    ours, theirs = backend.bind(2, 16), OrtBackend(bundle, "fp32", 1).bind(2, 16)
+    for network in (ours, theirs):
+        call_inputs(network, seed=1)
+        network.denoise()
+    np.testing.assert_array_equal(ours.x, theirs.x)
+    np.testing.assert_array_equal(ours.discretize(), theirs.discretize())
+    backend.close()
+
+
+def test_fewer_rows_are_padded_and_equal_the_same_rows_alone(ready: Any) -> None:
+    backend = ready("4:4:4")
+    few, full = backend.bind(3, 16), backend.bind(4, 16)
+    for network in (few, full):
+        call_inputs(network, seed=2)
+    full.z[:3], full.x_prev[:3] = few.z, few.x_prev
+    for name in ("t", "s", "mode"):
+        getattr(full, name)[:3] = getattr(few, name)
+    few.denoise()
+    full.denoise()
+    assert few.x.shape == (3, 16, 32)
+    np.testing.assert_array_equal(few.x, full.x[:3])
+    np.testing.assert_array_equal(few.discretize(), full.discretize()[:3])
+
+
+def test_a_call_is_one_enqueue_without_a_wait(ready: Any, cuda: FakeCuda) -> None:
+    backend = ready("1")
+    stream = cuda.add_stream()
+    network = backend.device_network(1, 16, stream)
+    cuda.events.clear()
+    for _ in range(3):
+        network.enqueue_denoise(stream)
+    network.enqueue_discretize(stream)
+    assert cuda.events == ["enqueue denoiser"] * 3 + ["enqueue discretizer"]
+    cuda.cudaStreamSynchronize(stream)
+
+
+def test_device_buffers_hold_the_inputs_and_outputs(ready: Any, cuda: FakeCuda, bundle: Bundle) -> None:
+    backend = ready("2")
+    stream = cuda.add_stream()
+    network = backend.device_network(2, 16, stream)
+    assert set(network.buffers) == {"z", "x_prev", "t", "s", "mode", "x", "hidden", "ids"}
+    reference = OrtBackend(bundle, "fp32", 1).bind(2, 16)
+    call_inputs(reference, seed=3)
+    for name in ("z", "x_prev", "t", "s", "mode"):
+        array = getattr(reference, name)
+        ctypes.memmove(network.buffers[name], array.ctypes.data, array.nbytes)
+    network.enqueue_denoise(stream)
+    network.enqueue_discretize(stream)
+    cuda.cudaStreamSynchronize(stream)
+    reference.denoise()
+    ids = np.ctypeslib.as_array((ctypes.c_int64 * 32).from_address(network.buffers["ids"]))
+    np.testing.assert_array_equal(ids.reshape(2, 16), reference.discretize())
+
+
+def test_profiles_serve_several_batch_sizes(ready: Any) -> None:
+    backend = ready("1,2:4:8")
+    assert backend.max_rows(16) == 8
+    assert backend.max_rows(15) == 0
+    for rows in (1, 2, 5, 8):
+        network = backend.bind(rows, 16)
+        call_inputs(network, seed=rows)
+        network.denoise()
+        assert np.isfinite(network.x).all() and np.abs(network.x).max() > 0
+        network.close()
+
+
+def test_the_plan_with_the_least_padding_is_taken(ready: Any) -> None:
+    backend = ready("8", "2", "4")
+    assert [backend._choose(rows, 16)[3] for rows in (1, 2, 3, 4, 5, 8)] == [2, 2, 4, 4, 8, 8]
+
+
+def test_a_shape_that_no_plan_takes_names_the_command(ready: Any) -> None:
+    backend = ready("1")
+    with pytest.raises(
+        BackendError, match=r"takes 1 rows of 16 tokens, .* 3 rows of 16: run elf-rt build-engine .*--batch 3"
+    ):
+        backend.device_network(3, 16, 1)
+
+
+def test_close_frees_everything(ready: Any, cuda: FakeCuda) -> None:
+    backend = ready("1,2:2:4")
+    networks = [backend.bind(rows, 16) for rows in (1, 2, 3)]
+    assert cuda.allocated() > 0 and cuda.allocated("host") > 0 and cuda.num_streams == 3
+    networks[0].close()
+    networks[0].close()
+    for network in networks[1:]:
+        network.close()
+    assert (cuda.allocated(), cuda.allocated("host"), cuda.num_streams) == (0, 0, 0)
+    backend.device_network(1, 16, cuda.add_stream())
+    backend.close()
+    assert cuda.allocated() == 0
+    with pytest.raises(BackendError, match="closed"):
+        backend.bind(1, 16)
+    assert cuda.num_streams == 1
+
+
+def test_a_closed_network_refuses(ready: Any, cuda: FakeCuda) -> None:
+    backend, stream = ready("1"), cuda.add_stream()
+    network = backend.device_network(1, 16, stream)
+    backend.close()
+    with pytest.raises(BackendError, match="closed"):
+        network.enqueue_denoise(stream)
+
+
+def test_running_out_of_memory_frees_what_was_taken(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cuda = install_cuda(monkeypatch, memory=20_000)
+    install_tensorrt(monkeypatch, NEWEST, cuda)
+    monkeypatch.setattr(Bundle, "plans_dir", tmp_path / "plans")
+    build_fake(bundle, "8")
+    backend = trt.open_backend(bundle, "fp32")
+    with pytest.raises(BackendError, match=r"cudaMalloc failed: out of memory: use a smaller batch"):
+        backend.bind(8, 16)
+    assert (cuda.allocated(), cuda.num_streams) == (0, 0)
+
+
+def test_what_the_library_says_is_in_the_error_not_on_the_terminal(
+    ready: Any, cuda: FakeCuda, capfd: pytest.CaptureFixture[str]
+) -> None:
+    backend, stream = ready("1"), cuda.add_stream()
+    network = backend.device_network(1, 16, stream)
+    network._contexts["denoiser"]._addresses.pop("t")
+    with pytest.raises(
+        BackendError, match="could not run the denoiser: Error Code 3: API Usage Error: an address is not"
+    ):
+        network.enqueue_denoise(stream)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_failed_bind_leaves_no_memory(ready: Any, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = ready("1")
+    folder, record = backend._plans[0]
+    promise = Profile(Range(1, 1, 4), Range(16, 16, 16))  # more than the engine takes
+    backend._plans[0] = (folder, dataclasses.replace(record, profiles=(promise,)))
+    with pytest.raises(BackendError, match=r"refused shape \(4, 16, 32\) for z of the denoiser: Error Code 3"):
+        backend.bind(4, 16)
+    assert (cuda.allocated(), cuda.num_streams) == (0, 0)
+
+
+class TestTheRecordIsCheckedFirst:
+    """No plan that this machine cannot run reaches the library: the message names both sides and the command."""
+
+    def refused(self, bundle: Bundle, match: str) -> None:
+        with pytest.raises(BackendError, match=match) as caught:
+            trt.open_backend(bundle, "fp32")
+        assert "\n" not in str(caught.value)
+
+    @pytest.fixture
+    def plan(self, ready: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        ready("1").close()
+        runtime = sys.modules["tensorrt"].Runtime
+
+        def refuse(*_: Any) -> None:
+            raise AssertionError("the library was given a plan that the record rules out")
+
+        monkeypatch.setattr(runtime, "deserialize_cuda_engine", refuse)
+        (folder,) = (tmp_path / "plans").iterdir()
+        return folder
+
+    def test_another_gpu_and_version(self, plan: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+        cuda = install_cuda(monkeypatch, sm=90, name=b"NVIDIA H100")
+        install_tensorrt(monkeypatch, "10.16.1.11", cuda)
+        self.refused(
+            bundle,
+            r"built for sm_89 with TensorRT 11\.4\.0\.106; this machine is sm_90 with 10\.16\.1\.11: run elf-rt "
+            r"build-engine .*uncond\.elfrt --fp32 --target tensorrt$",
+        )
+
+    def test_another_system(self, plan: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("platform.system", lambda: "Windows")
+        monkeypatch.setattr("platform.machine", lambda: "AMD64")
+        self.refused(bundle, r"on linux-\w+; this machine is sm_89 with .* on windows-amd64: run elf-rt build-engine")
+
+    def test_altered(self, plan: Path, bundle: Bundle) -> None:
+        data = bytearray((plan / "denoiser.plan").read_bytes())
+        data[100] ^= 1
+        (plan / "denoiser.plan").write_bytes(data)
+        self.refused(bundle, r"denoiser\.plan was altered after it was built .*: run elf-rt build-engine --fp32 again$")
+
+    def test_truncated(self, plan: Path, bundle: Bundle) -> None:
+        with (plan / "discretizer.plan").open("r+b") as file:
+            file.truncate(1000)
+        self.refused(bundle, r"discretizer\.plan is truncated \(1000 bytes of 4096\): run elf-rt build-engine")
+
+    def test_missing(self, plan: Path, bundle: Bundle) -> None:
+        (plan / "denoiser.plan").unlink()
+        self.refused(bundle, r"denoiser\.plan is missing: run elf-rt build-engine")
+
+    def test_damaged_record(self, plan: Path, bundle: Bundle) -> None:
+        (plan / RECORD).write_text("{}")
+        self.refused(
+            bundle, r"plan\.json is damaged \(KeyError: 'format'\): delete that folder and run elf-rt build-engine"
+        )
+
+    def test_other_weights(self, plan: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+        files = dict.fromkeys(bundle.manifest["files"], "0" * 64)
+        monkeypatch.setitem(bundle.manifest, "files", files)
+        self.refused(bundle, r"built from other weights than the bundle now holds: run elf-rt build-engine")
+
+    def test_no_plan_of_this_precision(self, plan: Path, bundle: Bundle) -> None:
+        with pytest.raises(BackendError, match=r"no fp16 plan for sm_89 in .*: run elf-rt build-engine .* --fp16"):
+            trt.open_backend(bundle, "fp16")
+
+
+def test_reasons_for_absence(monkeypatch: pytest.MonkeyPatch, bundle: Bundle) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    assert trt.unavailable().startswith("not installed")  # type: ignore[union-attr]
+    with pytest.raises(BackendError, match="tensorrt: not installed"):
+        trt.open_backend(bundle, "fp16")
+    cuda = install_cuda(monkeypatch)
+    install_tensorrt(monkeypatch, NEWEST, cuda)
+    assert trt.unavailable() is None
+    monkeypatch.setattr(cuda, "cudaGetDeviceCount", lambda: (cuda.cudaError_t.cudaErrorInsufficientDriver, None))
+    assert trt.unavailable() == "no NVIDIA driver, or one too old for CUDA 13"
+    monkeypatch.setattr(cuda, "cudaGetDeviceCount", lambda: (cuda.cudaError_t.cudaSuccess, 0))
+    assert trt.unavailable() == "no NVIDIA GPU is visible"
+
+
+def test_real_rtx_refuses_without_a_driver_and_says_why(bundle: Bundle, cuda: FakeCuda) -> None:
+    """The real library, a real plan and a pretended GPU: what the library logs is what the error says."""
+    pytest.importorskip("tensorrt_rtx")
+    assert isinstance(this_machine().gpu, Gpu)
+    spec = rtx_spec(bundle)
+    build(spec)
+    with pytest.raises(BackendError, match=r"TensorRT-RTX refused .*denoiser\.plan: .*(35|driver)"):
+        trt_rtx.open_backend(bundle, "fp16")
