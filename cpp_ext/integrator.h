@@ -112,7 +112,7 @@ ELF_FN Half from_float<Half>(float value) {
   const uint32_t subnormal = bits_of(add(float_of(magnitude), 0.5f)) - bits_of(0.5f);
   const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
   const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  return {static_cast<uint16_t>((magnitude < 0x477ff000u ? finite : special) | bits >> 16 & 0x8000u)};
+  return {static_cast<uint16_t>((magnitude < 0x477ff000u ? finite : special) | (bits >> 16 & 0x8000u))};
 #endif
 }
 

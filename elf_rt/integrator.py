@@ -13,6 +13,7 @@ run from left to right in float32, without fused multiply-adds, and a term whose
 would have read may be uninitialised.
 """
 
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -49,20 +50,21 @@ def step_numpy(
     """
     _check(z, x_last, x_rows, weights, coef, noise, source, mask, next_z, next_x_prev, rows)
     for b in range(len(z)):
-        outputs = [] if x_rows is None else [(weights[k, b], to_float32(x_rows[k, b])) for k in _used(weights[:, b])]
-        x_hat = _sum(outputs, z[b].shape)
-        if mask is not None:
-            x_hat[mask[b]] = source[b][mask[b]]
+        x_hat = _combine(x_rows, weights, b, z[b].shape)
+        held = None
+        if source is not None and mask is not None:
+            held = mask[b]
+            x_hat[held] = source[b][held]
         scale_z, scale_x, scale_last, scale_noise, scale_prev = coef[b]
         terms = [(scale_z, z[b]), (scale_x, x_hat), (scale_last, x_last[b])]
         if noise is not None and scale_noise != 0:
             terms.append((scale_noise, _noise(noise, b, z[b].shape)))
         z[b] = _sum(terms, z[b].shape)
-        if mask is not None:
-            z[b][mask[b]] = source[b][mask[b]]
+        if source is not None and held is not None:
+            z[b][held] = source[b][held]
         x_last[b] = x_hat
         for k, row in enumerate(rows):
-            hidden = mask[b] if mask is not None and not row.sees_source else None
+            hidden = None if row.sees_source else held
             if next_z is not None:
                 _write(next_z[k, b], z[b], hidden)
             if next_x_prev is not None:
@@ -70,8 +72,17 @@ def step_numpy(
                 _write(next_x_prev[k, b], scale_prev * x_hat if seen else np.zeros_like(x_hat), hidden)
 
 
-step = step_numpy
-IMPLEMENTATION = "numpy"
+try:
+    from elf_rt._csrc import _integrator
+except ImportError:  # no compiler when elf-rt was installed
+    step = step_numpy
+    IMPLEMENTATION = "numpy"
+else:
+    step = _integrator.step
+    IMPLEMENTATION = "c++"
+    # One step moves a few MB: more threads than this wait for memory, and for each other.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    _integrator.set_num_threads(min(8, cores))
 
 
 def to_float32(values: np.ndarray) -> np.ndarray:
@@ -91,8 +102,11 @@ def from_float32(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
         return values.astype(dtype, copy=False)
 
 
-def _used(weights: np.ndarray) -> np.ndarray:
-    return np.flatnonzero(weights)
+def _combine(x_rows: np.ndarray | None, weights: np.ndarray | None, b: int, shape: tuple[int, ...]) -> np.ndarray:
+    """x̂ of sample b from the guidance rows that have a weight."""
+    if x_rows is None or weights is None:
+        return np.zeros(shape, np.float32)
+    return _sum([(weights[k, b], to_float32(x_rows[k, b])) for k in np.flatnonzero(weights[:, b])], shape)
 
 
 def _sum(terms: list[tuple[np.float32, np.ndarray]], shape: tuple[int, ...]) -> np.ndarray:
@@ -104,7 +118,7 @@ def _sum(terms: list[tuple[np.float32, np.ndarray]], shape: tuple[int, ...]) -> 
     return np.zeros(shape, np.float32) if total is None else total
 
 
-def _noise(noise: np.ndarray | NoiseKey, b: int, shape: tuple[int, int]) -> np.ndarray:
+def _noise(noise: np.ndarray | NoiseKey, b: int, shape: tuple[int, ...]) -> np.ndarray:
     if isinstance(noise, NoiseKey):
         return normal(noise.seeds[b : b + 1], noise.index, shape)[0]
     return noise[b]
@@ -116,34 +130,52 @@ def _write(out: np.ndarray, values: np.ndarray, hidden: np.ndarray | None) -> No
         out[hidden] = 0
 
 
-def _check(z, x_last, x_rows, weights, coef, noise, source, mask, next_z, next_x_prev, rows) -> None:
-    """The boundary: everything after it trusts shapes and types."""
+def _check(
+    z: np.ndarray,
+    x_last: np.ndarray,
+    x_rows: np.ndarray | None,
+    weights: np.ndarray | None,
+    coef: np.ndarray,
+    noise: np.ndarray | NoiseKey | None,
+    source: np.ndarray | None,
+    mask: np.ndarray | None,
+    next_z: np.ndarray | None,
+    next_x_prev: np.ndarray | None,
+    rows: Sequence[Row],
+) -> None:
+    """The same checks and messages as in ``cpp_ext/bindings.cpp``."""
     if z.ndim != 3:
         raise InputError(f"z must have shape (B, L, C), got {z.shape}")
-    full = z.shape
-    need = [("z", z, full, "float32"), ("x_last", x_last, full, "float32"), ("coef", coef, (full[0], 5), "float32")]
     if (x_rows is None) != (weights is None):
         raise InputError("x_rows and weights go together")
     if (source is None) != (mask is None):
         raise InputError("source and mask go together")
-    if x_rows is not None:
-        need += [
-            ("x_rows", x_rows, (len(weights), *full), None),
-            ("weights", weights, (len(x_rows), full[0]), "float32"),
-        ]
-        if len(x_rows) > MAX_ROWS:
-            raise InputError(f"x_rows must have at most {MAX_ROWS} guidance rows, got {len(x_rows)}")
+    full, batch, num_outputs = z.shape, z.shape[:1], 0 if x_rows is None else len(x_rows)
+    for name, count in (("x_rows", num_outputs), ("rows", len(rows))):
+        if count > MAX_ROWS:
+            raise InputError(f"{name} must have at most {MAX_ROWS} guidance rows, got {count}")
+    _check_array("z", z, full)
+    _check_array("x_last", x_last, full)
+    _check_array("coef", coef, (*batch, 5))
+    _check_array("x_rows", x_rows, (num_outputs, *full), *_NETWORK_TYPES)
+    _check_array("weights", weights, (num_outputs, *batch))
     if isinstance(noise, NoiseKey):
-        need.append(("noise.seeds", noise.seeds, full[:1], "uint64"))
-    elif noise is not None:
-        need.append(("noise", noise, full, "float32"))
-    if source is not None:
-        need += [("source", source, full, "float32"), ("mask", mask, full[:2], "bool")]
-    for name, value in (("next_z", next_z), ("next_x_prev", next_x_prev)):
-        if value is not None:
-            need.append((name, value, (len(rows), *full), None))
-    for name, value, shape, dtype in need:
-        if value.shape != shape:
-            raise InputError(f"{name} must have shape {shape}, got {value.shape}")
-        if (dtype is None and value.dtype.name not in _NETWORK_TYPES) or (dtype and value.dtype.name != dtype):
-            raise InputError(f"{name} must be {dtype or 'float32, float16 or uint16'}, got {value.dtype.name}")
+        _check_array("noise.seeds", noise.seeds, batch, "uint64")
+    else:
+        _check_array("noise", noise, full)
+    _check_array("source", source, full)
+    _check_array("mask", mask, full[:2], "bool")
+    _check_array("next_z", next_z, (len(rows), *full), *_NETWORK_TYPES)
+    _check_array("next_x_prev", next_x_prev, (len(rows), *full), *_NETWORK_TYPES)
+
+
+def _check_array(name: str, array: np.ndarray | None, shape: tuple[int, ...], *types: str) -> None:
+    if array is None:
+        return
+    if array.shape != shape:
+        raise InputError(f"{name} must have shape {shape}, got {array.shape}")
+    if not array.flags.c_contiguous:
+        raise InputError(f"{name} must be C-contiguous")
+    if array.dtype.name not in (types or ("float32",)):
+        expected = "float32, float16 or uint16" if len(types) == 3 else (types or ("float32",))[0]
+        raise InputError(f"{name} must be {expected}, got {array.dtype.name}")

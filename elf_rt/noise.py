@@ -9,7 +9,9 @@ contracted into a fused multiply-add: any IEEE machine that keeps this order of 
 ``cpp_ext/integrator.h`` repeats the order for C++ and CUDA.
 """
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -49,13 +51,13 @@ def philox4x32(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
     return np.stack(words, axis=-1).astype(np.uint32)
 
 
-def normal(seeds: np.ndarray, step: int, shape: tuple[int, int], stream: int = LATENT) -> np.ndarray:
+def normal(seeds: np.ndarray, step: int, shape: tuple[int, ...], stream: int = LATENT) -> np.ndarray:
     """Standard normals (B, L, C) float32 for seeds (B,) uint64 and shape (L, C); element = l·C + c.
 
     |normal| is at most 6.67: 32 bits of radius end where the density is 1e-10.
     """
     seeds = np.asarray(seeds, dtype=np.uint64).reshape(-1, 1)
-    size = shape[0] * shape[1]
+    size = math.prod(shape)
     quads = np.arange((size + 3) // 4, dtype=np.uint64)
     words = _philox([quads, np.uint64(step), np.uint64(stream), np.uint64(0)], [seeds & _LOW, seeds >> _HALF])
     out = np.empty((len(seeds), len(quads), 4), np.float32)
@@ -74,7 +76,7 @@ def box_muller(radius: np.ndarray, angle: np.ndarray) -> tuple[np.ndarray, np.nd
     return r * cosine, r * sine
 
 
-def _philox(counter: list[np.ndarray], key: list[np.ndarray]) -> list[np.ndarray]:
+def _philox(counter: list[Any], key: list[Any]) -> list[np.ndarray]:
     """Words are uint64 that hold 32 bits, so that a product keeps its high half; they broadcast."""
     c0, c1, c2, c3 = counter
     k0, k1 = (k.astype(np.uint64) for k in key)

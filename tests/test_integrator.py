@@ -1,10 +1,13 @@
-"""The integrator step against its formula in float64."""
+"""The integrator step: numpy against its formula in float64, C++ against the bits of numpy."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from elf_rt.errors import InputError
-from elf_rt.integrator import from_float32, step, step_numpy, to_float32
+from elf_rt.integrator import IMPLEMENTATION, from_float32, step, step_numpy, to_float32
 from elf_rt.noise import NoiseKey, normal
 from elf_rt.schedule import Row
 
@@ -119,6 +122,90 @@ def test_samples_are_independent():
         np.testing.assert_array_equal(value, together[name][..., 1:2, :, :], err_msg=name)
 
 
+needs_extension = pytest.mark.skipif(IMPLEMENTATION != "c++", reason="elf-rt was installed without a C++ compiler")
+
+
+def assert_same_bits(result: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    for name, value in result.items():
+        integer = f"uint{8 * value.itemsize}"
+        np.testing.assert_array_equal(value.view(integer), expected[name].view(integer), err_msg=name)
+
+
+@needs_extension
+@pytest.mark.parametrize("noise", ["key", "given", None])
+@pytest.mark.parametrize("conditional", [False, True])
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 67, 257)])  # the last: several blocks, chunks and threads
+def test_cpp_gives_numpys_bits(shape, dtype, num_rows, conditional, noise):
+    case = make_case(shape, num_rows, dtype, conditional, noise, seed=num_rows)
+    assert_same_bits(run(step, case), run(step_numpy, case))
+
+
+@needs_extension
+@pytest.mark.parametrize("column", range(5))
+def test_cpp_leaves_out_the_same_terms(column):
+    case = make_case((2, 7, 16), 2, conditional=True)
+    case["coef"][0, column] = 0
+    case["weights"][column % 2, 1] = 0
+    case["weights"][:, 0] = 0
+    case["z"][0], case["x_rows"][:, 0] = (np.nan if column == 0 else -0.0), np.nan
+    assert_same_bits(run(step, case), run(step_numpy, case))
+
+
+@needs_extension
+def test_cpp_noise_at_large_counters():
+    """Numbers of elements, steps and seeds beyond the small ones elsewhere."""
+    case = make_case((2, 1088, 512))
+    case["noise"] = NoiseKey(np.uint64([2**64 - 1, 2**63 + 2**31]), 2**31 + 5)
+    assert_same_bits(run(step, case), run(step_numpy, case))
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", ["float16", "uint16"])
+def test_cpp_converts_every_value(dtype):
+    """All 65536 network values in, and float32 values around every rounding boundary out."""
+    every = np.arange(2**16, dtype=np.uint16).view(dtype).reshape(1, 1, 256, 256)
+    wide = to_float32(every)[0].view(np.uint32)
+    with np.errstate(invalid="ignore"):
+        rng = np.random.default_rng(0)
+        nudged = (
+            wide + rng.integers(-1, 2, wide.shape, dtype=np.int64) * (2**12 if dtype == "float16" else 2**15)
+        ) % 2**32
+        case = make_case((1, 256, 256), 1, dtype, noise=None) | {
+            "x_rows": every,
+            "z": np.uint32(nudged).view(np.float32),
+        }
+    case["weights"][:], case["coef"][:] = 1, np.float32([1, 0, 0, 0, 1])
+    result, expected = run(step, case), run(step_numpy, case)
+    for name in ("x_last", "z", "next_z", "next_x_prev"):
+        np.testing.assert_array_equal(to_float32(result[name]), to_float32(expected[name]), err_msg=name)
+
+
+@needs_extension
+def test_cpp_from_several_python_threads():
+    cases = [make_case((2, 67, 257), 2, conditional=True, seed=seed) for seed in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda case: [run(step, case) for _ in range(5)], cases))
+    for case, repeats in zip(cases, results, strict=True):
+        expected = run(step_numpy, case)
+        for result in repeats:
+            assert_same_bits(result, expected)
+
+
+@needs_extension
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_cpp_in_a_forked_child():
+    """The child has none of its parent's worker threads and must not wait for them."""
+    case = make_case((2, 67, 257))
+    expected = run(step, case)
+    child = os.fork()
+    if child == 0:
+        same = all(np.array_equal(value, expected[name]) for name, value in run(step, case).items())
+        os._exit(0 if same else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
 BAD = {
     "x_last": (lambda c: c["x_last"][:, :2], r"x_last must have shape \(2, 3, 8\), got \(2, 2, 8\)"),
     "x_rows": (lambda c: c["x_rows"][:1], r"must have shape"),
@@ -127,6 +214,8 @@ BAD = {
     "noise": (lambda c: NoiseKey(c["noise"].seeds[:1], 5), r"noise.seeds must have shape \(2,\), got \(1,\)"),
     "mask": (lambda c: c["mask"].astype(np.int8), "mask must be bool, got int8"),
     "source": (lambda c: None, "source and mask go together"),
+    "z": (lambda c: c["z"][:, :, ::2], "shape|contiguous"),
+    "rows": (lambda c: ROWS + ROWS[:1], "rows must have at most 4 guidance rows, got 5"),
     "next_z": (lambda c: c["next_z"].astype(np.int32), "next_z must be float32, float16 or uint16, got int32"),
     "next_x_prev": (lambda c: c["next_x_prev"][:1], r"next_x_prev must have shape \(2, 2, 3, 8\), got \(1, 2, 3, 8\)"),
 }
@@ -139,3 +228,13 @@ def test_bad_input_is_named(name, function):
     spoil, message = BAD[name]
     with pytest.raises(InputError, match=message):
         function(**(case | {name: spoil(case)}))
+
+
+@pytest.mark.parametrize("function", [step, step_numpy])
+def test_strided_arrays_are_refused(function):
+    case = make_case((2, 3, 8))
+    with pytest.raises(InputError, match="next_z must be C-contiguous"):
+        function(**(case | {"next_z": np.zeros((1, 2, 3, 16), np.float32)[..., ::2]}))
+    case["z"].flags.writeable = False
+    with pytest.raises(ValueError, match=r"z must be writable|read-only"):
+        function(**case)
