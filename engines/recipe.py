@@ -48,6 +48,14 @@ class Recipe:
                 return f"{operator} needs {self.names.title} {first}, this is {version}"
         return None
 
+    def cannot_target(self, asked: tuple[int, ...], machine: Machine) -> str | None:
+        """Why --target auto passes this library over, or None."""
+        try:
+            self.groups(asked, "fp16", machine)
+        except BackendError as error:
+            return str(error)
+        return None
+
     def groups(self, asked: tuple[int, ...], precision: str, machine: Machine) -> list[tuple[int, ...]]:
         """The compute capabilities to build for, one plan for each group.
 

@@ -1,4 +1,4 @@
-"""The TensorRT backends on strict stand-ins for the library and CUDA, and on the real TensorRT-RTX as far as it goes."""
+"""The TensorRT backends on strict stand-ins for the library and CUDA, and on the real TensorRT-RTX where it can."""
 
 import ctypes
 import dataclasses

@@ -1,0 +1,186 @@
+"""``elf-rt build-engine``: TensorRT plans from a bundle."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from elf_rt.bundle import Bundle
+from elf_rt.commands.options import bundle_argument
+from elf_rt.console import note, progress
+from elf_rt.errors import BackendError, InputError
+
+if TYPE_CHECKING:
+    from elf_rt.engines.build import Spec
+    from elf_rt.engines.recipe import Recipe
+    from elf_rt.plans import Machine, Record
+
+MB = 1e6
+
+
+def _sms(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...]:
+    try:
+        return tuple(int(part.strip().lower().removeprefix("sm_")) for part in (value or "").split(",") if part.strip())
+    except ValueError:
+        raise click.BadParameter(f"must be numbers such as 86,89,120, got {value!r}") from None
+
+
+@click.command("build-engine")
+@bundle_argument
+@click.option("--fp16", "precision", flag_value="fp16", default=True, help="FP16 plans (the default).")
+@click.option("--bf16", "precision", flag_value="bf16", help="BF16 plans: Ampere or later.")
+@click.option("--fp32", "precision", flag_value="fp32", help="FP32 plans: exact, several times slower.")
+@click.option(
+    "--target",
+    type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]),
+    default="auto",
+    help="Library. auto: TensorRT where it and a GPU are present, else TensorRT-RTX.",
+)
+@click.option(
+    "--sm",
+    "sms",
+    callback=_sms,
+    metavar="86,89,120",
+    help="Compute capabilities to build for (TensorRT-RTX, with or without a GPU here).  "
+    "[default: the GPU here; without one, all but 75]",
+)
+@click.option(
+    "--batch",
+    metavar="1 | 1:8:32",
+    help="Network rows of one call: one number, or least:best:most; several with commas. A text takes one row, and two "
+    "or more where guidance is done by extra calls.  [default: what one text takes]",
+)
+@click.option("--seq-len", metavar="L", help="Length in tokens, or least:best:most.  [default: the model's own]")
+@click.option("--opt-level", type=click.IntRange(0, 5), default=3, help="How long to search: 0 quick, 5 thorough.")
+@click.option(
+    "--timing-cache",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="File of kernel timings to reuse and extend (TensorRT only).",
+)
+@click.option("--dry-run", is_flag=True, help="Show what would be built, with its size and memory.")
+def command(
+    bundle: Path,
+    precision: str,
+    target: str,
+    sms: tuple[int, ...],
+    batch: str | None,
+    seq_len: str | None,
+    opt_level: int,
+    timing_cache: Path | None,
+    dry_run: bool,
+) -> None:
+    """Compile BUNDLE's graphs into TensorRT plans, kept in the bundle.
+
+    A plan that exists already is not built again. Plans run on the GPU generation, library version and operating
+    system that they were built for; elf-rt checks this when it loads one.
+    """
+    from elf_rt.engines.build import Request, plan_spec
+    from elf_rt.engines.shapes import parse_profiles
+    from elf_rt.plans import this_machine
+
+    opened, machine = Bundle.open(bundle), this_machine()
+    recipe = _recipe(target, sms, machine)
+    if timing_cache is not None and not recipe.timing_cache:
+        raise InputError(f"--timing-cache has no use: {recipe.names.title} times nothing. Leave it out")
+    profiles = parse_profiles(batch or _rows_of_one_text(opened), seq_len, opened.config)
+    for group in recipe.groups(sms, precision, machine):
+        spec = plan_spec(opened, recipe, machine, Request(precision, group, profiles, opt_level))
+        if dry_run:
+            _show_plan(opened, spec)
+        else:
+            _build(opened, spec, timing_cache)
+
+
+def _recipe(target: str, sms: tuple[int, ...], machine: "Machine") -> "Recipe":
+    """The library to build with. TensorRT builds only for a GPU that is here, so --sm alone asks for TensorRT-RTX."""
+    from elf_rt.engines.recipe import Recipe
+
+    if target != "auto":
+        recipe = Recipe.load(target)
+        recipe.names.load()
+        return recipe
+    reasons = []
+    for name in ("tensorrt", "tensorrt-rtx"):
+        recipe = Recipe.load(name)
+        reason = recipe.names.unavailable() or recipe.cannot_target(sms, machine)
+        if reason is None:
+            return recipe
+        reasons.append(f"{name}: {reason}")
+    raise BackendError(f"no library can build here: {'; '.join(reasons)}")
+
+
+def _rows_of_one_text(bundle: Bundle) -> str:
+    """--batch for one text at a time: as many rows as its preset's guidance takes."""
+    from elf_rt.schedule import guidance_rows
+
+    conditional = bundle.config.max_input_length > 0
+    rows = {len(guidance_rows(params, bundle.config, conditional=conditional)[0]) for params in bundle.presets.values()}
+    return ",".join(map(str, sorted(rows)))
+
+
+def _build(bundle: Bundle, spec: "Spec", timing_cache: Path | None) -> None:
+    from elf_rt.engines.build import build, find_built
+
+    record = find_built(spec.target, spec.key)
+    if record is not None:
+        click.echo(f"already built {_place(bundle, spec)}")
+    else:
+        with progress(f"{spec.recipe.names.title} {spec.version}") as ticker:
+
+            def on_graph(name: str) -> None:
+                ticker.describe(f"{spec.recipe.names.title} {spec.version} builds the {name} for {_where(spec)}")
+
+            record = build(spec, timing_cache, on_graph)
+        click.echo(f"built {_place(bundle, spec)}")
+    _show_record(record)
+
+
+def _show_record(record: "Record") -> None:
+    for name, engine in record.engines.items():
+        parts = [f"{engine.num_bytes / MB:.1f} MB", f"{engine.seconds:.1f} s to build"]
+        if engine.scratch_bytes is not None:
+            parts.append(f"{engine.scratch_bytes / MB:.1f} MB of scratch memory")
+        if engine.attention:
+            parts.append("attention fused" if not engine.attention.get("open") else "attention not fused")
+        parts.append(
+            f"{engine.matmuls.get(record.precision, 0)} of {sum(engine.matmuls.values())} matrix products in "
+            f"{record.precision.upper()}"
+        )
+        click.echo(f"  {name:12} {', '.join(parts)}")
+    opened = record.engines["denoiser"].attention.get("open", 0)
+    if opened and record.precision != "fp32":
+        note(f"warning: {opened} attention layers have no fused kernel and need L x L scratch memory")
+
+
+def _show_plan(bundle: Bundle, spec: "Spec") -> None:
+    from elf_rt.engines.build import find_built
+    from elf_rt.engines.shapes import buffer_bytes
+
+    record = find_built(spec.target, spec.key)
+    click.echo(f"{'has' if record else 'would build'} {_place(bundle, spec)}")
+    weights = spec.graphs["weights"].stat().st_size
+    lines = [
+        ("library", f"{spec.recipe.names.title} {spec.version}, optimisation level {spec.request.opt_level}"),
+        ("for", f"{_where(spec)} on {spec.os}"),
+        ("precision", spec.request.precision),
+        ("weights", f"{weights / MB:.1f} MB, and as much for the plans"),
+    ]
+    for profile in spec.request.profiles:
+        rows, length = profile.rows.most, profile.length.most
+        memory = buffer_bytes(bundle.config, rows, length) / MB
+        lines.append(("shape", f"{profile.rows} rows of {profile.length} tokens: {memory:.1f} MB of buffers"))
+    for name, value in lines:
+        click.echo(f"  {name:12} {value}")
+    if record is None:
+        click.echo("  scratch      told when it is built")
+    else:
+        _show_record(record)
+
+
+def _where(spec: "Spec") -> str:
+    names = "/".join(f"sm_{sm}" for sm in spec.request.sms)
+    return f"{spec.gpu} ({names})" if spec.gpu else names
+
+
+def _place(bundle: Bundle, spec: "Spec") -> Path:
+    return bundle.folder / spec.target.relative_to(bundle.folder)
