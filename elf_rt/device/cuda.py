@@ -1,0 +1,124 @@
+"""The CUDA calls of the device sampler: memory, kernel launches, graph capture.
+
+Kernels are launched through cuda.core. Graphs are captured through the CUDA runtime's own functions, not cuda.core's
+GraphBuilder: a capture that an engine broke has to be ended and its error cleared before the stream works again, and
+only the plain functions say which of these steps failed.
+"""
+
+import ctypes
+import importlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from elf_rt import cudart
+from elf_rt.cudart import DeviceMemory, PinnedMemory, Stream
+from elf_rt.device.kernels import load_kernels
+from elf_rt.errors import BackendError
+
+
+class Graph:
+    """A captured graph on the stream that it was captured from."""
+
+    def __init__(self, executable: Any, stream: int) -> None:
+        self._executable = executable
+        self._stream = stream
+
+    def launch(self) -> None:
+        cudart.call("cudaGraphLaunch", self._executable, self._stream)
+
+    def close(self) -> None:
+        executable, self._executable = self._executable, None
+        if executable is not None:
+            cudart.call("cudaGraphExecDestroy", executable)
+
+
+class PinnedArray:
+    """An array in page-locked host memory; freed by ``close``, after which ``array`` must not be touched."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype | type) -> None:
+        self._memory = PinnedMemory(math.prod(shape) * np.dtype(dtype).itemsize)
+        raw = (ctypes.c_byte * self._memory.num_bytes).from_address(self._memory.pointer)
+        self.array: np.ndarray = np.frombuffer(memoryview(raw), dtype).reshape(shape)
+        self.pointer = self._memory.pointer
+
+    def close(self) -> None:
+        self._memory.close()
+
+
+class Cuda:
+    """The first visible GPU with the integrator's kernels loaded.
+
+    Raises:
+        BackendError: no driver, one too old, no GPU, no NVRTC, or the driver refuses the kernels.
+    """
+
+    def __init__(self) -> None:
+        gpu = cudart.find_gpu()
+        if isinstance(gpu, str):  # cuda.core does not return without a driver, so it is not asked
+            raise BackendError(f"CUDA: {gpu}")
+        try:
+            self._core = importlib.import_module("cuda.core")
+        except ImportError as error:
+            raise BackendError("cuda-core is not installed: pip install 'cuda-core>=1.0,<2'") from error
+        self.gpu = gpu
+        self.activate()
+        self._kernels = load_kernels(gpu.sm)
+
+    def activate(self) -> None:
+        """Make the GPU current in the calling thread; each thread that uses it needs this once."""
+        self._core.Device(0).set_current()
+
+    def stream(self) -> Stream:
+        return Stream()
+
+    def allocate(self, num_bytes: int) -> DeviceMemory:
+        return DeviceMemory(num_bytes)
+
+    def pinned(self, shape: tuple[int, ...], dtype: np.dtype | type) -> PinnedArray:
+        return PinnedArray(shape, dtype)
+
+    def free_bytes(self) -> int:
+        return int(cudart.call("cudaMemGetInfo"))
+
+    def synchronize(self) -> None:
+        """Wait for all streams: memory is zeroed on another one than the sampler's."""
+        cudart.call("cudaDeviceSynchronize")
+
+    def launch(
+        self, stream: int, name: str, grid: tuple[int, int, int], block: int, *arguments: int | np.int32
+    ) -> None:
+        """Enqueue a kernel of ``elf_rt.device.kernels``: Python integers pass as 64 bits, np.int32 as 32."""
+        config = self._core.LaunchConfig(grid=grid, block=block)
+        self._core.launch(self._core.Stream.from_handle(stream), config, self._kernels[name], *arguments)
+
+    def capture(self, stream: int, body: Callable[[], None]) -> Graph:
+        """Record what ``body`` enqueues on the stream; nothing of it runs.
+
+        Raises:
+            BackendError: something in it cannot be captured. The stream is usable again.
+        """
+        runtime = importlib.import_module(cudart.MODULE)
+        mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        cudart.call("cudaStreamBeginCapture", stream, mode)
+        try:
+            body()
+        except BaseException:
+            _, graph = runtime.cudaStreamEndCapture(stream)  # broken, or cut short: either way of no use
+            if graph is not None and int(graph):
+                runtime.cudaGraphDestroy(graph)
+            runtime.cudaGetLastError()
+            raise
+        try:
+            graph = cudart.call("cudaStreamEndCapture", stream)
+        except BackendError:
+            runtime.cudaGetLastError()  # an engine would take it for its own
+            raise
+        try:
+            executable = cudart.call("cudaGraphInstantiate", graph, 0)
+        finally:
+            runtime.cudaGraphDestroy(graph)
+        cudart.call("cudaGraphUpload", executable, stream)
+        return Graph(executable, stream)

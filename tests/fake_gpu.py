@@ -1,0 +1,246 @@
+"""A whole GPU without a GPU: the fake CUDA runtime with graphs, and cuda.core launching the real kernels on the host.
+
+What real hardware forbids is an error here. A wait or an allocation while a stream is being captured breaks the
+capture, as in CUDA; copies need page-locked memory; kernels may only touch live device memory; a closed stream is gone.
+"""
+
+import ctypes
+import enum
+import math
+import sys
+import threading
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import cuda_emulator
+import fake_cuda
+import numpy as np
+import onnxruntime
+import pytest
+
+from elf_rt.backends.ort import OrtBackend
+from elf_rt.bundle import Bundle
+from elf_rt.cudart import DeviceMemory
+from elf_rt.device import kernels
+
+CAPTURE_UNSUPPORTED, CAPTURE_INVALIDATED = 900, 901
+
+
+class CaptureMode(enum.IntEnum):
+    cudaStreamCaptureModeThreadLocal = 1
+
+
+class FakeGpu(fake_cuda.FakeCuda):
+    """`launches` counts what the host put on streams itself; what a graph holds is not in it."""
+
+    cudaStreamCaptureMode = CaptureMode
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.emulator = cuda_emulator.load()
+        self.refuses_capture = False
+        self.launches: dict[str, int] = {"graph": 0, "kernel": 0, "network": 0}
+        self.current: set[int] = set()  # threads with a current device
+        self.graphs: dict[int, list[Callable[[], None]]] = {}
+        self._recording: dict[int, list[Callable[[], None]]] = {}
+        self._broken = False
+
+    def enqueue(self, stream: int, work: Callable[[], None]) -> None:
+        if int(stream) in self._recording:
+            self._recording[int(stream)].append(work)
+        else:
+            super().enqueue(stream, work)
+
+    def is_capturing(self, stream: int) -> bool:
+        return int(stream) in self._recording
+
+    def forbidden(self) -> int:
+        """The error of a call that capture forbids, which also breaks the capture; 0 outside of one."""
+        self._broken = bool(self._recording)
+        return CAPTURE_UNSUPPORTED if self._recording else 0
+
+    def cudaStreamBeginCapture(self, stream: int, mode: int) -> tuple[int]:
+        assert not self._recording
+        self._broken = self.refuses_capture
+        self._recording[int(stream)] = []
+        return (0,)
+
+    def cudaStreamEndCapture(self, stream: int) -> tuple[int, int | None]:
+        recorded = self._recording.pop(int(stream))
+        if self._broken:
+            return CAPTURE_INVALIDATED, None
+        return 0, self._new_graph(recorded)
+
+    def cudaGraphInstantiate(self, graph: int, flags: int) -> tuple[int, int]:
+        assert flags == 0
+        return 0, self._new_graph(self.graphs[graph])
+
+    def cudaGraphUpload(self, executable: int, stream: int) -> tuple[int]:
+        assert executable in self.graphs
+        return (0,)
+
+    def cudaGraphLaunch(self, executable: int, stream: int) -> tuple[int]:
+        assert not self._recording
+        self.launches["graph"] += 1
+        for work in self.graphs[executable]:
+            super().enqueue(stream, work)
+        return (0,)
+
+    def cudaGraphDestroy(self, graph: int) -> tuple[int]:
+        del self.graphs[graph]
+        return (0,)
+
+    def cudaGraphExecDestroy(self, executable: int) -> tuple[int]:
+        assert not any(self._streams.values()), "a graph was destroyed while it ran"
+        del self.graphs[executable]
+        return (0,)
+
+    def cudaGetLastError(self) -> tuple[int]:
+        return (0,)
+
+    def cudaGetErrorString(self, error: int) -> tuple[int, bytes]:
+        if int(error) in (CAPTURE_UNSUPPORTED, CAPTURE_INVALIDATED):
+            return 0, b"operation not permitted when stream is capturing"
+        return super().cudaGetErrorString(error)
+
+    def cudaMemGetInfo(self) -> tuple[int, int, int]:
+        return 0, self._free - self.allocated(), self._free
+
+    def cudaDeviceSynchronize(self) -> tuple[int]:
+        if error := self.forbidden():
+            return (error,)
+        for stream in self._streams:
+            super().cudaStreamSynchronize(stream)
+        return (0,)
+
+    def cudaStreamSynchronize(self, stream: int) -> tuple[int]:
+        if error := self.forbidden():
+            return (error,)
+        return super().cudaStreamSynchronize(stream)
+
+    def cudaMemcpyAsync(self, target: int, source: int, count: int, kind: int, stream: int) -> tuple[int]:
+        host = source if kind == fake_cuda.cudaMemcpyKind.cudaMemcpyHostToDevice else target
+        self._check(host, count, "host")  # pageable memory would make the copy wait
+        return super().cudaMemcpyAsync(target, source, count, kind, stream)
+
+    def _allocate(self, size: int, kind: str) -> tuple[int, int | None]:
+        if error := self.forbidden():
+            return error, None
+        return super()._allocate(size, kind)
+
+    def _release(self, pointer: int, kind: str) -> tuple[int]:
+        if error := self.forbidden():
+            return (error,)
+        return super()._release(pointer, kind)
+
+    def _new_graph(self, recorded: list[Callable[[], None]]) -> int:
+        number = 1 + max(self.graphs, default=0)
+        self.graphs[number] = recorded
+        return number
+
+    def _check(self, pointer: int, num_bytes: int, where: str) -> None:
+        assert any(
+            kind == where and address <= pointer and pointer + num_bytes <= address + size
+            for address, (_, size, kind) in self._blocks.items()
+        ), f"{pointer:#x} is not in {where} memory"
+
+    # cuda.core
+
+    def core(self) -> SimpleNamespace:
+        return SimpleNamespace(
+            Device=lambda index: SimpleNamespace(set_current=lambda: self.current.add(threading.get_ident())),
+            LaunchConfig=lambda grid, block: (grid, block),
+            Stream=SimpleNamespace(from_handle=int),
+            ObjectCode=SimpleNamespace(from_cubin=lambda cubin, name: SimpleNamespace(get_kernel=str)),
+            launch=self._launch,
+        )
+
+    def _launch(self, stream: int, config: tuple[Any, Any], name: str, *arguments: Any) -> None:
+        assert threading.get_ident() in self.current, "no device is current in this thread"
+
+        def run() -> None:
+            for argument in arguments:
+                if isinstance(argument, int) and argument:
+                    self._check(argument, 1, "device")
+            self.emulator.launch(name, *config, *arguments)
+
+        self.launches["kernel"] += not self.is_capturing(stream)
+        self.enqueue(stream, run)
+
+
+def install_gpu(monkeypatch: pytest.MonkeyPatch, **options: Any) -> FakeGpu:
+    """Make cudart and elf_rt.device see this GPU."""
+    gpu = FakeGpu(**options)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", gpu)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "cuda.core", gpu.core())  # type: ignore[arg-type]
+    monkeypatch.setattr(kernels, "get_cubin", lambda sm, cache=None: b"")
+    return gpu
+
+
+class FakeBackend(OrtBackend):
+    """A CUDA backend whose networks are ONNX Runtime sessions that read and write the fake GPU's memory."""
+
+    name = "fake"
+    device = "cuda"
+
+    def __init__(self, bundle: Bundle, gpu: FakeGpu) -> None:
+        super().__init__(bundle, "fp32", 2)
+        self.gpu = gpu
+        self.networks: list[FakeNetwork] = []
+
+    def device_network(self, rows: int, length: int, stream: int) -> "FakeNetwork":
+        self.networks.append(FakeNetwork(self, rows, length, stream))
+        return self.networks[-1]
+
+
+class FakeNetwork:
+    def __init__(self, backend: FakeBackend, rows: int, length: int, stream: int) -> None:
+        config = backend.config
+        self.rows, self.length, self.closed = rows, length, False
+        self._backend, self._stream, self._ran = backend, stream, False
+        self._inputs = [i.name for i in backend.denoiser.get_inputs()]
+        latents = (rows, length, config.latent_dim)
+        shapes = {name: latents if name in ("z", "x_prev") else (rows,) for name in self._inputs}
+        shapes |= {"x": latents, "hidden": (rows, length, config.hidden_size), "ids": (rows, length)}
+        self._memory: dict[str, DeviceMemory] = {}
+        self._arrays: dict[str, np.ndarray] = {}
+        try:
+            for name, shape in shapes.items():
+                dtype = np.dtype(np.int64 if name == "ids" else np.float32)
+                memory = self._memory[name] = DeviceMemory(math.prod(shape) * dtype.itemsize)
+                raw = (ctypes.c_byte * memory.num_bytes).from_address(memory.pointer)
+                self._arrays[name] = np.frombuffer(memoryview(raw), dtype).reshape(shape)
+        except BaseException:
+            self.close()
+            raise
+        self.buffers = {name: memory.pointer for name, memory in self._memory.items()}
+
+    def enqueue_denoise(self, stream: int) -> None:
+        self._enqueue(stream, self._backend.denoiser, self._inputs, ["x", "hidden"])
+
+    def enqueue_discretize(self, stream: int) -> None:
+        self._enqueue(stream, self._backend.discretizer, ["hidden"], ["ids"])
+
+    def close(self) -> None:
+        self.closed = True
+        for memory in self._memory.values():
+            memory.close()
+
+    def _enqueue(
+        self, stream: int, session: onnxruntime.InferenceSession, inputs: list[str], outputs: list[str]
+    ) -> None:
+        gpu = self._backend.gpu
+        assert stream == self._stream, "enqueued on another stream than the network was made for"
+        assert not self.closed
+        if not self._ran:  # engines set themselves up in a first run, which waits
+            self._ran = not gpu.forbidden()
+        gpu.launches["network"] += not gpu.is_capturing(stream)
+
+        def run() -> None:
+            assert not self.closed
+            results = session.run(outputs, {name: self._arrays[name] for name in inputs})
+            for name, result in zip(outputs, results, strict=True):
+                self._arrays[name][...] = result
+
+        gpu.enqueue(stream, run)
