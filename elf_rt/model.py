@@ -105,8 +105,8 @@ class Model:
     ) -> list[Result]:
         """Write n texts for each prompt, or n texts without one.
 
-        Sample k of a prompt has seed ``seed + k``, and its text depends on that seed, the prompt and the sampling
-        parameters alone: not on the batch, its place in it, or the other prompts.
+        Result k has seed ``seed + k``, and its text depends on that seed, its prompt and the sampling parameters
+        alone: not on the batch or its place in it. So any result can be had again by itself.
 
         Args:
             seed: 0 .. 2**64 - 1; drawn at random when None, and told in the results.
@@ -212,18 +212,18 @@ class Model:
             raise InputError(f"n must be 1 or more, got {n}")
         if seed is None:
             seed = secrets.randbits(32)
-        if not 0 <= seed <= MAX_SEED - n:
-            raise InputError(f"seed must be between 0 and 2**64 - n, got {seed}")
         length = self._length(length)
         prompts = [prompts] if isinstance(prompts, str) else prompts
         sources = None if prompts is None else self.codec.tokenize(prompts)
         total = n * (1 if prompts is None else len(prompts))
+        if not 0 <= seed <= MAX_SEED - total:
+            raise InputError(f"seed must be between 0 and 2**64 - {total}, got {seed}")
         rows, _ = schedule.guidance_rows(params, self.config, conditional=sources is not None)
         size = max(1, TOKENS_PER_BATCH // (len(rows) * length))
         encoded: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # of the prompts of this batch
         for start in range(0, total, size):
             index = range(start, min(total, start + size))
-            seeds = np.array([seed + i % n for i in index], np.uint64)
+            seeds = np.array([seed + i for i in index], np.uint64)
             source = mask = None
             if sources is not None:
                 wanted = sorted({i // n for i in index})

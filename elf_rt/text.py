@@ -31,6 +31,8 @@ class TextCodec:
             from tokenizers import Tokenizer
 
             self.tokenizer = Tokenizer.from_file(str(bundle.path(bundle.tokenizer["file"])))
+            self.tokenizer.no_padding()  # a tokenizer.json may carry such settings of its training
+            self.tokenizer.no_truncation()
         self._encode: Encoder | None = None
         if bundle.encoder is not None:
             if bundle.encoder["kind"] == "embedding":

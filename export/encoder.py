@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ import torch
 from elf_rt.errors import CheckpointError
 from elf_rt.export.layouts import download, printable, read_weights
 from elf_rt.export.t5 import T5Sizes, write_t5_encoder
-from elf_rt.params import ModelConfig
 
 TABLE = "embedding.weight"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # T5's own names have no organisation: t5-small
@@ -182,55 +181,3 @@ def _load_tokenizer(path: Path) -> Any:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except Exception as error:  # tokenizers raises Exception itself
         raise CheckpointError(f"{path} is not a tokenizer.json ({printable(error)})") from error
-
-
-def encode_sources(
-    folder: Path, manifest: Mapping[str, Any], config: ModelConfig, prompts: Sequence[str]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Source latents (B, L, C) and mask (B, L) of the texts, or of random tokens of mixed lengths without any.
-
-    `folder` and `manifest` are those of the bundle in the making, with its encoder and tokenizer in place.
-
-    Raises:
-        CheckpointError: a prompt has no token, or there is no tokenizer for it.
-    """
-    sources = _tokenize(folder, manifest, config, prompts) if prompts else _random_sources(manifest, config)
-    width = max(map(len, sources))
-    ids = np.full((len(sources), width), manifest["tokenizer"]["pad_id"], np.int64)  # (B, S)
-    mask = np.zeros((len(sources), config.max_length), bool)  # (B, L)
-    for row, source in enumerate(sources):
-        ids[row, : len(source)] = source
-        mask[row, : len(source)] = True
-    encoder = manifest["encoder"]
-    if encoder["kind"] == "embedding":
-        encoded = np.load(folder / encoder["file"], mmap_mode="r")[ids]  # (B, S, C)
-    else:
-        encoded = _run_onnx(folder / encoder["file"], ids, mask[:, :width].astype(np.int64))
-    latents = np.zeros((*mask.shape, config.latent_dim), np.float32)
-    latents[:, :width] = (encoded - np.float32(config.latent_mean)) / np.float32(config.latent_std)
-    return torch.from_numpy(np.where(mask[..., None], latents, np.float32(0))), torch.from_numpy(mask)
-
-
-def _tokenize(
-    folder: Path, manifest: Mapping[str, Any], config: ModelConfig, prompts: Sequence[str]
-) -> list[list[int]]:
-    entry = manifest["tokenizer"]
-    if "file" not in entry:
-        raise CheckpointError("prompts need a tokenizer: name one with --tokenizer")
-    tokenizer = _load_tokenizer(folder / entry["file"])
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    sources = [tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in prompts]
-    for prompt, ids in zip(prompts, sources, strict=True):
-        if not ids:
-            raise CheckpointError(f"the prompt {prompt!r} has no token in it")
-    end = [entry["eos_id"]] if entry["append_eos"] else []
-    return [[*ids, *end][: config.max_input_length] for ids in sources]
-
-
-def _random_sources(manifest: Mapping[str, Any], config: ModelConfig) -> list[list[int]]:
-    """Sources of 1 to max_input_length tokens, the same at every export; without padding and EOS, ids 0 and 1."""
-    random = np.random.default_rng(0)
-    lengths = np.linspace(config.max_input_length, 1, REPLAY_SOURCES).round().astype(int)
-    tokens = min(config.vocab_size, manifest["encoder"]["vocab_size"])
-    return [random.integers(2, tokens, length).tolist() for length in lengths]

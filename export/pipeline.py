@@ -131,12 +131,13 @@ def _write_text_side(folder: Path, checkpoint: Checkpoint, options: ExportOption
     beside = checkpoint.path.parent
     encoder = options.encoder or _encoder_beside(beside, checkpoint.settings)
     tokenizer = options.tokenizer or find_tokenizer(beside, encoder)
+    tokens = 0
     if tokenizer is not None:
-        check_tokenizer(tokenizer, config.vocab_size)
+        tokens = check_tokenizer(tokenizer, config.vocab_size)
         shutil.copyfile(tokenizer, folder / "tokenizer.json")
         entries["tokenizer"] = {"pad_id": 0, "eos_id": 1, "append_eos": options.append_eos, "file": "tokenizer.json"}
     if config.max_input_length > 0 and encoder is not None:
-        entries["encoder"] = write_encoder(folder, encoder, latent_dim=config.latent_dim)
+        entries["encoder"] = write_encoder(folder, encoder, latent_dim=config.latent_dim, vocab_size=tokens)
     return entries
 
 
@@ -148,7 +149,7 @@ def _encoder_beside(folder: Path, settings: dict[str, Any]) -> str | None:
         return str(table)
     if isinstance(named, str) and (folder / named).is_dir():
         return str(folder / named)
-    return named if isinstance(named, str) and "/" in named else None
+    return named if isinstance(named, str) and named != "embedding" else None
 
 
 def _sources(
@@ -164,8 +165,9 @@ def _sources(
         sources = codec.tokenize(options.prompts[:REPLAY_SOURCES])
     else:
         rng = np.random.default_rng(0)
-        widths = rng.integers(2, config.max_input_length, REPLAY_SOURCES, endpoint=True)
-        sources = [[*rng.integers(EOS_ID + 1, config.vocab_size, width - 1).tolist(), EOS_ID] for width in widths]
+        tokens = min(config.vocab_size, manifest["encoder"]["vocab_size"])
+        widths = np.linspace(config.max_input_length, 1, REPLAY_SOURCES).round().astype(int)
+        sources = [rng.integers(EOS_ID + 1, tokens, width).tolist() for width in widths]
     latents, mask = codec.encode(sources, config.max_length)
     return torch.from_numpy(latents), torch.from_numpy(mask)
 

@@ -1,6 +1,5 @@
 """The encoder graph against transformers and the golden run; the table, the tokenizer, and every bad input."""
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -12,8 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from elf_rt.errors import CheckpointError
-from elf_rt.export.checkpoint import load_checkpoint
-from elf_rt.export.encoder import check_tokenizer, encode_sources, find_tokenizer, write_encoder
+from elf_rt.export.encoder import check_tokenizer, find_tokenizer, write_encoder
 from elf_rt.export.t5 import relative_buckets
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "t5"
@@ -56,19 +54,6 @@ def test_golden_source_ids(tmp_path, golden, run):
     assert entry == {"kind": "onnx", "file": "encoder.onnx", "source": "encoder", "vocab_size": 128}
     latents = (run(tmp_path, ids, mask) - 0.1) / 0.2  # latent_mean and latent_std of its config.yml
     assert relative_error(latents[mask == 1], cond[:, : ids.shape[1]][mask == 1]) < 3e-6
-
-
-def test_golden_source_texts(tmp_path, golden):
-    texts, _, _, cond, cond_mask = golden
-    manifest = {
-        "tokenizer": {"pad_id": 0, "eos_id": 1, "append_eos": True, "file": "tokenizer.json"},
-        "encoder": write_encoder(tmp_path, ENCODER, latent_dim=32),
-    }
-    shutil.copy(GOLDEN / "tokenizer.json", tmp_path)
-    latents, mask = encode_sources(tmp_path, manifest, load_checkpoint(GOLDEN).config, texts)
-    assert np.array_equal(mask.numpy(), cond_mask == 1)
-    assert relative_error(latents.numpy()[cond_mask == 1], cond[cond_mask == 1]) < 3e-6
-    assert not latents[~mask].any()
 
 
 def make_t5(folder: Path, **changes):
@@ -171,26 +156,6 @@ def test_embedding_table(tmp_path, dtype, kept):
     assert entry == wanted
     got = np.load(tmp_path / "embedding.npy")
     assert got.dtype == kept and np.array_equal(got.astype(np.float32), table.float().numpy())
-
-
-def test_encode_sources_from_a_table(tmp_path):
-    config = dataclasses.replace(load_checkpoint(GOLDEN).config, latent_dim=4, latent_mean=0.5, latent_std=2.0)
-    table = torch.randn(config.vocab_size // 2, 4)
-    save_file({"embedding.weight": table}, tmp_path / "encoder.safetensors")
-    tokenizer = {"pad_id": 0, "eos_id": 1, "append_eos": False, "file": "tokenizer.json"}
-    shutil.copy(GOLDEN / "tokenizer.json", tmp_path)
-    encoder = write_encoder(tmp_path, tmp_path / "encoder.safetensors", latent_dim=4)
-    manifest = {"tokenizer": tokenizer, "encoder": encoder}
-    latents, mask = encode_sources(tmp_path, manifest, config, ["rain"])
-    assert mask.sum() == 4  # golden ids of "rain" are 39, 4, 18, 8 and EOS, which is not wanted here
-    np.testing.assert_allclose(latents[0, :4], (table[[39, 4, 18, 8]] - 0.5) / 2, rtol=1e-6)
-    latents, mask = encode_sources(tmp_path, manifest, config, [])  # random tokens, of the table's
-    assert latents.shape == (4, 28, 4) and mask.sum(1).tolist() == [12, 8, 5, 1]
-    with pytest.raises(CheckpointError, match="has no token in it"):
-        encode_sources(tmp_path, manifest, config, ["rain", ""])
-    del tokenizer["file"]
-    with pytest.raises(CheckpointError, match="need a tokenizer"):
-        encode_sources(tmp_path, manifest, config, ["rain"])
 
 
 def broken_t5(folder: Path, config=None, weights=None) -> Path:

@@ -28,7 +28,7 @@ from elf_rt.errors import InputError
     "--output", "output_path", type=click.Path(path_type=Path), help="Write JSONL to this file, when all is done."
 )
 @click.option("-n", "n", type=click.IntRange(1), default=1, help="Texts for each prompt.")
-@click.option("--seed", type=click.IntRange(0), help="Sample k has seed SEED + k.  [default: drawn at random and told]")
+@click.option("--seed", type=click.IntRange(0), help="Text k has seed SEED + k.  [default: drawn at random and told]")
 @click.option("--length", type=click.IntRange(1), help="Tokens of canvas.  [default: the length of training]")
 @sampling_options
 @backend_options
@@ -76,7 +76,7 @@ def command(
                 sink(_record(result, reference), single=total == 1)
                 written += 1
         if seed is None and not as_json and written:
-            note(f"seed {results[-1].seed - (n - 1)}, {params.steps} steps, {model.backend_reason}")
+            note(f"seed {results[-1].seed - (total - 1)}, {params.steps} steps, {model.backend_reason}")
 
 
 def _wait(model: Any, arguments: dict[str, Any], total: int) -> Iterator[list[Any]]:

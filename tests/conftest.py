@@ -1,0 +1,72 @@
+"""Bundles that many tests read: exported once a run, whatever the number of test processes."""
+
+import fcntl
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "data" / "golden"
+EXAMPLES = ROOT / "examples"
+
+
+def export(source: Path, output: Path, *, precisions: tuple[str, ...] = ("fp32",), append_eos: bool = True) -> Path:
+    """Export a checkpoint as the command line does, proof included."""
+    from elf_rt.export.pipeline import ExportOptions, export_bundle
+    from elf_rt.verify import verify_folder
+
+    def prove(folder: Path, precision: str) -> None:
+        report = verify_folder(folder, backend="onnxruntime", precision=precision)
+        assert report.passed, report
+
+    export_bundle(str(source), output, ExportOptions(append_eos=append_eos, precisions=precisions), prove=prove)
+    return output
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The float32 bundle of a golden case ("cond") or of a demo model ("spoken-to-written"); not to be changed."""
+    shared = tmp_path_factory.getbasetemp().parent / "elf-rt-bundles"
+    shared.mkdir(exist_ok=True)
+
+    def make(name: str) -> Path:
+        source = GOLDEN / name if (GOLDEN / name).is_dir() else EXAMPLES / name
+        output = shared / f"{name}.elfrt"
+        with (shared / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not output.exists():
+                export(source, output, append_eos=name != "shakespeare")
+        return output
+
+    return make
+
+
+@pytest.fixture
+def run_cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., "Finished"]]:
+    """Run the command line in an empty folder; what it prints and its exit code."""
+    import subprocess
+    import sys
+
+    def run(*args: str | Path, cwd: Path = tmp_path, stdin: bytes | None = None) -> Finished:
+        done = subprocess.run(
+            [sys.executable, "-m", "elf_rt", *map(str, args)], cwd=cwd, input=stdin, capture_output=True, timeout=300
+        )
+        return Finished(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+    yield run
+
+
+class Finished:
+    """A finished command. An error that elf-rt raises on purpose is one line on stderr and exit code 1 or 2."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    def assert_clear_error(self, *words: str) -> None:
+        assert self.code in (1, 2), (self.code, self.err)
+        assert "Traceback" not in self.err
+        lines = [line for line in self.err.splitlines() if line and not line.startswith(("Usage:", "Try "))]
+        assert len(lines) == 1, self.err
+        for word in words:
+            assert word in lines[0], lines[0]
