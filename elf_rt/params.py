@@ -94,16 +94,29 @@ class SamplingParams:
     guidance_scale: float = 1.0  # classifier-free guidance w; 1 needs one call
     sc_cfg: float = 3.0  # self-conditioning guidance s
     gamma: float = 1.5  # SDE noise: alpha = clamp(1 - gamma * step size, 0, 1)
+    gamma_power: float = 0.0  # anneals it: gamma * (1 - t) ** gamma_power
+    grid_mean: float | None = None  # of the logit-normal grid; None: the model's p_mean
+    grid_std: float | None = None  # None: the model's p_std
+    x_prev_scale: float = 1.0  # factor on the estimate that is fed back to the network
+    guidance_from: float = 0.0  # classifier-free guidance only where guidance_from <= t <= guidance_until
+    guidance_until: float = 1.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.steps <= 10_000:
             raise InputError(f"steps must be between 1 and 10000, got {self.steps}")
         _one_of("sampler", self.sampler, SAMPLERS)
         _one_of("schedule", self.schedule, SCHEDULES)
-        for name in ("guidance_scale", "sc_cfg", "gamma"):
+        for name in ("guidance_scale", "sc_cfg", "gamma", "gamma_power", "x_prev_scale", "grid_std"):
             value = getattr(self, name)
-            if not 0 <= value < 1e6:  # also refuses NaN
+            if value is not None and not 0 <= value < 1e6:  # also refuses NaN
                 raise InputError(f"{name} must be a number from 0 up, got {value}")
+        if self.grid_mean is not None and not abs(self.grid_mean) < 100:
+            raise InputError(f"grid_mean must be a number between -100 and 100, got {self.grid_mean}")
+        if not 0 <= self.guidance_from <= self.guidance_until <= 1:
+            raise InputError(
+                "the guidance interval must have 0 <= guidance_from <= guidance_until <= 1, "
+                f"got {self.guidance_from} and {self.guidance_until}"
+            )
 
     def replace(self, **changes: Any) -> Self:
         """A copy with the given fields changed; those given as None keep their value."""

@@ -13,6 +13,7 @@ seed, and its text does not depend on what else is in the batch.
 """
 
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
@@ -21,6 +22,8 @@ from elf_rt.noise import normal
 from elf_rt.params import ModelConfig, SamplingParams
 
 A, B, C, D, X = range(5)  # columns of Table.coef
+
+MAX_EXTRAPOLATION = 4.0  # longest continuation of a line through two estimates, in units of their distance
 
 
 @dataclass(frozen=True)
@@ -67,66 +70,117 @@ def make_table(params: SamplingParams, config: ModelConfig, grid: np.ndarray, *,
         grid: (batch, N + 1) rising from 0 to 1.
         conditional: whether any source position is held; without one, guidance_scale has no effect.
     """
-    rows, weights = guidance_rows(params, config, conditional=conditional)
     batch, n = grid.shape[0], grid.shape[1] - 1
     t, t_next = grid[:, :-1].T, grid[:, 1:].T  # (N, batch)
     alpha = np.ones((n, batch))
     if params.sampler == "sde":
-        alpha[:-1] = np.clip(1.0 - params.gamma * (t_next - t)[:-1], 0.0, 1.0)
+        gamma = params.gamma * (1.0 - t) ** params.gamma_power
+        alpha[:-1] = np.clip(1.0 - gamma * (t_next - t), 0.0, 1.0)[:-1]
     t_in = alpha * t
     kappa = (t_next - t_in) / np.maximum(1.0 - t_in, config.t_eps)
+    previous = second_order(t_in, t_next) if params.sampler == "ab2" else np.zeros((n, batch))
 
     table_t = np.zeros((n + 2, batch))
     table_t[1:-1], table_t[-1] = t_in, 1.0
     coef = np.zeros((n + 2, batch, 5))
     coef[0, :, D] = config.noise_scale
-    # Row i + 1 ends step i - 1, z <- (1 - κ) z + κ x̂, and opens step i, z <- α z + (1 - α) noise.
-    coef[1:-1, :, A] = alpha
-    coef[-1, :, A] = 1.0
-    coef[2:, :, B] = coef[2:, :, A] * kappa
-    coef[2:, :, A] *= 1.0 - kappa
+    # Row i + 1 ends step i - 1, z <- (1 - κ) z + (κ + c) x̂ - c x̂_last, and opens step i, z <- α z + (1 - α) noise.
+    opens = np.concatenate([alpha, np.ones((1, batch))])  # of rows 1 .. N + 1; nothing opens after the last
+    coef[1, :, A] = opens[0]
+    coef[2:, :, A] = opens[1:] * (1.0 - kappa)
+    coef[2:, :, B] = opens[1:] * (kappa + previous)
+    coef[2:, :, C] = opens[1:] * -previous
     coef[1:-1, :, D] = (1.0 - alpha) * config.noise_scale
-    coef[1:-1, :, X] = 1.0  # in row 1, x̂ holds the source alone; the decoding call gets zeros
-    table_weights = np.zeros((n + 2, len(rows), batch))
-    table_weights[2:] = np.asarray(weights)[:, None]
-    return Table(table_t, coef, table_weights, rows)
+    coef[2:-1, :, X] = params.x_prev_scale
+    rows, _ = guidance_rows(params, config, conditional=conditional)
+    weights = np.zeros((n + 2, len(rows), batch))
+    weights[2:] = guidance_weights(rows, params, config, t_in)
+    return Table(table_t, coef, weights, rows)
+
+
+def second_order(t: np.ndarray, t_next: np.ndarray) -> np.ndarray:
+    """c (N, batch) of the two-step exponential Adams-Bashforth method, z' = (1 - κ) z + κ x̂ + c (x̂ - x̂_last).
+
+    The exact solution over a step from t to t' is z' = (1 - κ) z + (1 - t') ∫ x̂ / (1 - τ)² dτ. With x̂ continued in
+    a straight line through its last two values, that is κ x̂ + c (x̂ - x̂_last), where
+    c = (w - w' - w' ln(w / w')) / (t - t_last), w = 1 - t, w' = 1 - t'. This is the idea of DPM-Solver++(2M),
+    Lu et al. 2022, with x̂ linear in t instead of the log signal-to-noise ratio, which is infinite at t = 0.
+
+    c is 0 in the first step, which has no x̂_last; in the last, whose x̂ is the text; and after a step so short that the
+    line would be continued to more than MAX_EXTRAPOLATION times its length.
+    """
+    c = np.zeros_like(t)
+    if len(t) < 3:
+        return c
+    w, w_next, last = (1.0 - t)[1:-1], (1.0 - t_next)[1:-1], np.diff(t, axis=0)[:-1]
+    usable = (w - w_next <= MAX_EXTRAPOLATION * last) & (last > 0)
+    with np.errstate(divide="ignore", invalid="ignore"):  # where not usable, or a step before the last that reaches 1
+        slope = (w - w_next - np.where(w_next > 0, w_next * np.log(w / w_next), 0.0)) / last
+    c[1:-1] = np.where(usable, slope, 0.0)
+    return c
 
 
 def guidance_rows(
     params: SamplingParams, config: ModelConfig, *, conditional: bool
 ) -> tuple[tuple[Row, ...], tuple[float, ...]]:
-    """The rows of one call and their weights in x̂.
+    """The rows of one call and their weights in x̂, inside the guidance interval.
 
     Classifier-free guidance: x̂ = x̂_u + w (x̂_c - x̂_u). Self-conditioning guidance of models without guidance
     tokens: x̂ = x̂(0) + s (x̂(x_prev) - x̂(0)). Both together are the product of the two.
     """
     w = params.guidance_scale if conditional else 1.0
-    by_two_calls = config.self_cond and config.num_self_cond_cfg_tokens == 0
-    s = params.sc_cfg if by_two_calls else 1.0
-    pairs = [
-        (Row(sees_source, sees_prev), w_source * w_prev)
-        for sees_source, w_source in ((True, w), (False, 1.0 - w))
-        for sees_prev, w_prev in ((True, s), (False, 1.0 - s))
-    ]
-    kept = [(row, weight) for row, weight in pairs if weight != 0]
+    rows = [Row(sees_source, sees_prev) for sees_source in (True, False) for sees_prev in (True, False)]
+    kept = [(row, _weight(row, w, _self_cond_scale(params, config))) for row in rows]
+    kept = [(row, weight) for row, weight in kept if weight != 0]
     if not any(row.sees_source for row, _ in kept):
         kept.insert(0, (MAIN, 0.0))  # the decoding call sees the source whatever the guidance
     return tuple(row for row, _ in kept), tuple(weight for _, weight in kept)
 
 
+def guidance_weights(rows: tuple[Row, ...], params: SamplingParams, config: ModelConfig, t: np.ndarray) -> np.ndarray:
+    """(N, K, batch) weights of the rows at times t (N, batch).
+
+    Outside guidance_from <= t <= guidance_until there is no classifier-free guidance (Kynkäänniemi et al. 2024), so the
+    rows without the source weigh nothing, and `Table.calls` leaves them out of the call.
+    """
+    s = _self_cond_scale(params, config)
+    if all(row.sees_source for row in rows):
+        inside = outside = np.array([_weight(row, 1.0, s) for row in rows])
+    else:
+        inside = np.array([_weight(row, params.guidance_scale, s) for row in rows])
+        outside = np.array([_weight(row, 1.0, s) for row in rows])
+    active = (t >= params.guidance_from) & (t <= params.guidance_until)
+    return np.where(active[:, None], inside[:, None], outside[:, None])
+
+
+def _weight(row: Row, w: float, s: float) -> float:
+    return (w if row.sees_source else 1.0 - w) * (s if row.sees_prev else 1.0 - s)
+
+
+def _self_cond_scale(params: SamplingParams, config: ModelConfig) -> float:
+    """s where it is applied by two calls; 1, which needs one, where it is a token or there is no self-conditioning."""
+    return params.sc_cfg if config.self_cond and config.num_self_cond_cfg_tokens == 0 else 1.0
+
+
 def make_grid(params: SamplingParams, config: ModelConfig, seeds: np.ndarray) -> np.ndarray:
     """(batch, N + 1) float64 time grids from 0 to 1, one for each seed.
 
-    logit_normal: N - 1 sorted draws of sigmoid(p_mean + p_std * noise), as the official sampler; uniform: even steps;
+    logit_normal: N - 1 sorted draws of sigmoid(mean + std * noise), as the official sampler. quantile: the i/N
+    quantiles of that distribution, the same for each seed, and never two at nearly one time. uniform: even steps.
     """
     n, batch = params.steps, len(seeds)
-    if params.schedule == "uniform":
-        return np.broadcast_to(np.linspace(0.0, 1.0, n + 1), (batch, n + 1))
+    mean = config.p_mean if params.grid_mean is None else params.grid_mean
+    std = config.p_std if params.grid_std is None else params.grid_std
     grid = np.zeros((batch, n + 1))
     grid[:, -1] = 1.0
-    if n > 1:
+    if params.schedule == "uniform":
+        grid[:] = np.linspace(0.0, 1.0, n + 1)
+    elif params.schedule == "quantile":
+        scores = np.array([NormalDist().inv_cdf(i / n) for i in range(1, n)])
+        grid[:, 1:-1] = 1.0 / (1.0 + np.exp(-(mean + std * scores)))
+    elif n > 1:
         draws = normal(seeds, 0, (n - 1, 1), stream=1)[:, :, 0].astype(np.float64)
-        grid[:, 1:-1] = np.sort(1.0 / (1.0 + np.exp(-(config.p_mean + config.p_std * draws))), axis=1)
+        grid[:, 1:-1] = np.sort(1.0 / (1.0 + np.exp(-(mean + std * draws))), axis=1)
     return grid
 
 

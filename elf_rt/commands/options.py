@@ -35,28 +35,31 @@ def backend_options(command: F) -> F:
     return command
 
 
+SAMPLING: dict[str, tuple[Any, str]] = {  # field of SamplingParams -> (type of the option, help)
+    "steps": (int, "Network calls before the decoding one."),
+    "sampler": (click.Choice(SAMPLERS), "Sampler."),
+    "schedule": (click.Choice(SCHEDULES), "Time grid."),
+    "guidance_scale": (float, "Classifier-free guidance w."),
+    "sc_cfg": (float, "Self-conditioning guidance s."),
+    "gamma": (float, "Noise of the SDE sampler."),
+    "gamma_power": (float, "Anneals it: gamma (1 - t)^power."),
+    "grid_mean": (float, "Mean of the logit-normal time grid."),
+    "grid_std": (float, "Its standard deviation."),
+    "x_prev_scale": (float, "Factor on the estimate fed back to the network."),
+    "guidance_from": (float, "Guide only from this time on."),
+    "guidance_until": (float, "Guide only up to this time."),
+}
+
+
 def sampling_options(command: F) -> F:
     """--preset and one option for each field of SamplingParams; the bundle's preset gives what is not named."""
-    defaults = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
-
-    def help_text(text: str, name: str) -> str:
-        return f"{text}  [default: the preset's; {defaults[name]} for ELF-B]"
-
-    for option in reversed(
-        [
-            click.option("--preset", default="default", help="A named set of the values below, kept in the bundle."),
-            click.option("--steps", type=int, help=help_text("Network calls before the decoding one.", "steps")),
-            click.option("--sampler", type=click.Choice(SAMPLERS), help=help_text("Sampler.", "sampler")),
-            click.option("--schedule", type=click.Choice(SCHEDULES), help=help_text("Time grid.", "schedule")),
-            click.option(
-                "--guidance-scale", type=float, help=help_text("Classifier-free guidance w.", "guidance_scale")
-            ),
-            click.option("--sc-cfg", type=float, help=help_text("Self-conditioning guidance s.", "sc_cfg")),
-            click.option("--gamma", type=float, help=help_text("Noise of the SDE sampler.", "gamma")),
-        ]
-    ):
-        command = option(command)
-    return command
+    for field in reversed(dataclasses.fields(SamplingParams)):
+        kind, text = SAMPLING[field.name]
+        default = "the model's" if field.default is None else field.default
+        text = f"{text}  [default: the preset's; {default} for ELF-B]"
+        command = click.option(f"--{field.name.replace('_', '-')}", type=kind, help=text)(command)
+    help_text = "A named set of the values below, kept in the bundle."
+    return click.option("--preset", default="default", help=help_text)(command)
 
 
 SAMPLING_NAMES = tuple(field.name for field in dataclasses.fields(SamplingParams))
