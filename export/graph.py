@@ -30,27 +30,30 @@ def write_graphs(
     `state` holds float32 arrays under the official names. `opset` 23 and above uses Attention and RMSNormalization;
     20 spells both out, for engines that are older than these operators. Inputs and outputs are float32 in every plan.
     """
+    metadata = {"precision": plan.precision.value}
     with WeightFile(folder / "weights.bin") as weights:
-        metadata = {"precision": plan.precision.value}
-        _Denoiser(config, state, plan, GraphBuilder("denoiser", opset, weights)).write().save(
-            folder / "denoiser.onnx", metadata
-        )
-        _discretizer(config, state, plan, GraphBuilder("discretizer", opset, weights)).save(
-            folder / "discretizer.onnx", metadata
-        )
+        for name, write in (("denoiser", _denoiser), ("discretizer", _discretizer)):
+            # TensorRT-RTX has no float32 GEMM for Turing (SM 7.5), where FP16 is what one wants; it does convolve.
+            graph = GraphBuilder(name, opset, weights, avoid_float32_gemm=plan.precision is Precision.FP16)
+            write(graph, config, state, plan)
+            graph.save(folder / f"{name}.onnx", metadata)
     return ["denoiser.onnx", "discretizer.onnx", "weights.bin"]
+
+
+def _denoiser(g: GraphBuilder, config: ModelConfig, state: Mapping[str, np.ndarray], plan: PrecisionPlan) -> None:
+    _Denoiser(g, config, state, plan).write()
 
 
 class _Denoiser:
     """(z, x_prev, t, s, mode) -> (x, hidden); inputs that the model has no parameters for are left out."""
 
     def __init__(
-        self, config: ModelConfig, state: Mapping[str, np.ndarray], plan: PrecisionPlan, g: GraphBuilder
+        self, g: GraphBuilder, config: ModelConfig, state: Mapping[str, np.ndarray], plan: PrecisionPlan
     ) -> None:
         self.config, self.state, self.plan, self.g = config, state, plan, g
         self.width = rewrite.padded(config.head_dim, plan)
 
-    def write(self) -> GraphBuilder:
+    def write(self) -> None:
         config, g = self.config, self.g
         latents: tuple[int | str, ...] = ("rows", "length", config.latent_dim)
         text = g.input("z", latents)
@@ -58,8 +61,8 @@ class _Denoiser:
             text = g.op("Concat", text, g.input("x_prev", latents), axis=-1)  # (R, L, 2C)
         prefix = self.prefix()  # (R, P, H)
         g.scope = "text_proj"
-        text = linear(g, "text_proj.proj1", text, rewrite.input_projection(config, self.state))  # (R, L, bottleneck)
-        text = linear(g, "text_proj.proj2", text, self.stored("text_proj.proj2"))  # (R, L, H)
+        text = self.projected("text_proj.proj1", text, rewrite.input_projection(config, self.state))
+        text = self.projected("text_proj.proj2", text, rewrite.text_projection(self.state, self.plan))  # (R, L, H)
         h = g.op("Concat", prefix, text, axis=1)  # (R, S, H)
         rotary = self.rotary(h)
         for block in range(config.depth):
@@ -68,10 +71,9 @@ class _Denoiser:
         g.scope = "final_layer"
         hidden = g.op("Slice", h, g.integers(config.num_prefix_tokens), g.integers(END), g.integers(1))  # (R, L, H)
         normed = self.norm("final_layer.norm_final", hidden)
-        x = linear(g, "final_layer.linear", normed, self.stored("final_layer.linear"))  # (R, L, C)
+        x = self.projected("final_layer.linear", normed, self.stored("final_layer.linear"))  # (R, L, C)
         g.output(x, "x", latents)
         g.output(hidden, "hidden", ("rows", "length", config.hidden_size))
-        return g
 
     def prefix(self) -> Value:
         config, g = self.config, self.g
@@ -91,8 +93,8 @@ class _Denoiser:
         g.scope = embedder
         angles = g.op("Mul", g.op("Unsqueeze", g.input(scalar, ("rows",)), g.integers(1)), frequencies)  # (R, 128)
         features = g.op("Concat", g.op("Cos", angles), g.op("Sin", angles), axis=-1)  # (R, 256)
-        inner = silu(g, linear(g, f"{embedder}.mlp_0", features, self.stored(f"{embedder}.mlp_0")))
-        embedding = linear(g, f"{embedder}.mlp_2", inner, self.stored(f"{embedder}.mlp_2"))  # (R, H)
+        inner = silu(g, scalar_linear(g, f"{embedder}.mlp_0", features, self.stored(f"{embedder}.mlp_0")))
+        embedding = scalar_linear(g, f"{embedder}.mlp_2", inner, self.stored(f"{embedder}.mlp_2"))  # (R, H)
         return g.op("Add", g.op("Unsqueeze", embedding, g.integers(1)), g.weight(tokens, self.state[tokens]))
 
     def rotary(self, h: Value) -> tuple[Value, Value]:
@@ -124,8 +126,7 @@ class _Denoiser:
         mixed = self.mix(q, k, g.cast(v, precision))  # (R, heads, S, D)
         mixed = g.op("Transpose", mixed, perm=[0, 2, 1, 3])  # (R, S, heads, D)
         mixed = g.op("Reshape", mixed, g.integers(0, 0, heads * width))  # (R, S, heads * D)
-        out = linear(g, f"{name}.proj", mixed, weights.proj, plan.precision_of(f"{name}.proj"))
-        return self.unfold(out, plan.exponent(f"{name}.proj"))
+        return self.projected(f"{name}.proj", mixed, weights.proj)
 
     def mix(self, q: Value, k: Value, v: Value) -> Value:
         """softmax(q k^T / sqrt(true head width)) v, no mask."""
@@ -157,13 +158,15 @@ class _Denoiser:
             ab = g.cast(ab, Precision.FP32)  # a product that only a float32 GEMM reads is never rounded
         a, b = g.ops("Split", 2, ab, axis=-1, num_outputs=2)  # each (R, S, inner)
         product = g.op("Mul", silu(g, a), b)
-        out = linear(g, f"{name}.w3", product, weights.w3, plan.precision_of(f"{name}.w3"))
-        return self.unfold(out, plan.exponent(f"{name}.w3"))
+        return self.projected(f"{name}.w3", product, weights.w3)
 
-    def unfold(self, x: Value, exponent: int) -> Value:
-        """Back to float32, and times the power of two that was folded into the weights."""
-        x = self.g.cast(x, Precision.FP32)
-        return self.g.op("Mul", x, self.g.scalar(2.0**exponent)) if exponent else x
+    def projected(self, name: str, x: Value, weights: rewrite.Linear) -> Value:
+        """A linear layer in the plan's type, then back to float32 and times the powers of two folded into it."""
+        g, exponents = self.g, self.plan.exponents(name)
+        x = g.cast(linear(g, name, x, weights, self.plan.precision_of(name)), Precision.FP32)
+        if not exponents.any():
+            return x
+        return g.op("Mul", x, g.weight(f"{name}.scale", np.ldexp(np.float32(1), exponents)))
 
     def norm(self, name: str, x: Value) -> Value:
         """RMSNorm of the float32 residual."""
@@ -178,32 +181,49 @@ class _Denoiser:
         return rewrite.Linear(self.state[f"{name}.weight"].T, self.state[f"{name}.bias"])
 
 
-def _discretizer(
-    config: ModelConfig, state: Mapping[str, np.ndarray], plan: PrecisionPlan, g: GraphBuilder
-) -> GraphBuilder:
+def _discretizer(g: GraphBuilder, config: ModelConfig, state: Mapping[str, np.ndarray], plan: PrecisionPlan) -> None:
     """hidden (R, L, H) -> ids (R, L): argmax of the token logits, the lowest id on ties."""
     hidden = g.input("hidden", ("rows", "length", config.hidden_size))
-    # No norm stands before the head, so its input is as wide as the residual: float32 in every plan.
-    features = linear(g, "proj", hidden, rewrite.Linear(state["proj_kernel"], state["proj_bias"]))  # (R, L, C)
+    head = rewrite.Linear(state["proj_kernel"], state["proj_bias"])
+    features = g.cast(linear(g, "proj", hidden, head, plan.precision_of("proj")), Precision.FP32)  # (R, L, C)
     features = g.op("Gelu", features, approximate="tanh")
-    unembed = rewrite.unembedding(config, state, plan)
-    weight = g.weight("unembed.weight", unembed.weight, plan.precision_of("unembed"))
-    logits = g.op("MatMul", g.cast(features, plan.precision_of("unembed")), weight)
-    assert unembed.bias is not None
-    logits = g.op("Add", g.cast(logits, Precision.FP32), g.weight("unembed.bias", unembed.bias))  # (R, L, V)
+    kernel, bias = rewrite.unembedding(config, state, plan)
+    logits = linear(g, "unembed", features, rewrite.Linear(kernel, None), plan.precision_of("unembed"))
+    # The bias is added in float32: that of padded ids is out of FP16's range.
+    logits = g.op("Add", g.cast(logits, Precision.FP32), g.weight("unembed.bias", bias))  # (R, L, V)
     ids = g.integer_op("ArgMax", logits, axis=-1, keepdims=0, select_last_index=0)
     g.output(ids, "ids", ("rows", "length"))
-    return g
 
 
 def linear(
     g: GraphBuilder, name: str, x: Value, weights: rewrite.Linear, precision: Precision = Precision.FP32
 ) -> Value:
-    """x @ weight + bias, all in `precision`."""
+    """x (R, S, inputs) @ weight + bias, all in `precision`."""
+    if precision is Precision.FP32 and g.avoid_float32_gemm:
+        return convolution(g, name, x, weights)
     out = g.op("MatMul", g.cast(x, precision), g.weight(f"{name}.weight", weights.weight, precision))
     if weights.bias is None:
         return out
     return g.op("Add", out, g.weight(f"{name}.bias", weights.bias, precision))
+
+
+def convolution(g: GraphBuilder, name: str, x: Value, weights: rewrite.Linear) -> Value:
+    """`linear` in float32 as a convolution of width 1."""
+    parameters = [g.weight(f"{name}.weight", weights.weight.T[..., None])]  # (outputs, inputs, 1)
+    if weights.bias is not None:
+        parameters.append(g.weight(f"{name}.bias", weights.bias))
+    x = g.op("Transpose", g.cast(x, Precision.FP32), perm=[0, 2, 1])  # (R, inputs, S)
+    return g.op("Transpose", g.op("Conv", x, *parameters), perm=[0, 2, 1])
+
+
+def scalar_linear(g: GraphBuilder, name: str, x: Value, weights: rewrite.Linear) -> Value:
+    """x (R, inputs) @ weight + bias in float32. One row per text: small enough to be written as products and a sum."""
+    if not g.avoid_float32_gemm:
+        return linear(g, name, x, weights)
+    assert weights.bias is not None
+    weight = g.weight(f"{name}.weight", weights.weight.T)  # (outputs, inputs)
+    products = g.op("Mul", g.op("Unsqueeze", x, g.integers(1)), weight)  # (R, outputs, inputs)
+    return g.op("Add", g.op("ReduceSum", products, g.integers(-1), keepdims=0), g.weight(f"{name}.bias", weights.bias))
 
 
 def silu(g: GraphBuilder, x: Value) -> Value:

@@ -71,10 +71,14 @@ class WeightFile:
 
 
 class GraphBuilder:
-    """One graph in the making. Operator methods take and return `Value`s; `scope` names the nodes that follow."""
+    """One graph in the making. Operator methods take and return `Value`s; `scope` names the nodes that follow.
 
-    def __init__(self, name: str, opset: int, weights: WeightFile) -> None:
+    avoid_float32_gemm: for engines that have none.
+    """
+
+    def __init__(self, name: str, opset: int, weights: WeightFile, avoid_float32_gemm: bool = False) -> None:
         self.name, self.opset, self.scope = name, opset, name
+        self.avoid_float32_gemm = avoid_float32_gemm
         self._weights = weights
         self._nodes: list[onnx.NodeProto] = []
         self._inputs: list[onnx.ValueInfoProto] = []

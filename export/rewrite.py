@@ -63,43 +63,54 @@ def attention_weights(config: ModelConfig, state: State, block: int, plan: Preci
     width, heads = config.head_dim, config.num_heads
     wide = padded(width, plan)
     half_split, plain = _half_split(width, wide), _padded_index(width, wide)
-    e_q, e_k, e_v = (plan.exponent(f"{name}.{part}") for part in "qkv")
-    e_out = plan.exponent(f"{name}.proj")
+    e_v = np.broadcast_to(plan.exponents(f"{name}.v"), heads * width).reshape(heads, width)
+    e_out = plan.exponents(f"{name}.proj")
 
     weight = state[f"{name}.qkv.weight"].reshape(3, heads, width, -1)  # (3, heads, D, H)
     bias = state[f"{name}.qkv.bias"].reshape(3, heads, width)
-    parts = ((0, half_split, e_q), (1, half_split, e_k), (2, plain, e_v))
-    rows = np.stack([np.ldexp(_take(weight[i], index, axis=1), -e) for i, index, e in parts])
-    biases = np.stack([np.ldexp(_take(bias[i], index, axis=1), -e) for i, index, e in parts])
-    qkv = Linear(rows.reshape(3 * heads * wide, -1).T, biases.reshape(-1))
+    parts = zip("qkv", (half_split, half_split, plain), weight, bias, strict=True)
+    rows, biases = [], []
+    for part, index, part_weight, part_bias in parts:
+        exponents = np.broadcast_to(plan.exponents(f"{name}.{part}"), heads * width).reshape(heads, width)
+        rows.append(_take(np.ldexp(part_weight, -exponents[..., None]), index, axis=1))  # (heads, D padded, H)
+        biases.append(_take(np.ldexp(part_bias, -exponents), index, axis=1))
+    qkv = Linear(np.stack(rows).reshape(3 * heads * wide, -1).T, np.stack(biases).reshape(-1))
 
-    def head_norm(which: str, exponent: int) -> HeadNorm:
+    def head_norm(part: str) -> HeadNorm:
         # mean over `wide` = mean over `width` * width / wide, and eps moves with the statistics
         ratio = width / wide
         return HeadNorm(
-            _take(state[f"{name}.{which}_norm.weight"], half_split, axis=0) * np.float32(math.sqrt(ratio)),
-            math.ldexp(NORM_EPS * ratio, -2 * exponent),
+            _take(state[f"{name}.{part}_norm.weight"], half_split, axis=0) * np.float32(math.sqrt(ratio)),
+            math.ldexp(NORM_EPS * ratio, -2 * plan.exponents(f"{name}.{part}").item()),
         )
 
     out = state[f"{name}.proj.weight"].T.reshape(heads, width, -1)  # (heads, D, H)
-    out = np.ldexp(_take(out, plain, axis=1).reshape(heads * wide, -1), e_v - e_out)
+    out = _take(np.ldexp(out, e_v[..., None] - e_out), plain, axis=1).reshape(heads * wide, -1)
     proj = Linear(out, np.ldexp(state[f"{name}.proj.bias"], -e_out))
-    return AttentionWeights(qkv, head_norm("q", e_q), head_norm("k", e_k), proj)
+    return AttentionWeights(qkv, head_norm("q"), head_norm("k"), proj)
 
 
 def mlp_weights(config: ModelConfig, state: State, block: int, plan: PrecisionPlan) -> MlpWeights:
     name = f"blocks.{block}.mlp"
     index = _padded_index(config.mlp_dim, padded(config.mlp_dim, plan))
-    e_b, e_out = plan.exponent(f"{name}.b"), plan.exponent(f"{name}.w3")
+    e_b = np.broadcast_to(plan.exponents(f"{name}.b"), config.mlp_dim)
+    e_out = plan.exponents(f"{name}.w3")
 
     weight = state[f"{name}.w12.weight"].reshape(2, config.mlp_dim, -1)  # (2, inner, H)
     bias = state[f"{name}.w12.bias"].reshape(2, -1)
-    a, b = _take(weight[0], index, axis=0), np.ldexp(_take(weight[1], index, axis=0), -e_b)
-    a_bias, b_bias = _take(bias[0], index, axis=0), np.ldexp(_take(bias[1], index, axis=0), -e_b)
+    a, b = _take(weight[0], index, axis=0), _take(np.ldexp(weight[1], -e_b[:, None]), index, axis=0)
+    a_bias, b_bias = _take(bias[0], index, axis=0), _take(np.ldexp(bias[1], -e_b), index, axis=0)
     w12 = Linear(np.concatenate([a, b]).T, np.concatenate([a_bias, b_bias]))
 
-    out = np.ldexp(_take(state[f"{name}.w3.weight"].T, index, axis=0), e_b - e_out)
+    out = _take(np.ldexp(state[f"{name}.w3.weight"].T, e_b[:, None] - e_out), index, axis=0)
     return MlpWeights(w12, Linear(out, np.ldexp(state[f"{name}.w3.bias"], -e_out)))
+
+
+def text_projection(state: State, plan: PrecisionPlan) -> Linear:
+    """bottleneck -> H, what starts the residual of the text."""
+    exponents = plan.exponents("text_proj.proj2")
+    weight = np.ldexp(state["text_proj.proj2.weight"].T, -exponents)
+    return Linear(weight, np.ldexp(state["text_proj.proj2.bias"], -exponents))
 
 
 def input_projection(config: ModelConfig, state: State) -> Linear:
@@ -112,11 +123,11 @@ def input_projection(config: ModelConfig, state: State) -> Linear:
     return Linear(weight.T.astype(np.float32), bias.astype(np.float32))
 
 
-def unembedding(config: ModelConfig, state: State, plan: PrecisionPlan) -> Linear:
-    """(C, V padded). A padded id has the lowest float32 as bias, so the argmax never names it."""
+def unembedding(config: ModelConfig, state: State, plan: PrecisionPlan) -> tuple[np.ndarray, np.ndarray]:
+    """Kernel (C, V padded) and bias (V padded,): the lowest float32 for padded ids, so that no argmax names them."""
     index = _padded_index(config.vocab_size, padded(config.vocab_size, plan))
     bias = np.where(index < 0, np.finfo(np.float32).min, _take(state["unembed_bias"], index, axis=0))
-    return Linear(_take(state["unembed_kernel"], index, axis=1), bias)
+    return _take(state["unembed_kernel"], index, axis=1), bias
 
 
 def rotary_tables(config: ModelConfig, plan: PrecisionPlan) -> tuple[np.ndarray, np.ndarray]:
