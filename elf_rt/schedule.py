@@ -91,7 +91,7 @@ def make_table(params: SamplingParams, config: ModelConfig, grid: np.ndarray, *,
     coef[2:, :, B] = opens[1:] * (kappa + previous)
     coef[2:, :, C] = opens[1:] * -previous
     coef[1:-1, :, D] = (1.0 - alpha) * config.noise_scale
-    coef[2:-1, :, X] = params.x_prev_scale
+    coef[1:-1, :, X] = params.x_prev_scale  # in row 1, x̂ holds the source alone
     rows, _ = guidance_rows(params, config, conditional=conditional)
     weights = np.zeros((n + 2, len(rows), batch))
     weights[2:] = guidance_weights(rows, params, config, t_in)

@@ -203,7 +203,7 @@ def test_guidance_interval_keeps_self_conditioning_guidance() -> None:
 
 def test_scale_of_the_fed_back_estimate() -> None:
     table = make(SamplingParams(steps=4, x_prev_scale=1.3))
-    assert table.coef[:, 0, schedule.X].tolist() == [0, 0, 1.3, 1.3, 1.3, 0]
+    assert table.coef[:, 0, schedule.X].tolist() == [0, 1.3, 1.3, 1.3, 1.3, 0]
 
 
 @pytest.mark.parametrize(
