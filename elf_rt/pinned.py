@@ -1,0 +1,147 @@
+"""Pinned spans: tokens of the text that are given, and held like source positions while the rest is written.
+
+A template such as "The train to [2] leaves at [5]." pins its words and leaves blanks of 2 and of 5 tokens. Positions
+count from the first token of the text, after the source where there is one.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+
+from elf_rt.errors import InputError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+BLANK = re.compile(r"\s*\[(\d+)\]")  # white space before a blank is the blank's: a word carries its leading space
+FILLER = "\ue000"  # a private-use character, so no tokenizer has merged it with its neighbours
+
+Encoder = Callable[[np.ndarray, np.ndarray], np.ndarray]  # ids (B, S), mask (B, S) -> normalised latents (B, S, C)
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """ids: (S,) int64, mask: (S,) bool, true where the token is pinned. Free positions have id 0.
+
+    Raises:
+        InputError: nothing is pinned.
+    """
+
+    ids: np.ndarray
+    mask: np.ndarray
+
+    def __post_init__(self) -> None:
+        if not self.mask.any():
+            raise InputError("nothing is pinned: give at least one token")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @classmethod
+    def from_tokens(cls, tokens: Mapping[int, int | str], tokenizer: "Tokenizer | None", vocab_size: int) -> Self:
+        """Pins of {position: token}; a token is an id, or a text that is one token.
+
+        Raises:
+            InputError: a position is negative, a text is not one token, an id is not in the vocabulary.
+        """
+        if any(position < 0 for position in tokens):
+            raise InputError(f"a pinned position must be 0 or more, got {min(tokens)}")
+        size = 1 + max(tokens, default=-1)
+        ids, mask = np.zeros(size, np.int64), np.zeros(size, bool)
+        for position, token in tokens.items():
+            ids[position] = _token_id(token, tokenizer) if isinstance(token, str) else token
+            mask[position] = True
+        if np.any((ids < 0) | (ids >= vocab_size)):
+            raise InputError(f"a pinned token id must be between 0 and {vocab_size - 1}, got {ids.tolist()}")
+        return cls(ids, mask)
+
+    @classmethod
+    def from_template(cls, template: str, tokenizer: "Tokenizer", eos_id: int | None) -> Self:
+        """Pins of a template: ``[n]`` is a blank of n tokens, everything else is pinned.
+
+        Args:
+            eos_id: pinned after the template, so that the text ends there; None lets the model write on.
+
+        Raises:
+            InputError: a blank has no length or stands inside a token, or there is nothing but blanks.
+        """
+        blanks = [int(n) for n in BLANK.findall(template)]
+        if 0 in blanks:
+            raise InputError(f"a blank needs at least one token, got [0] in {template!r}")
+        text = BLANK.sub(FILLER, template)
+        fillers = [i for i, char in enumerate(text) if char == FILLER]
+        if len(fillers) != len(blanks):
+            raise InputError(f"a template must not have the character U+E000: {template!r}")
+        encoding = tokenizer.encode(text, add_special_tokens=False)
+        ids: list[int] = []
+        mask: list[bool] = []
+        seen: set[int] = set()
+        for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            covered = [i for i in fillers if start <= i < end]
+            if not covered:
+                ids.append(token)
+                mask.append(True)
+                continue
+            if end - start > 1:
+                raise InputError(f"blank {fillers.index(covered[0]) + 1} stands inside a token: put a space around it")
+            if covered[0] not in seen:  # a character may be several tokens, one for each of its bytes
+                seen.add(covered[0])
+                length = blanks[fillers.index(covered[0])]
+                ids += [0] * length
+                mask += [False] * length
+        if len(seen) != len(blanks):
+            raise InputError(f"this tokenizer cannot place the blanks of {template!r}: pin tokens by position instead")
+        if eos_id is not None:
+            ids.append(eos_id)
+            mask.append(True)
+        return cls(np.array(ids, np.int64), np.array(mask))
+
+    def hold(
+        self, encode: Encoder, source: np.ndarray, mask: np.ndarray, source_lengths: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Source latents and mask with the pins added; the arguments are left as they are.
+
+        The pins are encoded apart from the source, as texts are in training, with free positions masked out.
+
+        Args:
+            source, mask: (B, L, C) clean latents and (B, L) bool where they stand; zeros and False without a source.
+            source_lengths: (B,) where each text begins.
+
+        Raises:
+            InputError: a pin lies behind the end of the canvas.
+        """
+        length = mask.shape[1]
+        if np.max(source_lengths) + len(self) > length:
+            raise InputError(
+                f"the pinned text needs {len(self)} positions after a source of {np.max(source_lengths)}, "
+                f"but the canvas has {length}"
+            )
+        latents = encode(self.ids[None], self.mask[None].astype(np.int64))[0]  # (S, C)
+        source, mask = source.copy(), mask.copy()
+        for b, columns in enumerate(self._columns(source_lengths)):
+            source[b, columns] = latents[self.mask]
+            mask[b, columns] = True
+        return source, mask
+
+    def restore(self, ids: np.ndarray, source_lengths: np.ndarray) -> np.ndarray:
+        """Ids (B, L) of the decoding call with the pinned tokens in their places: they come back verbatim."""
+        ids = ids.copy()
+        for b, columns in enumerate(self._columns(source_lengths)):
+            ids[b, columns] = self.ids[self.mask]
+        return ids
+
+    def _columns(self, source_lengths: np.ndarray) -> np.ndarray:
+        """(B, pinned tokens) positions on the canvas."""
+        return np.asarray(source_lengths)[:, None] + np.flatnonzero(self.mask)[None]
+
+
+def _token_id(text: str, tokenizer: "Tokenizer | None") -> int:
+    if tokenizer is None:
+        raise InputError("this bundle has no tokenizer: pin token ids instead of texts")
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    if len(ids) != 1:
+        raise InputError(f"{text!r} is {len(ids)} tokens, not one: pin each at its own position, or use a template")
+    return int(ids[0])
