@@ -1,14 +1,14 @@
 """The bundle: a folder ``name.elfrt/`` that is all that passes between export, engines and the runtime.
 
-    manifest.json      schema version, model sizes, presets, variants, precision plan, sha256 of every file
-    denoiser.onnx      (z, x_prev, t, s, mode) -> (x, hidden)       float32
-    discretizer.onnx   hidden -> ids
-    weights.bin        the tensors of both graphs, each stored once
-    fp16/ bf16/        the same two graphs in another precision
-    tokenizer.json     Hugging Face tokenizers format
-    embedding.npy or encoder.onnx    the text encoder of a conditional model
-    replay.npz         inputs and outputs of the reference model, for ``elf-rt verify``
-    plans/             TensorRT engines, each with its own record
+manifest.json      schema version, model sizes, presets, variants, precision plan, sha256 of every file
+denoiser.onnx      (z, x_prev, t, s, mode) -> (x, hidden)       float32
+discretizer.onnx   hidden -> ids
+weights.bin        the tensors of both graphs, each stored once
+fp16/ bf16/        the same two graphs in another precision
+tokenizer.json     Hugging Face tokenizers format
+embedding.npy or encoder.onnx    the text encoder of a conditional model
+replay.npz         inputs and outputs of the reference model, for ``elf-rt verify``
+plans/             TensorRT engines, each with its own record
 """
 
 import contextlib

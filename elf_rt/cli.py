@@ -12,6 +12,7 @@ from elf_rt.errors import ElfError
 
 COMMANDS = {  # name -> (module in elf_rt.commands, one line for --help)
     "export": ("export", "Turn a trained checkpoint into a bundle."),
+    "build-engine": ("build_engine", "Compile a bundle's graphs into TensorRT engines."),
     "generate": ("generate", "Write text from a bundle."),
     "eval": ("evaluate", "Measure how good the text is."),
     "verify": ("verify", "Prove that a bundle writes what the reference model writes."),

@@ -114,7 +114,9 @@ def _compared(model: Model, arrays: dict[str, np.ndarray]) -> Iterator[tuple[str
 
 def _call(model: Model, arrays: dict[str, np.ndarray]) -> tuple[Any, Any, Any, Any]:
     """One denoising call, and the decoding call at the same z."""
-    rows, length, _ = arrays["fwd_z"].shape
+    rows, length, width = arrays["fwd_z"].shape
+    if width != model.config.latent_dim or length > model.config.max_length:
+        raise InputError(f"the replay is of another model: its latents have shape {arrays['fwd_z'].shape}")
     want_ids = arrays["dec_ids"] if "dec_ids" in arrays else arrays["dec_logits"].argmax(-1)
     network = model.backend.bind(rows, length)
     try:

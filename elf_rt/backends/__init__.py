@@ -11,6 +11,8 @@ from elf_rt.errors import BackendError, InputError
 # In the order in which "auto" tries them.
 # Each module has NAME, PRECISIONS (best first), unavailable() and open_backend().
 MODULES: dict[str, str] = {
+    "tensorrt": "elf_rt.backends.trt",
+    "tensorrt-rtx": "elf_rt.backends.trt_rtx",
     "onnxruntime": "elf_rt.backends.ort",
 }
 

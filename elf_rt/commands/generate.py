@@ -132,6 +132,8 @@ class _sink:
         else:
             text = record["text"] if record["text"] is not None else " ".join(map(str, record["ids"]))
             line = text if single or "\n" not in text else text + "\n"
+            if self._file.isatty() and record["input"] is not None and not single:
+                line = click.style(record["input"], dim=True) + "\n  " + line
         print(line, file=self._file, flush=True)
 
 

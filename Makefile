@@ -1,0 +1,63 @@
+# make demo   exports the two small models and writes text with them
+# make test   lints, builds the wheel, checks its types and runs the tests against it
+# Both set everything up by themselves in .venv; they need Python 3.11+, a C++ compiler and make.
+
+PYTHON  ?= python3
+VENV    := .venv
+BIN     := $(VENV)/bin
+PIP     := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := $(shell find elf_rt export engines cpp_ext -type f -not -path '*/__pycache__/*' -not -name '*.so')
+OUT     := out
+
+.PHONY: demo test lint types pytest dev clean
+
+demo: $(VENV)/.demo
+	mkdir -p $(OUT)
+	$(BIN)/elf-rt export examples/spoken-to-written -o $(OUT)/spoken-to-written.elfrt \
+	    --prompts examples/spoken-to-written/test.jsonl --presets examples/spoken-to-written/presets.json
+	$(BIN)/elf-rt export examples/shakespeare -o $(OUT)/shakespeare.elfrt --no-append-eos \
+	    --presets examples/shakespeare/presets.json
+	@echo; echo "== A page of Shakespeare, written all at once"
+	$(BIN)/elf-rt generate $(OUT)/shakespeare.elfrt --seed 4 --watch
+	@echo; echo "== Spoken English, written down"
+	head -n 5 examples/spoken-to-written/test.jsonl | \
+	    $(BIN)/elf-rt generate $(OUT)/spoken-to-written.elfrt --input - --seed 0
+
+test: lint types pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# From an empty folder, so that the installed wheel is checked and not the source tree.
+types: $(VENV)/.test
+	mkdir -p build/empty && cd build/empty && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p elf_rt
+
+# Plain pytest leaves the source tree off the path: the installed wheel is tested.
+pytest: $(VENV)/.test
+	$(BIN)/pytest -n 2
+
+# An editable install, for work on elf-rt itself.
+dev: $(VENV)/.test-packages
+	$(PIP) install -q --no-deps --no-build-isolation -e .
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -U pip "setuptools>=77" wheel "pybind11>=2.13"
+
+$(VENV)/.demo: $(SOURCES) pyproject.toml setup.py constraints.txt | $(BIN)/python
+	$(PIP) install -q -c constraints.txt "setuptools>=77" "pybind11>=2.13"
+	$(PIP) install -q -c constraints.txt --no-build-isolation ".[cpu,export]"
+	touch $@
+
+$(VENV)/.test-packages: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install -q -c constraints.txt --no-build-isolation ".[test]"
+	touch $@
+
+$(VENV)/.test: $(VENV)/.test-packages $(SOURCES) setup.py
+	rm -rf build/wheel && $(PIP) wheel -q --no-deps --no-build-isolation -w build/wheel .
+	$(PIP) install -q --no-deps --force-reinstall build/wheel/*.whl
+	touch $@
+
+clean:
+	rm -rf $(VENV) build $(OUT) *.egg-info

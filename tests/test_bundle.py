@@ -1,0 +1,122 @@
+"""The bundle refuses what it cannot vouch for, and its writers leave nothing half-done."""
+
+import itertools
+import json
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+
+from elf_rt.bundle import Bundle, atomic_file, atomic_folder, find_bundle
+from elf_rt.errors import BundleError
+
+
+@pytest.fixture
+def copy(bundle, tmp_path):
+    folder = tmp_path / "copy.elfrt"
+    shutil.copytree(bundle("uncond"), folder)
+    return folder
+
+
+def edit(folder, **changes):
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_no_tensor_is_stored_twice(bundle):
+    """Both graphs read one file, of which every tensor has its own place, and no two hold the same bytes."""
+    folder = bundle("head_dim_66")
+    data = (folder / "weights.bin").read_bytes()
+    places: dict[tuple[int, int], str] = {}
+    for graph in ("denoiser.onnx", "discretizer.onnx"):
+        for tensor in onnx.load(folder / graph, load_external_data=False).graph.initializer:
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                where = {entry.key: entry.value for entry in tensor.external_data}
+                assert where["location"] == "weights.bin"
+                places[int(where["offset"]), int(where["length"])] = tensor.name
+            else:
+                assert len(tensor.raw_data) < 1024
+    large = [data[offset : offset + length] for offset, length in places if length >= 1024]
+    assert len(large) > 20 and len(set(large)) == len(large)
+    ends = sorted(places)
+    assert all(a + n <= b for (a, n), (b, _) in itertools.pairwise(ends))
+    assert sum(length for _, length in places) > 0.97 * len(data)
+
+
+def test_altered_file(copy):
+    weights = bytearray((copy / "weights.bin").read_bytes())
+    weights[1000] ^= 1
+    (copy / "weights.bin").write_bytes(weights)
+    with pytest.raises(BundleError, match=r"weights\.bin was altered"):
+        Bundle.open(copy).variant("fp32")
+
+
+def test_missing_file(copy):
+    (copy / "denoiser.onnx").unlink()
+    with pytest.raises(BundleError, match=r"denoiser\.onnx is missing"):
+        Bundle.open(copy).check()
+
+
+def test_newer_schema(copy):
+    edit(copy, schema_version=99)
+    with pytest.raises(BundleError, match="schema 99, this elf-rt reads 1: update elf-rt"):
+        Bundle.open(copy)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "elf-rt-bundle"}', "not json"])
+def test_broken_manifest(copy, text):
+    (copy / "manifest.json").write_text(text)
+    with pytest.raises(BundleError, match=r"manifest|schema"):
+        Bundle.open(copy)
+
+
+def test_manifest_without_a_part(copy):
+    edit(copy, presets=None)
+    with pytest.raises(BundleError, match="incomplete"):
+        Bundle.open(copy)
+
+
+def test_absent_precision_names_the_command(copy):
+    with pytest.raises(BundleError, match="--precision bf16"):
+        Bundle.open(copy).variant("bf16")
+
+
+def test_the_only_bundle_is_found(tmp_path, copy):
+    assert find_bundle(tmp_path) == copy
+    shutil.copytree(copy, tmp_path / "other.elfrt")
+    with pytest.raises(BundleError, match=r"several bundles here \(copy.elfrt, other.elfrt\)"):
+        find_bundle(tmp_path)
+    with pytest.raises(BundleError, match="elf-rt export"):
+        find_bundle(copy)
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError, SystemExit])
+def test_a_stopped_writer_leaves_the_old_one(tmp_path, copy, stop):
+    before = sorted(p.name for p in tmp_path.iterdir())
+    manifest = (copy / "manifest.json").read_text()
+    with pytest.raises(stop), atomic_folder(copy) as work:
+        (work / "manifest.json").write_text("half")
+        raise stop
+    target = tmp_path / "out.jsonl"
+    with pytest.raises(stop), atomic_file(target) as path:
+        path.write_text("half")
+        raise stop
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+    assert (copy / "manifest.json").read_text() == manifest
+
+
+def test_a_writer_replaces_a_bundle_but_nothing_else(tmp_path, copy):
+    with atomic_folder(copy) as work:
+        (work / "manifest.json").write_text("new")
+    assert (copy / "manifest.json").read_text() == "new"
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(BundleError, match="is not a bundle"), atomic_folder(tmp_path / "photos"):
+        pass
+    with pytest.raises(BundleError, match="is a folder"), atomic_file(tmp_path / "photos"):
+        pass
+
+
+def test_replay_holds_no_pickles(bundle):
+    with np.load(bundle("uncond") / "replay.npz", allow_pickle=False) as arrays:
+        assert all(arrays[name].dtype != object for name in arrays.files)
