@@ -2,9 +2,9 @@
 
     python benchmarks/engines.py --models ELF-B,ELF-M,ELF-L --json engines.json
 
-Builds FP16 plans with TensorRT-RTX, which needs no GPU, from random weights (sizes and times do not depend on the values), and
-one FP32 plan of each model to compare with. "L x L" is what the scratch memory would at least hold if attention were
-not fused: one layer's score matrix in FP16.
+Builds FP16 plans with TensorRT-RTX, which needs no GPU, from random weights (sizes and times do not depend on the
+values), and one FP32 plan of each model to compare with. "L x L" is what attention would add to the scratch memory if it
+were not fused: one layer's scores, and as much again for their softmax.
 """
 
 import argparse

@@ -22,7 +22,6 @@ from elf_rt.engines.network import count_types, parse, set_attention
 from elf_rt.engines.recipe import Recipe
 from elf_rt.engines.shapes import input_shape
 from elf_rt.engines.store import find_built, new_plan
-from elf_rt.engines.turing import halve_products
 from elf_rt.errors import BackendError
 from elf_rt.plans import GRAPHS, Engine, Machine, Profile, Record, graph_hashes, make_log
 
@@ -136,8 +135,6 @@ def _build_graph(spec: Spec, name: str, timing_cache: Path | None, stop: threadi
         log = make_log(trt)
         builder = trt.Builder(log)
         network, _parser = parse(trt, builder, log, spec.graphs[name], spec.recipe)
-        if set(spec.request.sms) & set(spec.recipe.half_gemm_only):
-            halve_products(trt, network)
         attention = set_attention(trt, network, insist=insist)
         products, computing = count_types(network)
         config = _config(trt, builder, network, spec, timing_cache, stop)
@@ -224,13 +221,14 @@ def _in_thread(work: Callable[[threading.Event], Any]) -> Any:
             outcome.append((None, error))
 
     thread = threading.Thread(target=run)
-    thread.start()
     try:
+        thread.start()
         while thread.is_alive():
             thread.join(0.1)
     except BaseException:
         stop.set()
-        thread.join()
+        if thread.is_alive():
+            thread.join()
         raise
     result, error = outcome[0]
     if error is not None:

@@ -15,6 +15,7 @@ from elf_rt.errors import BackendError
 
 # Layers that move or name data; the share of a type counts the ones that compute.
 MOVES = {"ATTENTION_INPUT", "CAST", "CONCATENATION", "CONSTANT", "GATHER", "IDENTITY", "SHAPE", "SHUFFLE", "SLICE"}
+PRODUCTS = {"CONVOLUTION", "MATRIX_MULTIPLY"}  # a float32 product in an FP16 graph is a convolution of width 1
 TYPE_NAMES = {"HALF": "fp16", "BF16": "bf16", "FLOAT": "fp32"}
 
 
@@ -51,7 +52,7 @@ def count_types(network: Any) -> tuple[dict[str, int], dict[str, int]]:
         if precision is None or kind in MOVES:
             continue
         computing[precision] += 1
-        if kind == "MATRIX_MULTIPLY":
+        if kind in PRODUCTS:
             products[precision] += 1
     return dict(products), dict(computing)
 
@@ -72,9 +73,10 @@ def set_attention(trt: ModuleType, network: Any, *, insist: bool) -> dict[str, i
         if layer.type.name != "ATTENTION_INPUT":
             continue
         queries = layer.get_input(0)
-        producer = producers.get(queries.name)
-        narrow = producer.get_input(0) if producer is not None and producer.type.name == "CAST" else queries
-        fused = insist and narrow.dtype.name != "FLOAT"
+        types = {queries.dtype.name}
+        if (producer := producers.get(queries.name)) is not None and producer.type.name == "CAST":
+            types.add(producer.get_input(0).dtype.name)
+        fused = insist and types != {"FLOAT"}
         layer.__class__ = trt.IAttentionInputLayer  # get_layer gives the base class
         layer.attention.decomposable = not fused
         counts["fused" if fused else "open"] += 1

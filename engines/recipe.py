@@ -1,7 +1,7 @@
 """What differs between TensorRT and TensorRT-RTX when they build, read from ``recipes/*.toml``: data, not branches."""
 
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import resources
 from typing import Self
 
@@ -14,7 +14,7 @@ class Recipe:
     """One library's way of building.
 
     sms: compute capabilities that it can build for on any machine; empty: only for the GPU at hand.
-    alone: those that share a plan with no other. half_gemm_only: those without float32 matrix products.
+    alone: those that share a plan with no other. no_fp32, no_bf16: those without such matrix products.
     operators: ONNX operator -> the first version that parses it.
     """
 
@@ -25,8 +25,8 @@ class Recipe:
     flags: tuple[str, ...]
     operators: dict[str, str]
     alone: tuple[int, ...] = ()
-    half_gemm_only: tuple[int, ...] = ()
-    no_bf16: tuple[int, ...] = field(default=())
+    no_fp32: tuple[int, ...] = ()
+    no_bf16: tuple[int, ...] = ()
 
     @classmethod
     def load(cls, name: str) -> Self:
@@ -74,7 +74,7 @@ class Recipe:
                 raise BackendError(f"{self.names.title} cannot build for sm_{sm}, only for {names}: {mend}")
             if precision == "bf16" and sm in self.no_bf16:
                 raise BackendError(f"sm_{sm} has no bfloat16: build with --fp16")
-            if precision == "fp32" and sm in self.half_gemm_only:
+            if precision == "fp32" and sm in self.no_fp32:
                 raise BackendError(f"{self.names.title} has no float32 matrix product on sm_{sm}: build with --fp16")
         together = tuple(sorted({sm for sm in asked if sm not in self.alone}))
         return ([together] if together else []) + [(sm,) for sm in sorted(set(asked) & set(self.alone))]
