@@ -3,8 +3,8 @@
     python benchmarks/engines.py --models ELF-B,ELF-M,ELF-L --json engines.json
 
 Builds FP16 plans with TensorRT-RTX, which needs no GPU, from random weights (sizes and times do not depend on the
-values), and one FP32 plan of each model to compare with. "L x L" is what attention would add to the scratch memory if it
-were not fused: one layer's scores, and as much again for their softmax.
+values), and one FP32 plan of each model to compare with. Attention is fused where the plan says so, and the memory
+shows it: from half the length to the whole, scratch memory grows by less than one layer's L x L scores do.
 """
 
 import argparse
@@ -23,15 +23,26 @@ from elf_rt.errors import BackendError
 from elf_rt.export.graph import write_graphs
 from elf_rt.export.precision import Precision, PrecisionPlan
 from elf_rt.export.random_init import random_state
-from elf_rt.params import RELEASED, presets_for
+from elf_rt.params import RELEASED, ModelConfig, presets_for
 from elf_rt.plans import Record, this_machine
 
-FP32_SM = 89  # the FP32 plan to compare with; FP32 plans are alike on every GPU that has FP32 products
+FP32_SM = 89  # the FP32 plan to compare with; its size is the same for every GPU that has FP32 products
+COLUMNS = {
+    "model": "6",
+    "sm": "4",
+    "precision": "9",
+    "build_s": "8.1f",
+    "plan_mb": "8.1f",
+    "of_fp32": "8.3f",
+    "scratch_mb": "10.1f",
+    "growth_mb": "10.1f",
+    "scores_growth_mb": "17.1f",
+    "attention": "",
+}
 
 
-def make_bundle(folder: Path, model: str, length: int) -> Bundle:
-    """FP32 and FP16 graphs of a released size with random weights."""
-    config = replace(RELEASED[model], max_length=length)
+def make_bundle(folder: Path, config: ModelConfig) -> Bundle:
+    """FP32 and FP16 graphs with random weights."""
     state = {name: tensor.numpy() for name, tensor in random_state(config, seed=0).items()}
     variants = {}
     for precision, place in (("fp32", ""), ("fp16", "fp16/")):
@@ -44,69 +55,68 @@ def make_bundle(folder: Path, model: str, length: int) -> Bundle:
     return Bundle.open(folder)
 
 
-def measure(bundle: Bundle, precision: str, sm: int, batch: str) -> Record:
-    request = Request(precision, (sm,), parse_profiles(batch, None, bundle.config))
+def build_once(bundle: Bundle, precision: str, sm: int, length: int) -> Record:
+    """Build a plan for one row, and keep only its record: the plans of ELF-L are gigabytes."""
+    request = Request(precision, (sm,), parse_profiles("1", str(length), bundle.config))
     spec = plan_spec(bundle, Recipe.load("tensorrt-rtx"), this_machine(), request)
     record = build(spec)
     for engine in record.engines.values():
-        (spec.target / engine.file).unlink()  # gigabytes; only the record is wanted
+        (spec.target / engine.file).unlink()
     return record
 
 
-def row(model: str, sm: int, record: Record, base: Record, bundle: Bundle) -> dict[str, Any]:
+def measure(bundle: Bundle, model: str, precision: str, sm: int) -> dict[str, Any]:
     config = bundle.config
-    tokens = config.max_length + config.num_prefix_tokens
-    size, base_size = (sum(engine.num_bytes for engine in r.engines.values()) for r in (record, base))
-    denoiser, discretizer = record.engines["denoiser"], record.engines["discretizer"]
+    record, shorter = (build_once(bundle, precision, sm, config.max_length // part) for part in (1, 2))
+    tokens, fewer = (config.max_length // part + config.num_prefix_tokens for part in (1, 2))
+    denoiser = record.engines["denoiser"]
+    scratch, less = (r.engines["denoiser"].scratch_bytes or 0 for r in (record, shorter))
+    item = 4 if precision == "fp32" else 2
     return {
         "model": model,
         "sm": sm,
-        "precision": record.precision,
-        "build_seconds": denoiser.seconds + discretizer.seconds,
-        "plan_mb": size / 1e6,
-        "of_fp32": size / base_size,
-        "scratch_mb": (denoiser.scratch_bytes or 0) / 1e6,
-        "discretizer_scratch_mb": (discretizer.scratch_bytes or 0) / 1e6,
-        "lxl_mb": 2 * config.num_heads * tokens**2 / 1e6,
-        "attention": denoiser.attention,
-        "matmuls": denoiser.matmuls,
+        "precision": precision,
+        "build_s": sum(engine.seconds for engine in record.engines.values()),
+        "plan_mb": sum(engine.num_bytes for engine in record.engines.values()) / 1e6,
+        "scratch_mb": scratch / 1e6,
+        "growth_mb": (scratch - less) / 1e6,
+        "scores_growth_mb": item * config.num_heads * (tokens**2 - fewer**2) / 1e6,
+        "attention": ", ".join(f"{count} {kind}" for kind, count in denoiser.attention.items()),
+        "products": denoiser.matmuls,
+        "discretizer_scratch_mb": (record.engines["discretizer"].scratch_bytes or 0) / 1e6,
     }
+
+
+def measure_model(model: str, sms: list[int], length: int, folder: Path) -> list[dict[str, Any]]:
+    bundle = make_bundle(folder / "model.elfrt", replace(RELEASED[model], max_length=length))
+    rows: list[dict[str, Any]] = []
+    for precision, sm in [("fp32", FP32_SM), *(("fp16", sm) for sm in sms)]:
+        try:
+            row = measure(bundle, model, precision, sm)
+        except BackendError as error:
+            print(f"{model} {precision} sm_{sm}: {error}", flush=True)
+            continue
+        rows.append(row | {"of_fp32": row["plan_mb"] / rows[0]["plan_mb"] if rows else 1.0})
+        print("  ".join(f"{rows[-1][name]:{form}}" for name, form in COLUMNS.items()), flush=True)
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="ELF-B", help="comma-separated: " + ", ".join(RELEASED))
     parser.add_argument("--sm", default="75,80,86,89,120")
-    parser.add_argument("--batch", default="1")
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--json", type=Path, help="write the table here too")
     arguments = parser.parse_args()
+    print("  ".join(f"{name:>{form.partition('.')[0]}}" for name, form in COLUMNS.items()))
     rows = []
-    print(
-        f"{'model':6} {'sm':>4} {'':5} {'build s':>8} {'plan MB':>8} {'of FP32':>8} {'scratch MB':>11} {'L x L MB':>9}  attention"
-    )
     for model in arguments.models.split(","):
         with tempfile.TemporaryDirectory() as folder:
-            bundle = make_bundle(Path(folder) / "model.elfrt", model, arguments.length)
-            base = measure(bundle, "fp32", FP32_SM, arguments.batch)
-            cases = [("fp32", FP32_SM)] + [("fp16", int(sm)) for sm in arguments.sm.split(",")]
-            for precision, sm in cases:
-                try:
-                    record = base if precision == "fp32" else measure(bundle, precision, sm, arguments.batch)
-                except BackendError as error:
-                    print(f"{model:6} {sm:4} {precision:5} {error}")
-                    continue
-                r = row(model, sm, record, base, bundle)
-                rows.append(r)
-                print(
-                    f"{model:6} {sm:4} {precision:5} {r['build_seconds']:8.1f} {r['plan_mb']:8.1f} {r['of_fp32']:8.3f} "
-                    f"{r['scratch_mb']:11.1f} {r['lxl_mb']:9.1f}  "
-                    + ", ".join(f"{count} {kind}" for kind, count in r["attention"].items()),
-                    flush=True,
-                )
+            rows += measure_model(model, [int(sm) for sm in arguments.sm.split(",")], arguments.length, Path(folder))
     if arguments.json:
-        machine = f"{platform.system()} {platform.machine()}, {Recipe.load('tensorrt-rtx').names.load().__version__}"
-        arguments.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+        library = f"TensorRT-RTX {Recipe.load('tensorrt-rtx').names.load().__version__}"
+        machine = f"{platform.system()} {platform.machine()}, no GPU used"
+        arguments.json.write_text(json.dumps({"library": library, "machine": machine, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
