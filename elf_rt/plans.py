@@ -154,9 +154,16 @@ class Engine:
     matmuls: dict[str, int] = field(default_factory=dict)
     layers: dict[str, int] = field(default_factory=dict)
 
-    def share(self, precision: str) -> float:
-        """Share of this engine's layers that compute in ``precision``, by the graph's own types."""
-        return self.layers.get(precision, 0) / max(1, sum(self.layers.values()))
+    def summary(self, precision: str) -> str:
+        """Size, scratch memory, attention, and how much computes in a precision, by the graph's own types."""
+        parts = [f"{self.num_bytes / 1e6:.1f} MB"]
+        if self.scratch_bytes is not None:
+            parts.append(f"{self.scratch_bytes / 1e6:.1f} MB of scratch memory")
+        if self.attention:
+            parts.append("attention not fused" if self.attention.get("open") else "attention fused")
+        counts = [(self.matmuls, "matrix products"), (self.layers, "layers")]
+        shares = [f"{kinds.get(precision, 0)} of {sum(kinds.values())} {what}" for kinds, what in counts]
+        return ", ".join([*parts, " and ".join(shares) + f" in {precision.upper()}"])
 
 
 @dataclass(frozen=True)
@@ -237,6 +244,20 @@ def records(bundle: Bundle) -> Iterator[tuple[Path, Record | BackendError]]:
                 yield folder, Record.read(folder)
             except BackendError as error:
                 yield folder, error
+
+
+def describe_plans(bundle: Bundle) -> list[tuple[str, str]]:
+    """(name, text) lines about every plan of a bundle, for ``elf-rt info``."""
+    lines: list[tuple[str, str]] = []
+    for folder, record in records(bundle):
+        if isinstance(record, BackendError):
+            lines.append(("plan", str(record)))
+            continue
+        shapes = ", ".join(f"{profile.rows} rows of {profile.length} tokens" for profile in record.profiles)
+        stale = record.precision not in bundle.variants or record.graphs != graph_hashes(bundle, record.precision)
+        lines.append(("plan", f"{folder.name}: {record.precision}, {shapes}{', of other weights' if stale else ''}"))
+        lines += [("", f"{name}: {engine.summary(record.precision)}") for name, engine in record.engines.items()]
+    return lines
 
 
 def find_plans(

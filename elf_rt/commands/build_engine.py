@@ -137,16 +137,7 @@ def _build(bundle: Bundle, spec: "Spec", timing_cache: Path | None) -> None:
 
 def _show_record(record: "Record") -> None:
     for name, engine in record.engines.items():
-        parts = [f"{engine.num_bytes / MB:.1f} MB", f"{engine.seconds:.1f} s to build"]
-        if engine.scratch_bytes is not None:
-            parts.append(f"{engine.scratch_bytes / MB:.1f} MB of scratch memory")
-        if engine.attention:
-            parts.append("attention fused" if not engine.attention.get("open") else "attention not fused")
-        parts.append(
-            f"{engine.matmuls.get(record.precision, 0)} of {sum(engine.matmuls.values())} matrix products in "
-            f"{record.precision.upper()}"
-        )
-        click.echo(f"  {name:12} {', '.join(parts)}")
+        click.echo(f"  {name:12} {engine.summary(record.precision)}, built in {engine.seconds:.1f} s")
     opened = record.engines["denoiser"].attention.get("open", 0)
     if opened and record.precision != "fp32":
         note(f"warning: {opened} attention layers have no fused kernel and need L x L scratch memory")

@@ -1,0 +1,142 @@
+"""``elf-rt build-engine`` as a user meets it: what it prints, what it refuses, what it leaves."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from fake_cuda import install_cuda
+from fake_tensorrt import install_tensorrt
+from golden_cases import golden
+from plan_bundles import golden_bundle
+
+from elf_rt import plans
+from elf_rt.bundle import Bundle
+from elf_rt.cli import main
+from elf_rt.cudart import Gpu
+from elf_rt.plans import Record, describe_plans
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return golden_bundle(tmp_path_factory.mktemp("cli") / "uncond.elfrt").folder
+
+
+@pytest.fixture(autouse=True)
+def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "find_gpu", lambda: "no NVIDIA driver")
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "m.elfrt"))
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """What a run prints."""
+    main(["build-engine", *map(str, arguments)])
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return captured.out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path, code: int = 1) -> str:
+    """What a run that fails says: one line for elf-rt's own errors."""
+    with pytest.raises(SystemExit) as stopped:
+        main(["build-engine", *map(str, arguments)])
+    assert stopped.value.code == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert code != 1 or captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_dry_run_then_build_then_reuse(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = run(capsys, folder, "--sm", "89", "--dry-run")
+    assert plan.startswith("would build ") and "1 rows of 16 tokens" in plan and "TensorRT-RTX" in plan
+    assert not (folder / "plans").exists()
+    built = run(capsys, folder, "--sm", "89")
+    assert built.startswith("built ") and "attention fused" in built and "scratch memory" in built
+    (place,) = (folder / "plans").iterdir()
+    stamp = (place / "denoiser.plan").stat().st_mtime_ns
+    assert run(capsys, folder, "--fp16", "--sm", "sm_89", "--batch", "1").startswith(f"already built {place}")
+    assert run(capsys, folder, "--sm", "89", "--dry-run").startswith(f"has {place}")
+    assert (place / "denoiser.plan").stat().st_mtime_ns == stamp
+
+
+def test_turing_gets_a_plan_of_its_own(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, folder, "--target", "tensorrt-rtx", "--sm", "75,86,89", "--batch", "1:2:4")
+    built = [Record.read(place) for place in (folder / "plans").iterdir()]
+    assert sorted(record.sms for record in built) == [(75,), (86, 89)]
+    assert {str(record.profiles[0].rows) for record in built} == {"1:2:4"}
+    text = describe_plans(Bundle.open(folder))
+    assert [name for name, _ in text] == ["plan", "", ""] * 2
+    assert "fp16, 1:2:4 rows of 16 tokens" in text[0][1] and "in FP16" in text[1][1]
+
+
+def test_the_default_is_every_gpu_that_shares_a_plan(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "sm_80/sm_86/sm_89/sm_120/sm_121" in run(capsys, folder, "--dry-run")
+
+
+def test_the_default_batch_is_what_one_text_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guidance by two calls doubles the rows: here for self-conditioning, s = 3, without guidance tokens."""
+    assert golden("no_sc_tokens").config.num_self_cond_cfg_tokens == 0
+    bundle = golden_bundle(tmp_path / "two.elfrt", "no_sc_tokens", ("fp16",))
+    assert "2 rows of" in run(capsys, bundle.folder, "--dry-run")
+    monkeypatch.chdir(tmp_path)
+    assert "2 rows of" in run(capsys, "--dry-run")  # the only bundle here
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--bf16"], "holds fp32, fp16, not bf16: export the checkpoint again with --precision bf16"),
+        (["--sm", "90"], "TensorRT-RTX cannot build for sm_90"),
+        (["--sm", "75", "--fp32", "--target", "tensorrt-rtx"], "no float32 matrix product on sm_75: build with --fp16"),
+        (["--target", "tensorrt"], "tensorrt: not installed: pip install 'elf-rt[tensorrt]'"),
+        (["--batch", "8:1"], "--batch must be a number such as 8, or least:best:most"),
+        (["--seq-len", "99"], "--seq-len must be at most 16"),
+        (["--timing-cache", "t"], "--timing-cache has no use: TensorRT-RTX times nothing"),
+    ],
+)
+def test_refusals_say_how_to_mend(
+    folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str
+) -> None:
+    assert expected in refused(capsys, folder, *arguments)
+    assert not (folder / "plans").exists()
+
+
+def test_bad_options_are_usage_errors(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "must be numbers such as 86,89,120" in refused(capsys, folder, "--sm", "ada", code=2)
+    assert "0<=x<=5" in refused(capsys, folder, "--opt-level", "6", code=2)
+
+
+def test_no_library(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    message = refused(capsys, folder)
+    assert "tensorrt: not installed" in message and "tensorrt-rtx: not installed" in message
+
+
+def test_auto_prefers_tensorrt_where_a_gpu_is(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_tensorrt(monkeypatch, "11.4.0.106", install_cuda(monkeypatch, sm=90, name=b"NVIDIA H200"))
+    monkeypatch.setattr(plans, "find_gpu", lambda: Gpu("NVIDIA H200", 90))
+    built = run(capsys, folder, "--batch", "1,2", "--timing-cache", folder.parent / "timings")
+    assert "sm90-nvidia-h200-tensorrt-11.4.0.106-" in built
+    assert (folder.parent / "timings").is_file()
+    assert "TensorRT-RTX" in run(capsys, folder, "--sm", "89", "--dry-run")  # another GPU: only RTX can
+
+
+def test_other_weights_make_another_plan_and_the_old_one_is_called_stale(
+    folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run(capsys, folder, "--sm", "89")
+    other = golden_bundle(tmp_path / "other.elfrt", "head_dim_66").folder
+    shutil.copytree(folder / "plans", other / "plans")
+    assert run(capsys, other, "--sm", "89").startswith("built ")
+    texts = [text for name, text in describe_plans(Bundle.open(other)) if name]
+    assert sorted("of other weights" in text for text in texts) == [False, True]
