@@ -1,0 +1,211 @@
+"""The command line as a new user meets it; every bad input is one clear line and loses nothing."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from elf_rt.cli import COMMANDS
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+GOLDEN = Path(__file__).parent / "data" / "golden"
+SPOKEN = "the meeting starts at quarter past three"
+
+
+@pytest.fixture
+def spoken(bundle, tmp_path):
+    """The only bundle in the folder where commands run."""
+    folder = tmp_path / "spoken.elfrt"
+    shutil.copytree(bundle("spoken-to-written"), folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_every_command(run_cli, name):
+    done = run_cli(name, "--help")
+    assert done.code == 0 and done.out.startswith("Usage:")
+    assert "[default:" in done.out or name in ("doctor", "info")
+
+
+def test_help_is_quick(run_cli):
+    run_cli("--help")
+    begun = time.perf_counter()
+    done = run_cli("--help")
+    assert all(name in done.out for name in COMMANDS)
+    assert time.perf_counter() - begun < 2  # 0.2 s when the machine is idle; an engine library takes longer than this
+
+
+def test_export_names_the_bundle_after_the_checkpoint(run_cli, tmp_path):
+    source = tmp_path / "checkpoint_10"
+    shutil.copy(GOLDEN / "uncond" / "checkpoint_10", source)
+    shutil.copy(GOLDEN / "uncond" / "config.yml", tmp_path)
+    done = run_cli("export", source, "--precision", "fp32")
+    assert (done.code, done.out.strip()) == (0, "checkpoint_10.elfrt"), done.err
+    assert "proven: latent error" in done.err and "no tokenizer.json found" in done.err
+    assert run_cli("verify").code == 0
+    assert "2 heads of" in run_cli("info").out or "heads of" in run_cli("info").out
+
+
+def test_generate_alone(run_cli, spoken):
+    done = run_cli("generate", "--prompt", SPOKEN, "--steps", "4", "--seed", "0")
+    assert done.code == 0, done.err
+    again = run_cli("generate", "--prompt", SPOKEN, "--steps", "4", "--seed", "0", "--json")
+    record = json.loads(again.out)
+    assert record["text"] == done.out.strip() and record["seed"] == 0 and record["input"] == SPOKEN
+    told = run_cli("generate", "--prompt", SPOKEN, "--steps", "4")
+    assert "seed " in told.err
+
+
+def test_jsonl_in_and_out(run_cli, spoken, tmp_path):
+    lines = (EXAMPLES / "spoken-to-written" / "test.jsonl").read_text().splitlines()[:3]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    done = run_cli("generate", "--input", "in.jsonl", "--output", "out.jsonl", "--steps", "4", "--seed", "0", "-n", "2")
+    assert done.code == 0, done.err
+    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    sources = [json.loads(line) for line in lines]
+    assert [r["input"] for r in records] == [s["input"] for s in sources for _ in range(2)]
+    assert [r["output"] for r in records] == [s["output"] for s in sources for _ in range(2)]
+    piped = run_cli("generate", "--input", "-", "--steps", "4", "--seed", "0", stdin=lines[0].encode())
+    assert piped.out.strip() == records[0]["text"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\xff\xfe", ("not UTF-8",)),
+        (b"", ("no line in it",)),
+        (b"plain text\n", ("line 1", "JSON")),
+        (b'{"input": "a"}\n{"text": "b"}\n', ("line 2",)),
+        (b'{"input": 3}\n', ("line 1",)),
+        (b'{"input": ""}\n', ("no token",)),
+    ],
+)
+def test_bad_jsonl(run_cli, spoken, tmp_path, content, words):
+    (tmp_path / "in.jsonl").write_bytes(content)
+    (tmp_path / "out.jsonl").write_text("kept")
+    run_cli("generate", "--input", "in.jsonl", "--output", "out.jsonl").assert_clear_error(*words)
+    assert (tmp_path / "out.jsonl").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--steps", "0"], ("steps must be between 1 and",)),
+        (["--steps", "-4"], ("steps must be between 1 and",)),
+        (["--steps", "many"], ("--steps",)),
+        (["--sampler", "euler"], ("euler",)),
+        (["--guidance-scale", "nan"], ("guidance_scale must be",)),
+        (["--preset", "best"], ("preset must be one of default",)),
+        (["--prompt", ""], ("no token",)),
+        (["--input", "missing.jsonl"], ("missing.jsonl",)),
+        (["--output", "a-folder"], ("a-folder is a folder",)),
+        (["--output", "no/where.jsonl"], ("does not exist",)),
+        (["--backend", "jax"], ("backend must be one of",)),
+        (["other.elfrt"], ("no bundle at other.elfrt",)),
+        (["a-folder"], ("not a bundle",)),
+    ],
+)
+def test_bad_generate_arguments(run_cli, spoken, tmp_path, arguments, words):
+    (tmp_path / "a-folder").mkdir()
+    run_cli("generate", *arguments).assert_clear_error(*words)
+
+
+def test_no_bundle_or_several(run_cli, tmp_path, bundle):
+    run_cli("generate").assert_clear_error("elf-rt export")
+    for name in ("a.elfrt", "b.elfrt"):
+        shutil.copytree(bundle("uncond"), tmp_path / name)
+    run_cli("generate").assert_clear_error("several bundles", "a.elfrt, b.elfrt")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("notes.txt", b"hello"), ("empty.pt", b""), ("cut", None), ("missing.pt", False)],
+)
+def test_bad_checkpoints(run_cli, tmp_path, name, content):
+    if content is None:
+        content = (GOLDEN / "uncond" / "checkpoint_10").read_bytes()[:5000]
+    if content is not False:
+        (tmp_path / name).write_bytes(content)
+    run_cli("export", name).assert_clear_error(name)
+    assert not list(tmp_path.glob("*.elfrt")) and not list(tmp_path.glob(".*"))
+
+
+def test_export_over_something_else_is_refused(run_cli, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("dear")
+    run_cli("export", GOLDEN / "uncond", "-o", "thesis").assert_clear_error("thesis exists and is not a bundle")
+    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "dear"
+
+
+@pytest.mark.parametrize("wait", [0.5, 2.0, 4.0])
+def test_interrupted_export_leaves_nothing(tmp_path, wait):
+    command = [sys.executable, "-m", "elf_rt", "export", str(EXAMPLES / "shakespeare")]
+    running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    time.sleep(wait)
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode != 0
+    assert not list(tmp_path.glob("*.elfrt"))
+    assert not list(tmp_path.glob(".*.elfrt*"))
+    assert wait < 1 or b"Traceback" not in err  # before that, Python itself is still starting
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_full_disk(spoken, tmp_path):
+    command = [sys.executable, "-m", "elf_rt", "generate", "--prompt", SPOKEN, "--steps", "1", "--seed", "0"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert "No space left" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_watch_is_silent_without_a_terminal(run_cli, spoken):
+    done = run_cli("generate", "--prompt", SPOKEN, "--steps", "4", "--seed", "0", "--watch")
+    assert done.code == 0 and len(done.out.splitlines()) == 1
+
+
+def test_watch_shows_the_text_forming(spoken, tmp_path):
+    """In a real (pseudo-)terminal, drafts appear with the step they belong to."""
+    pty = pytest.importorskip("pty")
+    primary, secondary = pty.openpty()
+    command = [sys.executable, "-m", "elf_rt", "generate", "--prompt", SPOKEN, "--steps", "6", "--seed", "0", "--watch"]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "30"}
+    running = subprocess.Popen(command, cwd=tmp_path, stdout=secondary, stderr=secondary, env=environment)
+    os.close(secondary)
+    shown = b""
+    while True:
+        try:
+            part = os.read(primary, 4096)
+        except OSError:
+            break
+        if not part:
+            break
+        shown += part
+    running.wait(timeout=60)
+    os.close(primary)
+    assert running.returncode == 0
+    assert b"of 6, t =" in shown
+
+
+def test_verify_fails_on_other_text(run_cli, spoken, tmp_path, bundle):
+    assert run_cli("verify", "--json").code == 0
+    run_cli("verify", "--replay", EXAMPLES / "shakespeare" / "config.yml").assert_clear_error("no replay file")
+    run_cli("verify", "--replay", bundle("uncond") / "replay.npz").assert_clear_error("another model")
+
+
+def test_altered_bundle(run_cli, spoken):
+    with (spoken / "weights.bin").open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\0\0\1")
+    run_cli("generate", "--prompt", SPOKEN).assert_clear_error("weights.bin was altered")
+
+
+def test_doctor(run_cli):
+    done = run_cli("doctor")
+    assert done.code == 0 and "ok  onnxruntime" in done.out and "tensorrt" in done.out

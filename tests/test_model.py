@@ -1,0 +1,157 @@
+"""The Python API on the demo models."""
+
+import threading
+import warnings
+
+import numpy as np
+import pytest
+
+import elf_rt
+from elf_rt.errors import BackendError, InputError
+from elf_rt.model import Draft
+from elf_rt.noise import normal
+from elf_rt.sampler import MAX_IDLE_NETWORKS
+
+SPOKEN = [
+    "tina paid nine thousand three hundred and fifty dollars for the chair",
+    "the train leaves at five past nine",
+]
+
+
+@pytest.fixture(scope="module")
+def shakespeare(bundle):
+    with elf_rt.load(bundle("shakespeare"), "onnxruntime") as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def spoken(bundle):
+    with elf_rt.load(bundle("spoken-to-written"), "onnxruntime") as model:
+        yield model
+
+
+def test_a_text_depends_on_its_seed_alone(shakespeare):
+    """n = 1, n = 8, and inside a batch of 64; the seed of each result gives it again by itself."""
+    batch = shakespeare.generate(n=64, seed=100, steps=4)
+    eight = shakespeare.generate(n=8, seed=130, steps=4)
+    alone = shakespeare.generate(seed=133, steps=4)
+    assert [r.seed for r in eight] == list(range(130, 138))
+    assert [r.text for r in eight] == [r.text for r in batch[30:38]]
+    assert alone[0].text == eight[3].text
+    assert len({r.text for r in batch}) == 64
+
+
+def test_prompts_share_nothing(spoken):
+    together = spoken.generate([*SPOKEN, SPOKEN[0]], seed=7, steps=4)
+    apart = [spoken.generate(p, seed=7 + i, steps=4)[0] for i, p in enumerate([*SPOKEN, SPOKEN[0]])]
+    assert [r.text for r in together] == [r.text for r in apart]
+    assert [r.prompt for r in together] == [*SPOKEN, SPOKEN[0]]
+    several = spoken.generate(SPOKEN, n=2, seed=7, steps=4)
+    assert [r.prompt for r in several] == [SPOKEN[0]] * 2 + [SPOKEN[1]] * 2
+
+
+def test_spoken_becomes_written(spoken):
+    assert spoken.generate(SPOKEN[0], seed=0, steps=8)[0].text == "Tina paid $9350 for the chair."
+
+
+def test_small_batches_give_the_same_texts(shakespeare, monkeypatch):
+    want = [r.text for r in shakespeare.generate(n=5, seed=0, steps=2)]
+    monkeypatch.setattr("elf_rt.model.TOKENS_PER_BATCH", 2 * shakespeare.config.max_length)
+    assert [r.text for r in shakespeare.generate(n=5, seed=0, steps=2)] == want
+
+
+def test_stream_drafts_and_ends_with_the_same_text(spoken):
+    events = list(spoken.stream(SPOKEN[0], seed=3, steps=8, drafts_every=3))
+    drafts, results = events[:-1], events[-1]
+    assert [d.step for d in drafts] == list(range(1, 9)) and all(isinstance(d, Draft) for d in drafts)
+    assert [d.step for d in drafts if d.texts is not None] == [3, 6]
+    assert np.all(np.diff([d.t for d in drafts]) >= 0)
+    assert results[0].text == spoken.generate(SPOKEN[0], seed=3, steps=8)[0].text
+
+
+def test_a_cancelled_stream_gives_its_buffers_back(spoken):
+    before = spoken.generate(SPOKEN[0], seed=1, steps=4)[0].text
+    for _ in range(3 * MAX_IDLE_NETWORKS):
+        stream = spoken.stream(SPOKEN[0], seed=2, steps=8)
+        next(stream)
+        stream.close()
+    assert spoken.generate(SPOKEN[0], seed=1, steps=4)[0].text == before
+    assert len(spoken._sampler._pool._idle) <= MAX_IDLE_NETWORKS
+
+
+def test_threads_share_a_model(spoken):
+    want = [spoken.generate(SPOKEN[i % 2], seed=i, steps=3)[0].text for i in range(8)]
+    got: list[str | None] = [None] * 8
+
+    def work(i):
+        got[i] = spoken.generate(SPOKEN[i % 2], seed=i, steps=3)[0].text
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert got == want
+
+
+def test_noise_of_a_step_is_philox_of_the_seed(shakespeare):
+    """What the sampler draws by itself is what a caller can draw and hand in."""
+    shape = (shakespeare.config.max_length, shakespeare.config.latent_dim)
+    seeds, params = np.array([11, 12], np.uint64), shakespeare.params(steps=3)
+    z0 = shakespeare.config.noise_scale * normal(seeds, 0, shape)
+    eps = np.stack([normal(seeds, i + 1, shape) for i in range(3)])
+    given = shakespeare.sample(z0=z0, eps=eps, seeds=seeds, params=params)
+    drawn = shakespeare.sample(seeds=seeds, params=params)
+    np.testing.assert_array_equal(given.latents, drawn.latents)
+
+
+def test_timings_add_up(spoken):
+    timings = spoken.generate(SPOKEN, seed=0, steps=4)[0].timings
+    assert timings.calls == 5 and timings.batch == 2
+    assert 0 < timings.network_ms + timings.integrator_ms <= timings.total_ms
+
+
+def test_a_long_prompt_is_cut_with_a_warning(spoken):
+    with pytest.warns(UserWarning, match="is cut to 32"):
+        spoken.generate("one hundred " * 40, seed=0, steps=1)
+
+
+def test_another_length_warns(shakespeare):
+    with pytest.warns(UserWarning, match="trained on 128"):
+        result = shakespeare.generate(seed=0, steps=1, length=40)
+    assert result[0].ids.shape == (40,)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        shakespeare.generate(seed=0, steps=1, length=128)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n": 0}, "n must be 1 or more"),
+        ({"seed": -1}, "seed must be between"),
+        ({"seed": 2**64}, "seed must be between"),
+        ({"steps": 0}, "steps must be between"),
+        ({"length": 129}, "length must be between 1 and 128"),
+        ({"preset": "best"}, "preset must be one of default"),
+        ({"cfg": 2}, "must be one of steps"),
+        ({"prompts": ""}, "no token"),
+    ],
+)
+def test_bad_arguments(shakespeare, arguments, message):
+    with pytest.raises(InputError, match=message):
+        shakespeare.generate(**arguments)
+
+
+def test_an_unconditional_model_takes_no_prompt(bundle):
+    with elf_rt.load(bundle("uncond")) as model:
+        with pytest.raises(InputError, match="takes no prompt"):
+            model.generate("hello")
+        assert model.generate(steps=1)[0].text is None
+
+
+def test_unknown_backends_and_precisions(bundle):
+    with pytest.raises(InputError, match="backend must be one of auto, "):
+        elf_rt.load(bundle("uncond"), "jax")
+    with pytest.raises((InputError, BackendError), match="fp4"):
+        elf_rt.load(bundle("uncond"), precision="fp4")
