@@ -324,6 +324,7 @@ def make_tensorrt(version: str, cuda: FakeCuda) -> Any:
             self._shapes: dict[str, tuple[int, ...]] = {}
             self._addresses: dict[str, int] = {}
             self._scratch = (0, 0)
+            self._ran = False
 
         def set_optimization_profile_async(self, index: int, stream: int) -> bool:
             cuda.enqueue(stream, lambda: None)
@@ -371,6 +372,9 @@ def make_tensorrt(version: str, cuda: FakeCuda) -> Any:
                 self._log.log(ILogger.ERROR, "Error Code 3: API Usage Error: an address is not set")
                 return False
             assert self._scratch[1] >= self.update_device_memory_size_for_shapes(), "too little scratch memory"
+            is_capturing = getattr(cuda, "is_capturing", lambda stream: False)
+            assert self._ran or not is_capturing(stream), "captured before it ran once"
+            self._ran = True
             cuda.events.append(f"enqueue {'denoiser' if 'x' in self._engine._io else 'discretizer'}")
             cuda.enqueue(stream, self._run)
             return True

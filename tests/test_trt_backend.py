@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_cuda import FakeCuda, install_cuda
+from fake_gpu import install_gpu
 from fake_tensorrt import install_tensorrt
-from golden_cases import golden
+from golden_cases import GOLDEN, golden
 from plan_bundles import golden_bundle, model_bundle, rtx_spec
 
-from elf_rt.backends import trt, trt_rtx
+from elf_rt.backends import open_backend, trt, trt_rtx
 from elf_rt.backends.ort import OrtBackend
 from elf_rt.bundle import Bundle
 from elf_rt.cudart import Gpu
@@ -21,7 +22,9 @@ from elf_rt.engines.build import Request, build, plan_spec
 from elf_rt.engines.recipe import Recipe
 from elf_rt.engines.shapes import parse_profiles
 from elf_rt.errors import BackendError
+from elf_rt.model import Model
 from elf_rt.plans import RECORD, Profile, Range, Record, this_machine
+from elf_rt.verify import verify
 
 NEWEST = "11.4.0.106"
 
@@ -215,6 +218,20 @@ def test_a_failed_bind_leaves_no_memory(ready: Any, cuda: FakeCuda, monkeypatch:
     with pytest.raises(BackendError, match=r"refused shape \(4, 16, 32\) for z of the denoiser: Error Code 3"):
         backend.bind(4, 16)
     assert (cuda.allocated(), cuda.num_streams) == (0, 0)
+
+
+@pytest.mark.parametrize("case", ["uncond", "cond", "no_self_cond"])
+def test_golden_runs_as_cuda_graphs(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plan, backend, device sampler and kernels together: latents and every token of the official code."""
+    gpu = install_gpu(monkeypatch)
+    install_tensorrt(monkeypatch, NEWEST, gpu)
+    bundle = golden_bundle(tmp_path / "m.elfrt", case, ("fp32",))
+    build_fake(bundle, "1:4:16")
+    with Model(bundle, *open_backend(bundle, "tensorrt", "fp32")) as model:
+        report = verify(model, GOLDEN / case / "golden.npz")
+    assert report.passed and report.backend == "tensorrt", report
+    assert gpu.launches["graph"] > 0
+    assert (gpu.allocated(), gpu.allocated("host"), gpu.num_streams) == (0, 0, 0)
 
 
 class TestTheRecordIsCheckedFirst:
