@@ -2,7 +2,7 @@
 
 import secrets
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -15,11 +15,14 @@ from elf_rt.backends import open_backend
 from elf_rt.bundle import Bundle
 from elf_rt.errors import InputError
 from elf_rt.params import SamplingParams
+from elf_rt.pinned import Pinned
 from elf_rt.sampler import HostSampler, Job, Outcome, StepDone
 from elf_rt.text import TextCodec
 
 TOKENS_PER_BATCH = 8192  # rows x length of one network call; larger requests are cut into batches of this size
 MAX_SEED = 2**64
+
+Pins = Mapping[int, int | str] | str  # {position: token}, or a template with blanks
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,7 @@ class Model:
         seed: int | None = None,
         preset: str = "default",
         length: int | None = None,
+        pinned: Pins | None = None,
         on_step: Callable[[int, int], None] | None = None,
         **overrides: Any,
     ) -> list[Result]:
@@ -111,6 +115,8 @@ class Model:
         Args:
             seed: 0 .. 2**64 - 1; drawn at random when None, and told in the results.
             length: tokens of canvas, up to the model's max_length; another length than the trained one changes results.
+            pinned: {position: token} of the text (a token is an id, or a text of one token), or a template with blanks
+                of n tokens, "The train to [2] leaves at [5]."; the rest is written around them.
             on_step: called after each step with (network calls done, all to do).
             **overrides: fields of SamplingParams: steps, sampler, schedule, guidance_scale, sc_cfg, gamma.
 
@@ -118,7 +124,7 @@ class Model:
             len(prompts) * n results, the n of the first prompt first.
         """
         results: list[Result] = []
-        for batch in self._batches(prompts, n, seed, self.params(preset, **overrides), length):
+        for batch in self._batches(prompts, n, seed, self.params(preset, **overrides), length, pinned):
             for event in self._sampler.run(batch.job):
                 if isinstance(event, Outcome):
                     results += self._results(batch, event)
@@ -134,6 +140,7 @@ class Model:
         seed: int | None = None,
         preset: str = "default",
         length: int | None = None,
+        pinned: Pins | None = None,
         drafts_every: int = 4,
         **overrides: Any,
     ) -> Iterator[Draft | list[Result]]:
@@ -143,7 +150,7 @@ class Model:
         Stop iterating (or close the iterator) to cancel.
         """
         params = self.params(preset, **overrides)
-        for batch in self._batches(prompts, n, seed, params, length, drafts_every):
+        for batch in self._batches(prompts, n, seed, params, length, pinned, drafts_every):
             for event in self._sampler.run(batch.job):
                 if isinstance(event, Outcome):
                     yield self._results(batch, event)
@@ -205,6 +212,7 @@ class Model:
         seed: int | None,
         params: SamplingParams,
         length: int | None,
+        pinned: Pins | None,
         drafts_every: int = 0,
     ) -> Iterator["_Batch"]:
         """Cut a request into jobs of bounded size."""
@@ -218,13 +226,15 @@ class Model:
         total = n * (1 if prompts is None else len(prompts))
         if not 0 <= seed <= MAX_SEED - total:
             raise InputError(f"seed must be between 0 and 2**64 - {total}, got {seed}")
-        rows, _ = schedule.guidance_rows(params, self.config, conditional=sources is not None)
+        pins = None if pinned is None else self._pins(pinned)
+        conditional = sources is not None or pins is not None
+        rows, _ = schedule.guidance_rows(params, self.config, conditional=conditional)
         size = max(1, TOKENS_PER_BATCH // (len(rows) * length))
         encoded: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # of the prompts of this batch
         for start in range(0, total, size):
             index = range(start, min(total, start + size))
             seeds = np.array([seed + i for i in index], np.uint64)
-            source = mask = None
+            source = mask = lengths = None
             if sources is not None:
                 wanted = sorted({i // n for i in index})
                 new = [p for p in wanted if p not in encoded]
@@ -234,18 +244,26 @@ class Model:
                     encoded |= {p: (latents[k], masks[k]) for k, p in enumerate(new)}
                 source = np.stack([encoded[i // n][0] for i in index])
                 mask = np.stack([encoded[i // n][1] for i in index])
+                lengths = np.array([len(sources[i // n]) for i in index])
+            if pins is not None:
+                starts = np.zeros(len(index), int) if lengths is None else lengths
+                if source is None or mask is None:
+                    source = np.zeros((len(index), length, self.config.latent_dim), np.float32)
+                    mask = np.zeros((len(index), length), bool)
+                source, mask = pins.hold(self.codec.latents, source, mask, starts)
             grid = schedule.make_grid(params, self.config, seeds)
-            table = schedule.make_table(params, self.config, grid, conditional=sources is not None)
+            table = schedule.make_table(params, self.config, grid, conditional=conditional)
             yield _Batch(
                 Job(table, length, seeds, params.sc_cfg, source, mask, drafts_every=drafts_every),
                 None if prompts is None else [prompts[i // n] for i in index],
-                None if sources is None else np.array([len(sources[i // n]) for i in index]),
+                lengths,
+                pins,
                 start * params.steps,
                 total * params.steps,
             )
 
     def _results(self, batch: "_Batch", outcome: Outcome) -> list[Result]:
-        ids = self.codec.finish(outcome.ids, batch.source_lengths)
+        ids = self._finish(batch, outcome.ids)
         timings = Timings(
             outcome.seconds * 1e3,
             outcome.network_seconds * 1e3,
@@ -261,8 +279,24 @@ class Model:
     def _draft(self, batch: "_Batch", event: StepDone) -> Draft:
         texts = None
         if event.draft is not None:
-            texts = [self.codec.decode(row) for row in self.codec.finish(event.draft, batch.source_lengths)]
+            texts = [self.codec.decode(row) for row in self._finish(batch, event.draft)]
         return Draft(event.step, batch.job.table.num_steps, event.t, texts)
+
+    def _finish(self, batch: "_Batch", ids: np.ndarray) -> np.ndarray:
+        """Final ids of raw ids (B, L)."""
+        lengths = batch.source_lengths
+        if batch.pins is not None:
+            ids = batch.pins.restore(ids, np.zeros(len(ids), int) if lengths is None else lengths)
+        return self.codec.finish(ids, lengths)
+
+    def _pins(self, pinned: Pins) -> Pinned:
+        if not isinstance(pinned, str):
+            return Pinned.from_tokens(pinned, self.codec.tokenizer, self.config.vocab_size)
+        if self.codec.tokenizer is None:
+            raise InputError("this bundle has no tokenizer: pin token ids instead of a template")
+        # Where texts end with an EOS, so does the template.
+        eos_id = self.codec.eos_id if self.codec.append_eos else None
+        return Pinned.from_template(pinned, self.codec.tokenizer, eos_id)
 
     def _length(self, length: int | None) -> int:
         trained = self.config.max_length
@@ -285,6 +319,7 @@ class _Batch:
     job: Job
     prompts: Sequence[str] | None
     source_lengths: np.ndarray | None  # (B,)
+    pins: Pinned | None
     done: int  # sample-steps before this batch
     total: int
 

@@ -73,8 +73,6 @@ class TextCodec:
 
     def encode(self, sources: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
         """Clean source latents (B, L, C) float32, normalised, and the mask (B, L) of the positions they hold."""
-        if self._encode is None:
-            raise InputError("this model takes no prompt: it was exported without a text encoder")
         width = max(len(ids) for ids in sources)
         if width >= length:
             raise InputError(f"a source of {width} tokens leaves no room for text in a length of {length}")
@@ -83,11 +81,20 @@ class TextCodec:
         for row, source in enumerate(sources):
             ids[row, : len(source)] = source
             mask[row, : len(source)] = True
-        latents = self._encode(ids, mask[:, :width].astype(np.int64))
         source_latents = np.zeros((len(sources), length, self.config.latent_dim), np.float32)
-        source_latents[:, :width] = (latents - self.config.latent_mean) / self.config.latent_std
+        source_latents[:, :width] = self.latents(ids, mask[:, :width].astype(np.int64))
         source_latents[~mask] = 0.0
         return source_latents, mask
+
+    def latents(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Clean latents (B, S, C) float32 of token ids (B, S), normalised as in training; mask (B, S) is 1 at tokens.
+
+        Raises:
+            InputError: the bundle has no encoder.
+        """
+        if self._encode is None:
+            raise InputError("this bundle has no text encoder: export the checkpoint again with --encoder")
+        return (self._encode(ids, mask) - np.float32(self.config.latent_mean)) / np.float32(self.config.latent_std)
 
     def finish(self, ids: np.ndarray, source_lengths: np.ndarray | None) -> np.ndarray:
         """Raw ids (B, L) -> final ids: the source shifted away, everything from the first EOS on made padding.

@@ -138,7 +138,8 @@ def _write_text_side(folder: Path, checkpoint: Checkpoint, options: ExportOption
         tokens = check_tokenizer(tokenizer, config.vocab_size)
         shutil.copyfile(tokenizer, folder / "tokenizer.json")
         entries["tokenizer"] = {"pad_id": 0, "eos_id": 1, "append_eos": options.append_eos, "file": "tokenizer.json"}
-    if config.max_input_length > 0 and encoder is not None:
+    # An unconditional model needs an encoder for pinned spans alone, so only when it is asked for.
+    if encoder is not None and (config.max_input_length > 0 or options.encoder is not None):
         entries["encoder"] = write_encoder(folder, encoder, latent_dim=config.latent_dim, vocab_size=tokens)
     return entries
 

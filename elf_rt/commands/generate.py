@@ -30,6 +30,7 @@ from elf_rt.errors import InputError
 @click.option("-n", "n", type=click.IntRange(1), default=1, help="Texts for each prompt.")
 @click.option("--seed", type=click.IntRange(0), help="Text k has seed SEED + k.  [default: drawn at random and told]")
 @click.option("--length", type=click.IntRange(1), help="Tokens of canvas.  [default: the length of training]")
+@click.option("--template", help='Text with blanks of n tokens to fill: "The train to [2] leaves at [5]."')
 @sampling_options
 @backend_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line: text, seed, input, timings.")
@@ -42,6 +43,7 @@ def command(
     n: int,
     seed: int | None,
     length: int | None,
+    template: str | None,
     backend: str,
     precision: str,
     threads: int | None,
@@ -65,6 +67,7 @@ def command(
             "seed": seed,
             "preset": sampling["preset"],
             "length": length,
+            "pinned": template,
             **{name: sampling[name] for name in SAMPLING_NAMES},
         }
         total = n * max(1, len(records))
