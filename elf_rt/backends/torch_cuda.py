@@ -1,0 +1,219 @@
+"""torch on the GPU: the fast path where TensorRT is not installed.
+
+torch leads the capture of its graphs itself, through torch.cuda.graph on the sampler's stream: its allocator has to
+know of a capture, or it would hand the memory that a graph works in to somebody else afterwards. The integrator's
+kernels are launched on the same stream meanwhile and end up in the same graph. Inputs and outputs are tensors that live
+as long as the network, and whose addresses the kernels are given.
+"""
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from elf_rt import device
+from elf_rt.bundle import Bundle
+from elf_rt.device.network import Launchable
+from elf_rt.errors import BackendError
+
+if TYPE_CHECKING:
+    import torch
+
+NAME = "torch"
+PRECISIONS = ("fp16", "bf16", "fp32")
+
+
+def unavailable() -> str | None:
+    """Why this backend cannot be used here, or None."""
+    for package in ("torch", "onnx"):
+        if importlib.util.find_spec(package) is None:
+            return f"{package} is not installed: pip install torch onnx"
+    if reason := device.unavailable():
+        return reason
+    import torch
+
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA: install one from https://pytorch.org/get-started"
+    if not torch.cuda.is_available():
+        return f"torch for CUDA {torch.version.cuda} cannot use this driver: update it, or install an older torch"
+    return None
+
+
+def open_backend(bundle: Bundle, precision: str, threads: int | None = None) -> "TorchBackend":
+    """``threads`` has no meaning on a GPU."""
+    if reason := unavailable():
+        raise BackendError(f"{NAME}: {reason}")
+    return TorchBackend(bundle, precision)
+
+
+class TorchBackend:
+    """One network in torch. Safe to share between threads; what ``bind`` and ``device_network`` return is not.
+
+    Args:
+        device: "cuda", or "cpu" to check the network's arithmetic without a GPU.
+    """
+
+    name = NAME
+
+    def __init__(self, bundle: Bundle, precision: str, device: str = "cuda") -> None:
+        import torch
+
+        from elf_rt.backends.torch_network import Network
+
+        self.precision = precision
+        self.device = device
+        self.config = bundle.config
+        self._bundle = bundle
+        self._torch = torch
+        self._encoder: Any = None
+        try:
+            self.network: Network = Network(bundle, precision, device)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory("the weights", error) from error
+        self._pool = torch.cuda.graph_pool_handle() if device == "cuda" else None
+
+    def bind(self, rows: int, length: int) -> "TorchHostNetwork":
+        return TorchHostNetwork(TorchNetwork(self, rows, length))
+
+    def device_network(self, rows: int, length: int, stream: int) -> "TorchNetwork":
+        """All networks share the weights. ``stream`` is given again with each call."""
+        return TorchNetwork(self, rows, length)
+
+    def capture(self, stream: int, body: Callable[[], None]) -> Launchable:
+        """See ``elf_rt.device.network.Capturing``. All graphs share one pool: nothing in it outlives a launch."""
+        torch = self._torch
+        graph, external = torch.cuda.CUDAGraph(), torch.cuda.ExternalStream(stream)
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=external, capture_error_mode="thread_local"):
+                body()
+        except RuntimeError as error:  # torch's own CUDA errors are RuntimeErrors
+            raise BackendError(f"{NAME}: {first_line(error)}") from error
+        return TorchGraph(torch, graph, external)
+
+    def encode(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """(B, S) int64 ids and mask -> (B, S, C) float32 latents: once a text, so on the CPU, by ONNX Runtime."""
+        from elf_rt.backends import ort
+
+        if self._encoder is None:
+            self._encoder = ort.open_encoder(self._bundle)
+        return np.asarray(self._encoder(ids, mask))
+
+    def describe(self) -> Mapping[str, str]:
+        torch, properties = self._torch, {}
+        if self.device == "cuda":
+            properties = {"gpu": torch.cuda.get_device_name(), "CUDA": str(torch.version.cuda)}
+        return {"library": f"torch {torch.__version__}", "precision": self.precision, **properties}
+
+    def close(self) -> None:
+        del self.network
+        if self.device == "cuda":
+            self._torch.cuda.empty_cache()
+
+
+class TorchNetwork:
+    """Static tensors for R rows of length L: see ``elf_rt.device.network.DeviceNetwork``."""
+
+    def __init__(self, backend: TorchBackend, rows: int, length: int) -> None:
+        self.rows, self.length = rows, length
+        self._torch, self._network, self._on_gpu = backend._torch, backend.network, backend.device == "cuda"
+        torch, config = backend._torch, backend.config
+        absent = {
+            "x_prev": not config.self_cond,
+            "s": not config.num_self_cond_cfg_tokens,
+            "mode": not config.num_model_mode_tokens,
+        }
+        latents = (rows, length, config.latent_dim)
+        inputs = {"z": latents, "x_prev": latents, "t": (rows,), "s": (rows,), "mode": (rows,)}
+        shapes: dict[str, tuple[int, ...]] = {name: shape for name, shape in inputs.items() if not absent.get(name)}
+        shapes |= {"x": latents, "hidden": (rows, length, config.hidden_size), "ids": (rows, length)}
+        try:
+            self.tensors = {
+                name: torch.zeros(shape, dtype=torch.int64 if name == "ids" else torch.float32, device=backend.device)
+                for name, shape in shapes.items()
+            }
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(f"{rows} rows of {length} tokens", error) from error
+        if self._on_gpu:
+            torch.cuda.synchronize()  # zeroed on torch's stream, used on the sampler's
+        self.buffers = {name: tensor.data_ptr() for name, tensor in self.tensors.items()}
+
+    def enqueue_denoise(self, stream: int) -> None:
+        self._on_stream(stream, self.denoise)
+
+    def enqueue_discretize(self, stream: int) -> None:
+        self._on_stream(stream, self.discretize)
+
+    def denoise(self) -> None:
+        """On torch's current stream."""
+        at = self.tensors.get
+        x, hidden = self._network.denoise(self.tensors["z"], at("x_prev"), self.tensors["t"], at("s"), at("mode"))
+        self.tensors["x"].copy_(x)
+        self.tensors["hidden"].copy_(hidden)
+
+    def discretize(self) -> None:
+        """On torch's current stream."""
+        self.tensors["ids"].copy_(self._network.discretize(self.tensors["hidden"]))
+
+    def close(self) -> None:
+        self.tensors.clear()
+        self.buffers.clear()
+        if self._on_gpu:
+            self._torch.cuda.empty_cache()  # back to CUDA, where the sampler's own memory comes from
+
+    def _on_stream(self, stream: int, body: Callable[[], None]) -> None:
+        torch = self._torch
+        try:
+            with torch.inference_mode(), torch.cuda.stream(torch.cuda.ExternalStream(stream)):
+                body()
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(f"a network call of {self.rows} rows of {self.length} tokens", error) from error
+
+
+class TorchHostNetwork:
+    """A ``elf_rt.backends.base.BoundNetwork`` over a TorchNetwork: for ``elf-rt verify``, not for speed."""
+
+    def __init__(self, network: TorchNetwork) -> None:
+        self._network = network
+        inputs = [name for name in network.tensors if name not in ("hidden", "ids")]
+        self._arrays = {name: np.zeros(tuple(network.tensors[name].shape), np.float32) for name in inputs}
+        self.z, self.x, self.t = (self._arrays[name] for name in ("z", "x", "t"))
+        self.x_prev, self.s, self.mode = (self._arrays.get(name) for name in ("x_prev", "s", "mode"))
+
+    def denoise(self) -> None:
+        torch, tensors = self._network._torch, self._network.tensors
+        with torch.inference_mode():
+            for name, array in self._arrays.items():
+                tensors[name].copy_(torch.from_numpy(array))
+            self._network.denoise()
+            self.x[...] = tensors["x"].cpu().numpy()
+
+    def discretize(self) -> np.ndarray:
+        with self._network._torch.inference_mode():
+            self._network.discretize()
+            return self._network.tensors["ids"].cpu().numpy().copy()
+
+    def close(self) -> None:
+        self._network.close()
+
+
+class TorchGraph:
+    """A graph that torch captured, on the stream that it was captured from."""
+
+    def __init__(self, torch: Any, graph: "torch.cuda.CUDAGraph", stream: "torch.cuda.ExternalStream") -> None:
+        self._torch, self._graph, self._stream = torch, graph, stream
+
+    def launch(self) -> None:
+        with self._torch.cuda.stream(self._stream):  # a replay goes to torch's current stream
+            self._graph.replay()
+
+    def close(self) -> None:
+        self._graph.reset()
+
+
+def out_of_memory(what: str, error: Exception) -> BackendError:
+    return BackendError(f"{NAME}: no GPU memory for {what}: use a smaller batch ({first_line(error)})")
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,237 @@
+"""The network in torch, with the weights of a bundle's graphs, for the torch backend.
+
+The graphs hold every decision of the precision plan: a weight's type is that of its product, `.scale` tensors undo the
+powers of two that were folded in, widths are padded, rotary is half-split. So this follows them and decides nothing.
+The residual stream and all statistics are float32. Written for few kernels: a call is some 20 launches a block.
+
+Letters: R rows, L text length, P prefix tokens, S = P + L, C latents, H hidden, D head width (padded), V vocabulary.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+import torch.nn.functional as F
+from onnx import TensorProto
+from torch import Tensor
+
+from elf_rt.bundle import Bundle
+from elf_rt.errors import BackendError
+from elf_rt.params import ModelConfig
+
+TYPES: dict[int, torch.dtype] = {
+    TensorProto.FLOAT: torch.float32,
+    TensorProto.FLOAT16: torch.float16,
+    TensorProto.BFLOAT16: torch.bfloat16,
+}
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DECODED_AT_ONCE = 8192  # tokens whose logits are in memory together, 1 GB for 32100 ids
+
+
+@dataclass(frozen=True)
+class Linear:
+    weight: Tensor  # (outputs, inputs)
+    bias: Tensor | None
+    scale: Tensor | None  # float32, of the product
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (..., inputs) -> (..., outputs) in the weight's type, not scaled yet."""
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+    def float32(self, x: Tensor) -> Tensor:
+        out = self(x)
+        return out.float() if self.scale is None else out * self.scale
+
+    def added_to(self, h: Tensor, x: Tensor) -> None:
+        """h += product, in place."""
+        out = self(x)
+        h.add_(out if self.scale is None else out * self.scale)
+
+
+@dataclass(frozen=True)
+class Block:
+    norm1: Tensor
+    qkv: Linear
+    q_eps: float
+    k_eps: float
+    cos: Tensor  # (P + max_length, 2, 1, D): q's and k's norm weights are in it
+    sin: Tensor
+    attention_type: torch.dtype
+    proj: Linear
+    norm2: Tensor
+    w12: Linear
+    w3: Linear
+
+
+class GraphWeights:
+    """The initializers of both graphs of one variant, by name.
+
+    Raises:
+        BackendError: the graphs spell RMSNormalization out, so its constants cannot be found by name.
+    """
+
+    def __init__(self, bundle: Bundle, precision: str, device: str) -> None:
+        self.device = device
+        files = bundle.variant(precision)
+        self._data = np.memmap(files["weights"], np.uint8, "r")
+        self._tensors: dict[str, TensorProto] = {}
+        self._reader: dict[str, str] = {}  # the operator that reads a weight
+        self._eps: dict[str, float] = {}
+        for part in ("denoiser", "discretizer"):
+            self._read(files[part])
+        if "blocks.0.norm1.weight" not in self._eps:
+            raise BackendError("torch: these graphs were exported for older engines: export again without --opset")
+
+    def tensor(self, name: str) -> Tensor:
+        proto = self._tensors[name]
+        place = {entry.key: entry.value for entry in proto.external_data}
+        start, length = int(place["offset"]), int(place["length"])
+        flat = torch.from_numpy(np.array(self._data[start : start + length]))
+        return flat.view(TYPES[proto.data_type]).reshape(tuple(proto.dims)).to(self.device)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def optional(self, name: str) -> Tensor | None:
+        return self.tensor(name) if name in self else None
+
+    def eps(self, name: str) -> float:
+        return self._eps[f"{name}.weight"]
+
+    def linear(self, name: str) -> Linear:
+        weight, reader = self.tensor(f"{name}.weight"), self._reader[f"{name}.weight"]
+        if reader == "MatMul":
+            weight = weight.T
+        elif reader == "Conv":
+            weight = weight[..., 0]
+        return Linear(weight.contiguous(), self.optional(f"{name}.bias"), self.optional(f"{name}.scale"))
+
+    def _read(self, path: Path) -> None:
+        graph = onnx.load(str(path), load_external_data=False).graph
+        self._tensors |= {tensor.name: tensor for tensor in graph.initializer if tensor.external_data}
+        for node in graph.node:
+            self._reader |= dict.fromkeys(node.input, node.op_type)
+            if node.op_type == "RMSNormalization":
+                self._eps[node.input[1]] = next(a.f for a in node.attribute if a.name == "epsilon")
+
+
+class Network:
+    """The denoiser and the discretizer."""
+
+    def __init__(self, bundle: Bundle, precision: str, device: str) -> None:
+        self.config = config = bundle.config
+        weights = GraphWeights(bundle, precision, device)
+        items = bundle.manifest.get("precision", {}).get(precision, {}).get("items", [])
+        exceptions = {item["name"]: item["precision"] for item in items}
+        self._eps = weights.eps("final_layer.norm_final")
+        self._frequencies = weights.tensor("frequencies")
+        tokens = ("t_emb_tokens", "self_cond_cfg_tokens", "mode_tokens")
+        self._tokens = {name: weights.tensor(name) for name in tokens if name in weights}
+        self._embedders = {
+            name: (weights.linear(f"{name}.mlp_0"), weights.linear(f"{name}.mlp_2"))
+            for name in ("t_embedder", "self_cond_cfg_embedder")
+            if f"{name}.mlp_0.weight" in weights
+        }
+        self._proj1, self._proj2 = weights.linear("text_proj.proj1"), weights.linear("text_proj.proj2")
+        cos, sin = weights.tensor("rotary.cos"), weights.tensor("rotary.sin")
+        self._blocks = [
+            make_block(weights, f"blocks.{i}", cos, sin, PRECISIONS[exceptions.get(f"blocks.{i}.attn", precision)])
+            for i in range(config.depth)
+        ]
+        self._norm_final = weights.tensor("final_layer.norm_final.weight")
+        self._final = weights.linear("final_layer.linear")
+        self._head = weights.linear("proj")
+        self._unembed = weights.linear("unembed").weight  # (V, C)
+        self._unembed_bias = weights.tensor("unembed.bias")
+
+    def denoise(
+        self, z: Tensor, x_prev: Tensor | None, t: Tensor, s: Tensor | None, mode: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """z, x_prev (R, L, C), t, s, mode (R,) float32 -> x (R, L, C), hidden (R, L, H) float32."""
+        text = z if x_prev is None else torch.cat([z, x_prev], -1)
+        text = self._proj2.float32(self._proj1.float32(text))  # (R, L, H)
+        h = torch.cat([*self._prefix(t, s, mode), text], 1)  # (R, S, H)
+        for block in self._blocks:
+            run_block(h, block, self.config, self._eps)
+        hidden = h[:, self.config.num_prefix_tokens :]
+        return self._final.float32(rms_norm(hidden, self._norm_final, self._eps)), hidden
+
+    def discretize(self, hidden: Tensor) -> Tensor:
+        """hidden (R, L, H) -> ids (R, L): the lowest of the ids with the largest logit."""
+        parts = []
+        for tokens in hidden.flatten(0, 1).split(DECODED_AT_ONCE):
+            features = F.gelu(self._head.float32(tokens), approximate="tanh")  # (tokens, C)
+            logits = F.linear(features.to(self._unembed.dtype), self._unembed)  # (tokens, V)
+            parts.append((logits + self._unembed_bias).argmax(-1))  # in float32, the bias's type
+        return torch.cat(parts).view(hidden.shape[:2])
+
+    def _prefix(self, t: Tensor, s: Tensor | None, mode: Tensor | None) -> list[Tensor]:
+        """(R, tokens, H) each: time, self-conditioning scale, mode."""
+        tokens = [self._scalar_tokens("t_embedder", "t_emb_tokens", t)]
+        if s is not None:
+            tokens.append(self._scalar_tokens("self_cond_cfg_embedder", "self_cond_cfg_tokens", s))
+        if mode is not None:
+            tokens.append(mode[:, None, None] * self._tokens["mode_tokens"])
+        return tokens
+
+    def _scalar_tokens(self, embedder: str, tokens: str, scalar: Tensor) -> Tensor:
+        angles = scalar[:, None] * self._frequencies  # (R, 128)
+        first, second = self._embedders[embedder]
+        embedding = second(F.silu(first(torch.cat([angles.cos(), angles.sin()], -1))))  # (R, H)
+        return self._tokens[tokens] + embedding[:, None]
+
+
+def make_block(weights: GraphWeights, name: str, cos: Tensor, sin: Tensor, attention_type: torch.dtype) -> Block:
+    """cos, sin (S, D), both halves alike. The head norms' weights w are multiplied into them:
+    rotary(w x) = (w cos) x + (±w' sin) x', where ' swaps the halves."""
+    norms = torch.stack([weights.tensor(f"{name}.attn.{part}_norm.weight") for part in "qk"])[:, None]  # (2, 1, D)
+    half = cos.shape[-1] // 2
+    sign = torch.ones_like(cos[0])
+    sign[:half] = -1
+    return Block(
+        norm1=weights.tensor(f"{name}.norm1.weight"),
+        qkv=weights.linear(f"{name}.attn.qkv"),
+        q_eps=weights.eps(f"{name}.attn.q_norm"),
+        k_eps=weights.eps(f"{name}.attn.k_norm"),
+        cos=cos[:, None, None] * norms,
+        sin=sign * sin[:, None, None] * norms.roll(half, -1),
+        attention_type=attention_type,
+        proj=weights.linear(f"{name}.attn.proj"),
+        norm2=weights.tensor(f"{name}.norm2.weight"),
+        w12=weights.linear(f"{name}.mlp.w12"),
+        w3=weights.linear(f"{name}.mlp.w3"),
+    )
+
+
+def run_block(h: Tensor, block: Block, config: ModelConfig, eps: float) -> None:
+    """The residual h (R, S, H) float32, in place."""
+    rows, size, _ = h.shape
+    qkv = block.qkv(rms_norm(h, block.norm1, eps)).view(rows, size, 3, config.num_heads, -1)  # (R, S, 3, heads, D)
+    qk = rotate(head_norms(qkv[:, :, :2].float(), block), block.cos[:size], block.sin[:size]).to(block.attention_type)
+    q, k, v = (x.transpose(1, 2) for x in (qk[:, :, 0], qk[:, :, 1], qkv[:, :, 2].to(block.attention_type)))
+    mixed = F.scaled_dot_product_attention(q, k, v, scale=config.head_dim**-0.5)  # (R, heads, S, D)
+    block.proj.added_to(h, mixed.transpose(1, 2).flatten(2))
+    ab = block.w12(rms_norm(h, block.norm2, eps))
+    if block.w3.weight.dtype == torch.float32:
+        ab = ab.float()  # a product that only a float32 GEMM reads is never rounded
+    a, b = ab.chunk(2, -1)  # (R, S, inner)
+    block.w3.added_to(h, F.silu(a).mul_(b))
+
+
+def head_norms(qk: Tensor, block: Block) -> Tensor:
+    """RMSNorm of each head of q and k (R, S, 2, heads, D), without the weights."""
+    if block.q_eps == block.k_eps:
+        return F.rms_norm(qk, qk.shape[-1:], eps=block.q_eps)
+    parts = zip(qk.unbind(2), (block.q_eps, block.k_eps), strict=True)
+    return torch.stack([F.rms_norm(part, part.shape[-1:], eps=eps) for part, eps in parts], 2)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Half-split rotary; `sin` carries the sign."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, eps)

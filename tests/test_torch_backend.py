@@ -1,0 +1,173 @@
+"""The torch backend: its network, on the CPU, against ONNX Runtime on the same graphs; and what it refuses."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from golden_cases import CASES, GOLDEN, golden, relative_error
+from plan_bundles import golden_bundle, model_bundle
+
+from elf_rt import device
+from elf_rt.backends import torch_cuda, torch_network
+from elf_rt.backends.ort import OrtBackend
+from elf_rt.backends.torch_cuda import TorchBackend
+from elf_rt.bundle import Bundle
+from elf_rt.cudart import Gpu
+from elf_rt.errors import BackendError
+from elf_rt.export.graph import write_graphs
+from elf_rt.export.precision import Item, Precision, PrecisionPlan
+from elf_rt.model import Model
+from elf_rt.verify import verify
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
+    folder, made = tmp_path_factory.mktemp("bundles"), {}
+
+    def bundle(case: str) -> Bundle:
+        if case not in made:
+            made[case] = golden_bundle(folder / f"{case}.elfrt", case, ("fp32", "fp16", "bf16"))
+        return made[case]
+
+    return bundle
+
+
+def call(backend: Any, rows: int, length: int, mode: float) -> tuple[np.ndarray, np.ndarray]:
+    """x and ids of one call on random inputs."""
+    network, rng = backend.bind(rows, length), np.random.default_rng(rows)
+    for array in (network.z, network.x_prev):
+        if array is not None:
+            array[:] = rng.standard_normal(array.shape)
+    network.t[:] = rng.random(rows)
+    for array, value in ((network.s, 2.5), (network.mode, mode)):
+        if array is not None:
+            array[:] = value
+    network.denoise()
+    x, ids = network.x.copy(), network.discretize()
+    network.close()
+    return x, ids
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden_runs(case: str, bundles: Any) -> None:
+    bundle = bundles(case)
+    with Model(bundle, TorchBackend(bundle, "fp32", "cpu"), "test") as model:
+        report = verify(model, GOLDEN / case / "golden.npz")
+    assert report.passed, report
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (2, None)])
+@pytest.mark.parametrize("case", CASES)
+def test_same_as_onnx_runtime(case: str, shape: tuple[int, int | None], bundles: Any) -> None:
+    bundle = bundles(case)
+    rows, length = shape[0], shape[1] or bundle.config.max_length
+    want_x, want_ids = call(OrtBackend(bundle, "fp32", 2), rows, length, 1.0)
+    x, ids = call(TorchBackend(bundle, "fp32", "cpu"), rows, length, 1.0)
+    assert relative_error(x, want_x) < 2e-6
+    np.testing.assert_array_equal(ids, want_ids)
+
+
+@pytest.mark.parametrize(("precision", "most"), [("fp16", 2e-3), ("bf16", 1.2e-2)])
+@pytest.mark.parametrize("case", CASES)
+def test_16_bits(case: str, precision: str, most: float, bundles: Any) -> None:
+    """Within two of the type's roundings of the reference, and not by computing in float32."""
+    bundle = bundles(case)
+    backend = TorchBackend(bundle, precision, "cpu")
+    x, _ = call(backend, 2, bundle.config.max_length, 0.0)
+    want, _ = call(OrtBackend(bundle, "fp32", 2), 2, bundle.config.max_length, 0.0)
+    assert 1e-5 < relative_error(x, want) < most
+    block = backend.network._blocks[0]
+    assert {block.qkv.weight.dtype, block.w3.weight.dtype, block.attention_type} == {
+        torch_network.PRECISIONS[precision]
+    }
+
+
+def test_follows_the_precision_plan(tmp_path: Path) -> None:
+    """Folds, exceptions and unequal head norms come from the graphs: scaled by powers of two, FP32 where it says so."""
+    data = golden("uncond")
+    bundle = model_bundle(tmp_path / "a.elfrt", data.config, data.state, ("fp32",))
+    items = (
+        Item("blocks.0.attn.q", Precision.FP32, (3,)),
+        Item("blocks.0.attn.v", Precision.FP32, (-2,)),
+        Item("blocks.0.attn.proj", Precision.FP32, (2,)),
+        Item("blocks.1.mlp.w3", Precision.FP32, tuple(i % 4 for i in range(data.config.hidden_size))),
+        Item("text_proj.proj2", Precision.FP32, (1,)),
+    )
+    state = {name: tensor.numpy() for name, tensor in data.state.items()}
+    folded = tmp_path / "b"
+    folded.mkdir()
+    write_graphs(folded, data.config, state, PrecisionPlan(Precision.FP32, items))
+    files = {"denoiser": "denoiser.onnx", "discretizer": "discretizer.onnx", "weights": "weights.bin"}
+    plain = TorchBackend(bundle, "fp32", "cpu")
+    bundle.variant = lambda precision: {part: folded / name for part, name in files.items()}  # type: ignore[method-assign]
+    scaled = TorchBackend(bundle, "fp32", "cpu")
+    assert scaled.network._blocks[0].q_eps != scaled.network._blocks[0].k_eps
+    assert scaled.network._blocks[1].w3.scale is not None
+    want_x, want_ids = call(plain, 2, data.config.max_length, 0.0)
+    x, ids = call(scaled, 2, data.config.max_length, 0.0)
+    assert relative_error(x, want_x) < 2e-6
+    np.testing.assert_array_equal(ids, want_ids)
+
+
+def test_logits_are_decoded_in_parts(bundles: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = bundles("uncond")
+    backend = TorchBackend(bundle, "fp32", "cpu")
+    _, whole = call(backend, 3, 7, 1.0)
+    monkeypatch.setattr(torch_network, "DECODED_AT_ONCE", 4)
+    _, parts = call(backend, 3, 7, 1.0)
+    np.testing.assert_array_equal(parts, whole)
+
+
+def test_graphs_without_named_norms_are_refused(tmp_path: Path) -> None:
+    data = golden("uncond")
+    bundle = model_bundle(tmp_path / "a.elfrt", data.config, data.state, ("fp32",), opset=20)
+    with pytest.raises(BackendError, match="older engines: export again without --opset"):
+        TorchBackend(bundle, "fp32", "cpu")
+
+
+# ---- bad input
+
+
+def test_no_gpu_is_one_clear_line(bundles: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "find_gpu", lambda: "no NVIDIA GPU is visible")
+    assert torch_cuda.unavailable() == "no NVIDIA GPU is visible"
+    with pytest.raises(BackendError, match=r"^torch: no NVIDIA GPU is visible$"):
+        torch_cuda.open_backend(bundles("uncond"), "fp16")
+
+
+def test_a_torch_without_cuda_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "unavailable", lambda: None)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "built without CUDA" in str(torch_cuda.unavailable())
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "torch for CUDA 13.0 cannot use this driver" in str(torch_cuda.unavailable())
+
+
+@pytest.mark.parametrize("package", ["torch", "onnx"])
+def test_a_missing_package_is_named(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    assert f"{package} is not installed" in str(torch_cuda.unavailable())
+
+
+def test_missing_nvrtc_is_named_before_anything_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(device, "find_gpu", lambda: Gpu("a GPU", 89))
+    monkeypatch.setitem(sys.modules, "cuda.bindings.nvrtc", None)
+    assert "NVRTC is not installed" in str(device.unavailable())
+
+
+def test_out_of_memory_names_what_did_not_fit(bundles: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = bundles("uncond")
+    backend = TorchBackend(bundle, "fp32", "cpu")
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore lines")
+
+    monkeypatch.setattr(torch, "zeros", refuse)
+    with pytest.raises(BackendError, match="no GPU memory for 64 rows of 24 tokens: use a smaller batch") as caught:
+        backend.device_network(64, 24, 1)
+    assert "\n" not in str(caught.value)
