@@ -155,3 +155,23 @@ def test_unknown_backends_and_precisions(bundle):
         elf_rt.load(bundle("uncond"), "jax")
     with pytest.raises((InputError, BackendError), match="fp4"):
         elf_rt.load(bundle("uncond"), precision="fp4")
+
+
+def test_pinned_tokens_come_back_verbatim(spoken):
+    pinned = {0: "We", 3: 20}
+    for result in spoken.generate(pinned=pinned, n=4, seed=1, steps=4):
+        assert result.ids[0] == spoken.codec.tokenizer.token_to_id("We") and result.ids[3] == 20
+    results = spoken.generate(pinned="The train to [2] leaves at [5].", n=4, seed=0, steps=4)
+    assert all(r.text.startswith("The train to") and r.text.endswith(".") for r in results)
+    assert len({r.text for r in results}) > 1
+    after = spoken.generate(SPOKEN[0], pinned={0: "We"}, seed=0, steps=4)[0]
+    assert after.text.startswith("We")
+
+
+@pytest.mark.parametrize(
+    ("pinned", "message"),
+    [({}, "nothing is pinned"), ({-1: 5}, "0 or more"), ({0: 9999}, "between 0 and 511"), ("[99]", "nothing|canvas")],
+)
+def test_bad_pins(spoken, pinned, message):
+    with pytest.raises(InputError, match=message):
+        spoken.generate(pinned=pinned, steps=1)
