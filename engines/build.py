@@ -11,7 +11,9 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -105,7 +107,7 @@ def build(spec: Spec, timing_cache: Path | None = None, on_graph: Callable[[str]
     plans: dict[str, Any] = {}
     for name in GRAPHS:
         on_graph(name)
-        plans[name], engines[name] = _in_thread(lambda stop, name=name: _build_graph(spec, name, timing_cache, stop))
+        plans[name], engines[name] = _in_thread(partial(_build_graph, spec, name, timing_cache))
     request = spec.request
     record = Record(
         key=spec.key,
@@ -212,13 +214,14 @@ def _monitor_class(trt: ModuleType) -> type:
 
 def _in_thread(work: Callable[[threading.Event], Any]) -> Any:
     """Run ``work`` beside the main thread, which then answers Ctrl-C at once, not after minutes in the library."""
-    stop, outcome = threading.Event(), []
+    stop = threading.Event()
+    outcome: Future[Any] = Future()
 
     def run() -> None:
         try:
-            outcome.append((work(stop), None))
+            outcome.set_result(work(stop))
         except BaseException as error:
-            outcome.append((None, error))
+            outcome.set_exception(error)
 
     thread = threading.Thread(target=run)
     try:
@@ -230,10 +233,7 @@ def _in_thread(work: Callable[[threading.Event], Any]) -> Any:
         if thread.is_alive():
             thread.join()
         raise
-    result, error = outcome[0]
-    if error is not None:
-        raise error
-    return result
+    return outcome.result()
 
 
 def _said(log: Any, what: str) -> int | None:

@@ -3,7 +3,7 @@
 import tomllib
 from dataclasses import dataclass
 from importlib import resources
-from typing import Self
+from typing import Any, Self
 
 from elf_rt.errors import BackendError
 from elf_rt.plans import LIBRARIES, Library, Machine
@@ -31,7 +31,8 @@ class Recipe:
     @classmethod
     def load(cls, name: str) -> Self:
         text = resources.files("elf_rt.engines").joinpath("recipes", f"{name}.toml").read_text(encoding="utf-8")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in tomllib.loads(text).items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in tomllib.loads(text).items()}
+        return cls(**values)
 
     @property
     def names(self) -> Library:

@@ -14,6 +14,7 @@ from elf_rt import plans
 from elf_rt.bundle import Bundle
 from elf_rt.cli import main
 from elf_rt.cudart import Gpu
+from elf_rt.model import TOKENS_PER_BATCH
 from elf_rt.plans import Record, describe_plans
 
 
@@ -60,7 +61,7 @@ def test_dry_run_then_build_then_reuse(folder: Path, capsys: pytest.CaptureFixtu
     assert built.startswith("built ") and "attention fused" in built and "scratch memory" in built
     (place,) = (folder / "plans").iterdir()
     stamp = (place / "denoiser.plan").stat().st_mtime_ns
-    assert run(capsys, folder, "--fp16", "--sm", "sm_89", "--batch", "1").startswith(f"already built {place}")
+    assert run(capsys, folder, "--fp16", "--sm", "sm_89", "--seq-len", "16").startswith(f"already built {place}")
     assert run(capsys, folder, "--sm", "89", "--dry-run").startswith(f"has {place}")
     assert (place / "denoiser.plan").stat().st_mtime_ns == stamp
 
@@ -79,13 +80,15 @@ def test_the_default_is_every_gpu_that_shares_a_plan(folder: Path, capsys: pytes
     assert "sm_80/sm_86/sm_89/sm_120/sm_121" in run(capsys, folder, "--dry-run")
 
 
-def test_the_default_batch_is_what_one_text_takes(
+def test_the_default_batch_is_one_text_and_the_batches_of_the_api(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guidance by two calls doubles the rows: here for self-conditioning, s = 3, without guidance tokens."""
     assert golden("no_sc_tokens").config.num_self_cond_cfg_tokens == 0
     bundle = golden_bundle(tmp_path / "two.elfrt", "no_sc_tokens", ("fp16",))
-    assert "2 rows of" in run(capsys, bundle.folder, "--dry-run")
+    out = run(capsys, bundle.folder, "--dry-run")
+    most = TOKENS_PER_BATCH // bundle.config.max_length
+    assert "2 rows of" in out and f"1:{most}:{most} rows of" in out
     monkeypatch.chdir(tmp_path)
     assert "2 rows of" in run(capsys, "--dry-run")  # the only bundle here
 

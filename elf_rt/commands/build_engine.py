@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from elf_rt.plans import Machine, Record
 
 MB = 1e6
+REPLAY_ROWS = 8  # a replay holds up to 4 samples, and guidance may double their rows
 
 
 def _sms(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...]:
@@ -48,7 +49,7 @@ def _sms(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple
     "--batch",
     metavar="1 | 1:8:32",
     help="Network rows of one call: one number, or least:best:most; several with commas. A text takes one row, and two "
-    "or more where guidance is done by extra calls.  [default: what one text takes]",
+    "or more where guidance is done by extra calls.  [default: one text, and a range for batches]",
 )
 @click.option("--seq-len", metavar="L", help="Length in tokens, or least:best:most.  [default: the model's own]")
 @click.option("--opt-level", type=click.IntRange(0, 5), default=3, help="How long to search: 0 quick, 5 thorough.")
@@ -82,7 +83,7 @@ def command(
     recipe = _recipe(target, sms, machine)
     if timing_cache is not None and not recipe.timing_cache:
         raise InputError(f"--timing-cache has no use: {recipe.names.title} times nothing. Leave it out")
-    profiles = parse_profiles(batch or _rows_of_one_text(opened), seq_len, opened.config)
+    profiles = parse_profiles(batch or _default_batch(opened), seq_len, opened.config)
     for group in recipe.groups(sms, precision, machine):
         spec = plan_spec(opened, recipe, machine, Request(precision, group, profiles, opt_level))
         if dry_run:
@@ -109,13 +110,15 @@ def _recipe(target: str, sms: tuple[int, ...], machine: "Machine") -> "Recipe":
     raise BackendError(f"no library can build here: {'; '.join(reasons)}")
 
 
-def _rows_of_one_text(bundle: Bundle) -> str:
-    """--batch for one text at a time: as many rows as its preset's guidance takes."""
+def _default_batch(bundle: Bundle) -> str:
+    """--batch for one text at its fastest, and for as many rows as ``Model`` and ``elf-rt verify`` put together."""
+    from elf_rt.model import TOKENS_PER_BATCH
     from elf_rt.schedule import guidance_rows
 
-    conditional = bundle.config.max_input_length > 0
-    rows = {len(guidance_rows(params, bundle.config, conditional=conditional)[0]) for params in bundle.presets.values()}
-    return ",".join(map(str, sorted(rows)))
+    config = bundle.config
+    rows, _ = guidance_rows(bundle.presets["default"], config, conditional=config.max_input_length > 0)
+    most = max(REPLAY_ROWS, TOKENS_PER_BATCH // config.max_length)
+    return f"{len(rows)},1:{most}:{most}"
 
 
 def _build(bundle: Bundle, spec: "Spec", timing_cache: Path | None) -> None:
