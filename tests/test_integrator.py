@@ -1,6 +1,8 @@
 """The integrator step: numpy against its formula in float64, C++ against the bits of numpy."""
 
+import importlib.util
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -238,3 +240,12 @@ def test_strided_arrays_are_refused(function):
     case["z"].flags.writeable = False
     with pytest.raises(ValueError, match=r"z must be writable|read-only"):
         function(**case)
+
+
+def test_numpy_runs_where_the_extension_is_absent(monkeypatch):
+    monkeypatch.setitem(sys.modules, "elf_rt._csrc._integrator", None)
+    monkeypatch.delattr("elf_rt._csrc._integrator", raising=False)
+    spec = importlib.util.find_spec("elf_rt.integrator")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.IMPLEMENTATION == "numpy" and module.step is module.step_numpy

@@ -15,26 +15,29 @@ from elf_rt.noise import NoiseKey
 from elf_rt.schedule import Row
 
 NUMPY_TYPES = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}
+GUARD = 0xA5
 
 
 class Emulated:
     """Host memory and the kernels compiled for the host."""
 
     def __init__(self):
-        self._emulator, self._arrays = cuda_emulator.load(), {}
+        self._emulator, self._arrays, self._guards = cuda_emulator.load(), {}, []
 
     def put(self, array, shift=0):
         """Copy an array to the device, `shift` bytes past an aligned address; returns the address."""
         if array is None:
             return 0
-        memory = np.empty(array.nbytes + 512, np.uint8)
-        start = -memory.ctypes.data % 256 + shift
+        memory = np.full(array.nbytes + 768, GUARD, np.uint8)
+        start = 256 - memory.ctypes.data % 256 + shift
         memory[start : start + array.nbytes] = np.frombuffer(array.tobytes(), np.uint8)
         address = memory.ctypes.data + start
         self._arrays[address] = memory[start : start + array.nbytes]
+        self._guards.append((memory[:start], memory[start + array.nbytes :]))
         return address
 
     def get(self, address, like):
+        assert all((guard == GUARD).all() for pair in self._guards for guard in pair), "written out of bounds"
         return np.frombuffer(self._arrays[address].tobytes(), like.dtype).reshape(like.shape)
 
     def launch(self, name, grid, *arguments):
