@@ -14,7 +14,7 @@ import functools
 import importlib
 import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -246,8 +246,15 @@ def records(bundle: Bundle) -> Iterator[tuple[Path, Record | BackendError]]:
                 yield folder, error
 
 
-def describe_plans(bundle: Bundle) -> list[tuple[str, str]]:
-    """(name, text) lines about every plan of a bundle, for ``elf-rt info``."""
+def describe_plans(
+    bundle: Bundle, inspect: Callable[[Path, Record], dict[str, int] | None] = lambda folder, record: None
+) -> list[tuple[str, str]]:
+    """(name, text) lines about every plan of a bundle, for ``elf-rt info``.
+
+    Args:
+        inspect: how many layers of the built engine give each type, where that can be asked:
+            ``elf_rt.backends.trt_inspect.inspect_denoiser``.
+    """
     lines: list[tuple[str, str]] = []
     for folder, record in records(bundle):
         if isinstance(record, BackendError):
@@ -257,6 +264,9 @@ def describe_plans(bundle: Bundle) -> list[tuple[str, str]]:
         stale = record.precision not in bundle.variants or record.graphs != graph_hashes(bundle, record.precision)
         lines.append(("plan", f"{folder.name}: {record.precision}, {shapes}{', of other weights' if stale else ''}"))
         lines += [("", f"{name}: {engine.summary(record.precision)}") for name, engine in record.engines.items()]
+        if built := inspect(folder, record):
+            share = f"{built.get(record.precision, 0)} of {sum(built.values())}"
+            lines.append(("", f"denoiser as built: {share} layers in {record.precision.upper()} (engine inspector)"))
     return lines
 
 

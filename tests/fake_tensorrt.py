@@ -27,6 +27,7 @@ ENUMERATIONS = (
     "BuilderFlag",
     "DataType",
     "ExecutionContextAllocationStrategy",
+    "LayerInformationFormat",
     "LayerType",
     "NetworkDefinitionCreationFlag",
     "ProfilingVerbosity",
@@ -314,6 +315,18 @@ def make_tensorrt(version: str, cuda: FakeCuda) -> Any:
 
         def create_execution_context(self, strategy: Any) -> Any:
             return IExecutionContext(self, strategy)
+
+        def create_engine_inspector(self) -> Any:
+            return EngineInspector()
+
+    @strict
+    class EngineInspector:
+        def get_engine_information(self, form: Any) -> str:
+            """As real ones answer: fused layers, short type names, a bare name where details were left out."""
+            assert form == trt.LayerInformationFormat.JSON
+            kinds = ["Half", "Half", "Float", "BFloat16", "Int64", "Row major linear FP16 format"]
+            layers: list[Any] = [{"Name": "__myl_Fc", "Outputs": [{"Format/Datatype": kind}]} for kind in kinds]
+            return json.dumps({"Layers": [*layers, "[Constant]", {"Name": "no output", "Outputs": []}], "Bindings": []})
 
     @strict
     class IExecutionContext:

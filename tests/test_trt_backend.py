@@ -16,6 +16,7 @@ from plan_bundles import golden_bundle, model_bundle, rtx_spec
 
 from elf_rt.backends import open_backend, trt, trt_rtx
 from elf_rt.backends.ort import OrtBackend
+from elf_rt.backends.trt_inspect import inspect_denoiser
 from elf_rt.bundle import Bundle
 from elf_rt.cudart import Gpu
 from elf_rt.engines.build import Request, build, plan_spec
@@ -23,7 +24,7 @@ from elf_rt.engines.recipe import Recipe
 from elf_rt.engines.shapes import parse_profiles
 from elf_rt.errors import BackendError
 from elf_rt.model import Model
-from elf_rt.plans import RECORD, Profile, Range, Record, this_machine
+from elf_rt.plans import RECORD, TENSORRT, Profile, Range, Record, describe_plans, find_plans, this_machine
 from elf_rt.verify import verify
 
 NEWEST = "11.4.0.106"
@@ -232,6 +233,21 @@ def test_golden_runs_as_cuda_graphs(case: str, tmp_path: Path, monkeypatch: pyte
     assert report.passed and report.backend == "tensorrt", report
     assert gpu.launches["graph"] > 0
     assert (gpu.allocated(), gpu.allocated("host"), gpu.num_streams) == (0, 0, 0)
+
+
+def test_the_engine_inspector_tells_the_types_of_a_plan_that_runs_here(
+    ready: Any, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready("1").close()
+    ((folder, record),) = find_plans(bundle, "fp32", TENSORRT, NEWEST, this_machine())
+    assert inspect_denoiser(folder, record) == {"fp16": 3, "fp32": 1, "bf16": 1}
+    assert (
+        "denoiser as built: 1 of 5 layers in FP32 (engine inspector)"
+        in dict(describe_plans(bundle, inspect_denoiser))[""]
+    )
+    install_cuda(monkeypatch, sm=90)
+    assert inspect_denoiser(folder, record) is None
+    assert "as built" not in str(describe_plans(bundle, inspect_denoiser))
 
 
 class TestTheRecordIsCheckedFirst:
