@@ -12,7 +12,9 @@ from fake_gpu import FakeBackend, FakeGpu, install_gpu
 from golden_cases import CASES
 from plan_bundles import golden_bundle
 
+from elf_rt.backends import ort_cuda
 from elf_rt.backends.ort import OrtBackend
+from elf_rt.backends.ort_cuda import OrtCudaBackend
 from elf_rt.bundle import Bundle
 from elf_rt.device import sampler as device_sampler
 from elf_rt.device import workspace
@@ -320,3 +322,32 @@ def test_idle_workspaces_give_way(bundles: Any, monkeypatch: pytest.MonkeyPatch)
     list(sampler.run(make_job(bundle.config, [1, 2])))
     list(sampler.run(job))
     assert gpu.allocated() == probe.allocated()
+
+
+# ---- ONNX Runtime's CUDA backend, with its CPU provider over the fake GPU's memory
+
+
+@pytest.fixture
+def ort_cuda_backend(bundles: Any, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> OrtCudaBackend:
+    monkeypatch.setattr(ort_cuda, "PROVIDER", "CPUExecutionProvider")
+    monkeypatch.setattr(ort_cuda, "MEMORY", "cpu")
+    return ort_cuda.open_backend(bundles("cond"), "fp32")
+
+
+def test_onnxruntime_cuda_golden_runs(bundles: Any, ort_cuda_backend: OrtCudaBackend, gpu: FakeGpu) -> None:
+    with Model(bundles("cond"), ort_cuda_backend, "test") as model:
+        report = verify(model, Path(__file__).parent / "data" / "golden" / "cond" / "golden.npz")
+    assert report.passed, report
+    assert gpu.launches["graph"] == 0
+    assert gpu.allocated() == gpu.allocated("host") == 0
+
+
+def test_onnxruntime_cuda_on_the_cpu_build_says_so(bundles: Any) -> None:
+    with pytest.raises(BackendError, match="onnxruntime-cuda: this onnxruntime is the CPU build"):
+        ort_cuda.open_backend(bundles("cond"), "fp32")
+
+
+def test_onnxruntime_cuda_does_not_fall_back_to_the_cpu(bundles: Any) -> None:
+    with warnings.catch_warnings(), pytest.raises(BackendError, match="CUDA or cuDNN could not be loaded"):
+        warnings.simplefilter("ignore")  # onnxruntime's own, of a provider that it does not have
+        OrtCudaBackend(bundles("cond"), "fp32")

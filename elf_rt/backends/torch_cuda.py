@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from elf_rt import device
+from elf_rt.backends.cpu_encoder import CpuEncoder
 from elf_rt.bundle import Bundle
 from elf_rt.device.network import Launchable
 from elf_rt.errors import BackendError
@@ -64,9 +65,8 @@ class TorchBackend:
         self.precision = precision
         self.device = device
         self.config = bundle.config
-        self._bundle = bundle
         self._torch = torch
-        self._encoder: Any = None
+        self.encode = CpuEncoder(bundle)
         try:
             self.network: Network = Network(bundle, precision, device)
         except torch.OutOfMemoryError as error:
@@ -90,14 +90,6 @@ class TorchBackend:
         except RuntimeError as error:  # torch's own CUDA errors are RuntimeErrors
             raise BackendError(f"{NAME}: {first_line(error)}") from error
         return TorchGraph(torch, graph, external)
-
-    def encode(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """(B, S) int64 ids and mask -> (B, S, C) float32 latents: once a text, so on the CPU, by ONNX Runtime."""
-        from elf_rt.backends import ort
-
-        if self._encoder is None:
-            self._encoder = ort.open_encoder(self._bundle)
-        return np.asarray(self._encoder(ids, mask))
 
     def describe(self) -> Mapping[str, str]:
         torch, properties = self._torch, {}

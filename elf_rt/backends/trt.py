@@ -7,15 +7,14 @@ call is one enqueue on the caller's stream, with no synchronisation, so that a w
 
 import threading
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from elf_rt.backends.trt_network import TrtHostNetwork, TrtNetwork
+from elf_rt.backends.cpu_encoder import CpuEncoder
+from elf_rt.backends.trt_network import TrtNetwork
 from elf_rt.bundle import Bundle
-from elf_rt.cudart import Gpu, Stream, find_gpu
+from elf_rt.cudart import Gpu, find_gpu
+from elf_rt.device.host import HostNetwork
 from elf_rt.errors import BackendError
 from elf_rt.plans import GRAPHS, TENSORRT, Library, Record, find_plans, make_log, this_machine
 
@@ -65,7 +64,7 @@ class TrtBackend:
         self._runtime: Any = self._trt.Runtime(self._log)
         self._loaded: dict[Path, dict[str, Any]] = {}
         self._networks: list[TrtNetwork] = []
-        self._encoder: Any = None
+        self.encode = CpuEncoder(bundle)  # runs once a text
         self._lock = threading.Lock()
         self._load(*self._plans[0])  # what the library refuses is refused now, so that another backend can be tried
 
@@ -91,23 +90,9 @@ class TrtBackend:
             self._networks = [known for known in self._networks if known.buffers] + [network]  # closed ones have none
             return network
 
-    def bind(self, rows: int, length: int) -> TrtHostNetwork:
+    def bind(self, rows: int, length: int) -> HostNetwork:
         """The same through arrays on the host, one synchronisation a call: for ``elf-rt verify``, not for speed."""
-        with ExitStack() as stack:
-            stream = Stream()
-            stack.callback(stream.close)
-            network = self.device_network(rows, length, stream.handle)
-            stack.callback(network.close)
-            bound = TrtHostNetwork(network, stream)
-            stack.pop_all()
-            return bound
-
-    def encode(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """(B, S) int64 ids and mask -> (B, S, C) float32 latents: once a text, so on the CPU, by ONNX Runtime."""
-        with self._lock:
-            if self._encoder is None:
-                self._encoder = _open_encoder(self._bundle)
-        return np.asarray(self._encoder.run(None, {"ids": ids, "mask": mask})[0])
+        return HostNetwork(self, self._bundle.config.latent_dim, rows, length)
 
     def describe(self) -> Mapping[str, str]:
         folder, record = next((plan for plan in self._plans if plan[0] in self._loaded), self._plans[0])
@@ -165,14 +150,3 @@ class TrtBackend:
         said = self._log.errors()
         self._log.lines.clear()
         return BackendError(f"{self._title} {what}: {said}")
-
-
-def _open_encoder(bundle: Bundle) -> Any:
-    path = bundle.path("encoder.onnx")
-    try:
-        import onnxruntime
-    except ImportError:
-        raise BackendError(
-            "the text encoder of a conditional model runs in ONNX Runtime: pip install 'elf-rt[cpu]'"
-        ) from None
-    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])

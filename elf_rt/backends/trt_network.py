@@ -1,13 +1,10 @@
-"""A TensorRT plan bound to one shape: buffers and contexts on the GPU, and the same behind host arrays."""
+"""A TensorRT plan bound to one shape: buffers and contexts on the GPU."""
 
-import ctypes
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
-from elf_rt.cudart import DeviceMemory, PinnedMemory, Stream, synchronize
+from elf_rt.cudart import DeviceMemory, synchronize
 from elf_rt.errors import BackendError
 from elf_rt.plans import GRAPHS
 
@@ -108,64 +105,3 @@ class TrtNetwork:
     def _allocate(self, num_bytes: int) -> int:
         self._memory.append(DeviceMemory(num_bytes))
         return self._memory[-1].pointer
-
-
-class TrtHostNetwork:
-    """A TrtNetwork behind page-locked host arrays: see ``elf_rt.backends.base.BoundNetwork``."""
-
-    def __init__(self, network: TrtNetwork, stream: Stream) -> None:
-        self._network = network
-        self._stream = stream
-        self._pinned: list[PinnedMemory] = []
-        self._inputs = [name for name in network.buffers if name not in ("x", "hidden", "ids")]
-        self._arrays: dict[str, np.ndarray] = {}
-        try:
-            for name in (*self._inputs, "x", "ids"):
-                self._arrays[name] = self._array(name)
-        except BaseException:
-            self._free()
-            raise
-        self.z, self.x, self.t = (self._arrays[name] for name in ("z", "x", "t"))
-        self.x_prev, self.s, self.mode = (self._arrays.get(name) for name in ("x_prev", "s", "mode"))
-
-    def denoise(self) -> None:
-        for name in self._inputs:
-            array = self._arrays[name]
-            self._stream.copy_to_device(self._network.buffers[name], array.ctypes.data, array.nbytes)
-        self._network.enqueue_denoise(self._stream.handle)
-        self._fetch("x")
-
-    def discretize(self) -> np.ndarray:
-        self._network.enqueue_discretize(self._stream.handle)
-        self._fetch("ids")
-        return self._arrays["ids"].copy()
-
-    def close(self) -> None:
-        if not self._pinned:
-            return
-        self._network.close()
-        del self.z, self.x, self.t, self.x_prev, self.s, self.mode  # arrays over memory that is about to go
-        self._free()
-        self._stream.close()
-
-    def _fetch(self, name: str) -> None:
-        array = self._arrays[name]
-        self._stream.copy_to_host(array.ctypes.data, self._network.buffers[name], array.nbytes)
-        self._stream.synchronize()
-
-    def _array(self, name: str) -> np.ndarray:
-        """A zeroed array of the caller's rows in page-locked memory."""
-        shape = (self._network.rows, *self._network.shapes[name][1:])
-        dtype = np.dtype(np.int64 if name == "ids" else np.float32)
-        memory = PinnedMemory(math.prod(shape) * dtype.itemsize)
-        self._pinned.append(memory)
-        raw = (ctypes.c_byte * memory.num_bytes).from_address(memory.pointer)
-        array: np.ndarray = np.frombuffer(memoryview(raw), dtype).reshape(shape)
-        array[:] = 0
-        return array
-
-    def _free(self) -> None:
-        self._arrays.clear()
-        for memory in self._pinned:
-            memory.close()
-        self._pinned.clear()

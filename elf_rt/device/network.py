@@ -19,7 +19,9 @@ class DeviceNetwork(Protocol):
 
     rows: int
     length: int
-    buffers: Mapping[str, int]
+
+    @property
+    def buffers(self) -> Mapping[str, int]: ...
 
     def enqueue_denoise(self, stream: int) -> None:
         """z, x_prev, t, s, mode -> x, hidden."""
@@ -54,8 +56,21 @@ class Launchable(Protocol):
 
 @runtime_checkable
 class Capturing(Protocol):
-    """A backend whose library must itself lead the capture of a graph, because its memory has to know of it."""
+    """A backend whose library must lead the capture itself, because its memory has to know of it; or never can."""
 
     def capture(self, stream: int, body: Callable[[], None]) -> Launchable:
-        """Record what ``body`` enqueues on the stream. Raises BackendError when it cannot be captured."""
+        """Record what ``body`` enqueues on the stream. Raises BackendError when it cannot be captured.
+
+        A library that never can gives ``Enqueued`` back.
+        """
         ...
+
+
+class Enqueued:
+    """A Launchable without a graph: the host enqueues the work anew at each launch."""
+
+    def __init__(self, body: Callable[[], None]) -> None:
+        self.launch = body
+
+    def close(self) -> None:
+        """Nothing was kept."""

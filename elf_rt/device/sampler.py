@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from elf_rt.device.cuda import Cuda
-from elf_rt.device.network import Capturing, DeviceBackend, Launchable
+from elf_rt.device.network import Capturing, DeviceBackend, Enqueued, Launchable
 from elf_rt.device.workspace import DRAFT, Piece, Shape, Workspace
 from elf_rt.errors import BackendError
 from elf_rt.params import ModelConfig
@@ -171,16 +171,6 @@ class DeviceSampler:
                     stacklevel=2,
                 )
         return Enqueued(body)
-
-
-class Enqueued:
-    """Work that is enqueued anew at each launch."""
-
-    def __init__(self, body: Callable[[], None]) -> None:
-        self.launch = body
-
-    def close(self) -> None:
-        """Nothing was kept."""
 
 
 def _steps_done(job: Job, after: int, last: int, draft: np.ndarray | None = None) -> Iterator[StepDone]:
