@@ -48,7 +48,7 @@ ELF_FN void draw(uint64_t seed, uint32_t index, int64_t first, int64_t count, fl
   }
 }
 
-// Calls f(offset, length, position) for each piece of [first, first + count) that lies in a masked position.
+// Calls f(offset from first, length) for each piece of [first, first + count) that lies in a masked position.
 template <typename F>
 ELF_FN void for_held(const Step& s, int64_t b, int64_t first, int64_t count, F f) {
   for (int64_t l = first / s.width; l * s.width < first + count; ++l) {
@@ -114,10 +114,12 @@ ELF_EVERY_VECTOR_WIDTH void step_block(const Step& s, int64_t b, int64_t first, 
 
 void run_step(const Step& s) {
   const int64_t size = s.length * s.width, chunks = (size + CHUNK - 1) / CHUNK;
-  ThreadPool::shared().run(s.batch * chunks, [&](int64_t job) {
-    const int64_t b = job / chunks, begin = job % chunks * CHUNK, end = std::min(size, begin + CHUNK);
+  const auto step_chunk = [&](int64_t chunk) {
+    const int64_t b = chunk / chunks, begin = chunk % chunks * CHUNK, end = std::min(size, begin + CHUNK);
     for (int64_t first = begin; first < end; first += BLOCK) step_block(s, b, first, std::min(BLOCK, end - first));
-  });
+  };
+  const bool worth_waking_threads = s.batch * size >= 2 * CHUNK;
+  ThreadPool::shared().run(s.batch * chunks, worth_waking_threads, step_chunk);
 }
 
 void set_num_threads(int count) { ThreadPool::shared().resize(count); }

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <functional>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 namespace elf {
@@ -21,16 +22,17 @@ class ThreadPool {
 
   void resize(int threads) { limit_ = threads < 1 ? 1 : threads; }
 
-  // Calls body(0) .. body(count - 1), in any order, on the calling thread and idle workers; returns when all are done.
-  void run(int64_t count, const std::function<void(int64_t)>& body) {
+  // Calls body(0) .. body(count - 1), in any order, on the calling thread and, if `shared`, on idle workers; returns
+  // when all are done.
+  void run(int64_t count, bool shared, const std::function<void(int64_t)>& body) {
     std::unique_lock<std::mutex> turn(turn_, std::defer_lock);
-    if (count < 2 || limit_ < 2 || !turn.try_lock()) {
+    if (!shared || count < 2 || limit_ < 2 || !turn.try_lock()) {
       for (int64_t i = 0; i < count; ++i) body(i);
       return;
     }
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      for (; workers_ < limit_ - 1; ++workers_) std::thread(&ThreadPool::work, this, workers_).detach();
+      hire();
       body_ = &body;
       count_ = count;
       next_ = 0;
@@ -44,6 +46,14 @@ class ThreadPool {
   }
 
  private:
+  void hire() {
+    try {
+      for (; workers_ < limit_ - 1; ++workers_) std::thread(&ThreadPool::work, this, workers_).detach();
+    } catch (const std::system_error&) {
+      limit_ = workers_ + 1;  // the system grants no more threads: go on with those there are
+    }
+  }
+
   void take(const std::function<void(int64_t)>& body, int64_t count) {
     for (int64_t i; (i = next_.fetch_add(1)) < count;) body(i);
   }
