@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from elf_rt.errors import BundleError, InputError
+from elf_rt.evaluation import edit_distance
 from elf_rt.model import Model, load
 from elf_rt.params import SamplingParams
 
@@ -159,14 +160,3 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         raise BundleError(f"no replay at {path}") from None
     except (OSError, ValueError, EOFError, AttributeError) as error:
         raise InputError(f"{path} is no replay file (.npz of arrays): {error}") from None
-
-
-def edit_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Levenshtein distance of two id sequences over the length of the longer one."""
-    previous = np.arange(len(b) + 1)
-    for i, token in enumerate(a, 1):
-        # Insertions run along the row: d[j] = min over k <= j of (best[k] + j - k).
-        best = np.minimum(previous[1:] + 1, previous[:-1] + (b != token))
-        row = np.concatenate([[i], best])
-        previous = np.minimum.accumulate(row - np.arange(len(row))) + np.arange(len(row))
-    return float(previous[-1]) / max(1, len(a), len(b))

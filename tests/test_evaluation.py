@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +171,30 @@ def test_eval_shows_the_three_numbers_together(tmp_path: Path) -> None:
     (line,) = [line for line in result.stdout.splitlines() if "perplexity" in line]
     assert "entropy 0.693 nats" in line and "repeated 5-grams 0.6667" in line  # 6 5-grams, 2 distinct
     assert "exact match 0.0000" in result.stdout
+
+
+def test_eval_by_generating(tmp_path: Path, bundle: Callable[[str], Path]) -> None:
+    from elf_rt import load
+
+    folder = bundle("spoken-to-written")
+    lines = (Path(__file__).parents[1] / "examples/spoken-to-written/test.jsonl").read_text("utf-8").splitlines()[:12]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(lines), "utf-8")
+    result = run_eval(
+        folder, "--input", prompts, "--steps", 1, "--guidance-scale", 1, "--seeds", 2, "--seed", 5, "--json"
+    )
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout)
+    records = [json.loads(line) for line in lines]
+    for run in summary["runs"]:
+        with load(folder) as model:
+            texts = model.generate([r["input"] for r in records], seed=run["seed"], steps=1, guidance_scale=1.0)
+        assert run["exact_match"] == np.mean([t.text == r["output"] for t, r in zip(texts, records, strict=True)])
+        assert run["texts"] == 12
+    matches = [run["exact_match"] for run in summary["runs"]]
+    assert [run["seed"] for run in summary["runs"]] == [5, 6]
+    assert summary["mean"]["exact_match"] == pytest.approx(sum(matches) / 2)
+    assert summary["deviation"]["exact_match"] == pytest.approx(abs(matches[0] - matches[1]) / math.sqrt(2))
 
 
 @pytest.mark.parametrize(
