@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from elf_rt import device
 from elf_rt.backends.cpu_encoder import CpuEncoder
 from elf_rt.backends.trt_network import TrtNetwork
 from elf_rt.bundle import Bundle
-from elf_rt.cudart import Gpu, find_gpu
 from elf_rt.device.host import HostNetwork
 from elf_rt.errors import BackendError
 from elf_rt.plans import GRAPHS, TENSORRT, Library, Record, find_plans, make_log, this_machine
@@ -37,12 +37,8 @@ def open_backend(bundle: Bundle, precision: str, threads: int | None = None) -> 
 
 
 def why_unavailable(library: Library) -> str | None:
-    """Why a library cannot be used here, or None: it must be installed, and a GPU and its driver must be there."""
-    reason = library.unavailable()
-    if reason is None:
-        gpu = find_gpu()
-        reason = None if isinstance(gpu, Gpu) else gpu
-    return reason
+    """Why a library cannot be used here, or None: it needs a GPU, its driver, and NVRTC for the sampler."""
+    return library.unavailable() or device.unavailable()
 
 
 class TrtBackend:
