@@ -1,8 +1,6 @@
 """The public API: ``load`` a bundle, ``generate`` text, ``stream`` it, or ``sample`` latents with everything given."""
 
-import secrets
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -15,14 +13,9 @@ from elf_rt.backends import open_backend
 from elf_rt.bundle import Bundle
 from elf_rt.errors import InputError
 from elf_rt.params import SamplingParams
-from elf_rt.pinned import Pinned
+from elf_rt.request import Batch, Pins, Request, check_length
 from elf_rt.sampler import HostSampler, Job, Outcome, StepDone
 from elf_rt.text import TextCodec
-
-TOKENS_PER_BATCH = 8192  # rows x length of one network call; larger requests are cut into batches of this size
-MAX_SEED = 2**64
-
-Pins = Mapping[int, int | str] | str  # {position: token}, or a template with blanks
 
 
 @dataclass(frozen=True)
@@ -124,7 +117,8 @@ class Model:
             len(prompts) * n results, the n of the first prompt first.
         """
         results: list[Result] = []
-        for batch in self._batches(prompts, n, seed, self.params(preset, **overrides), length, pinned):
+        request = Request.make(self.codec, self.params(preset, **overrides), prompts, n, seed, length, pinned)
+        for batch in request.batches(self.codec):
             for event in self._sampler.run(batch.job):
                 if isinstance(event, Outcome):
                     results += self._results(batch, event)
@@ -149,8 +143,8 @@ class Model:
         Every ``drafts_every`` steps (0: never) the current estimate is decoded, which costs one more network call.
         Stop iterating (or close the iterator) to cancel.
         """
-        params = self.params(preset, **overrides)
-        for batch in self._batches(prompts, n, seed, params, length, pinned, drafts_every):
+        request = Request.make(self.codec, self.params(preset, **overrides), prompts, n, seed, length, pinned)
+        for batch in request.batches(self.codec, drafts_every):
             for event in self._sampler.run(batch.job):
                 if isinstance(event, Outcome):
                     yield self._results(batch, event)
@@ -184,7 +178,7 @@ class Model:
         seeds = np.asarray(seeds, np.uint64)
         batch = len(seeds) if z0 is None else len(z0)
         seeds = np.broadcast_to(seeds, (batch,)) if len(seeds) == 1 else seeds
-        length = self._length(length if z0 is None else z0.shape[1])
+        length = check_length(self.config, length if z0 is None else z0.shape[1])
         self._check_shapes(batch, length, z0=z0, source=source)
         if grid is None:
             grid = schedule.make_grid(params, self.config, seeds)
@@ -205,65 +199,8 @@ class Model:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def _batches(
-        self,
-        prompts: str | Sequence[str] | None,
-        n: int,
-        seed: int | None,
-        params: SamplingParams,
-        length: int | None,
-        pinned: Pins | None,
-        drafts_every: int = 0,
-    ) -> Iterator["_Batch"]:
-        """Cut a request into jobs of bounded size."""
-        if n < 1:
-            raise InputError(f"n must be 1 or more, got {n}")
-        if seed is None:
-            seed = secrets.randbits(32)
-        length = self._length(length)
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        sources = None if prompts is None else self.codec.tokenize(prompts)
-        total = n * (1 if prompts is None else len(prompts))
-        if not 0 <= seed <= MAX_SEED - total:
-            raise InputError(f"seed must be between 0 and 2**64 - {total}, got {seed}")
-        pins = None if pinned is None else self._pins(pinned)
-        conditional = sources is not None or pins is not None
-        rows, _ = schedule.guidance_rows(params, self.config, conditional=conditional)
-        size = max(1, TOKENS_PER_BATCH // (len(rows) * length))
-        encoded: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # of the prompts of this batch
-        for start in range(0, total, size):
-            index = range(start, min(total, start + size))
-            seeds = np.array([seed + i for i in index], np.uint64)
-            source = mask = lengths = None
-            if sources is not None:
-                wanted = sorted({i // n for i in index})
-                new = [p for p in wanted if p not in encoded]
-                if new:
-                    latents, masks = self.codec.encode([sources[p] for p in new], length)
-                    encoded = {p: encoded[p] for p in wanted if p in encoded}
-                    encoded |= {p: (latents[k], masks[k]) for k, p in enumerate(new)}
-                source = np.stack([encoded[i // n][0] for i in index])
-                mask = np.stack([encoded[i // n][1] for i in index])
-                lengths = np.array([len(sources[i // n]) for i in index])
-            if pins is not None:
-                starts = np.zeros(len(index), int) if lengths is None else lengths
-                if source is None or mask is None:
-                    source = np.zeros((len(index), length, self.config.latent_dim), np.float32)
-                    mask = np.zeros((len(index), length), bool)
-                source, mask = pins.hold(self.codec.latents, source, mask, starts)
-            grid = schedule.make_grid(params, self.config, seeds)
-            table = schedule.make_table(params, self.config, grid, conditional=conditional)
-            yield _Batch(
-                Job(table, length, seeds, params.sc_cfg, source, mask, drafts_every=drafts_every),
-                None if prompts is None else [prompts[i // n] for i in index],
-                lengths,
-                pins,
-                start * params.steps,
-                total * params.steps,
-            )
-
-    def _results(self, batch: "_Batch", outcome: Outcome) -> list[Result]:
-        ids = self._finish(batch, outcome.ids)
+    def _results(self, batch: Batch, outcome: Outcome) -> list[Result]:
+        ids = batch.finish(self.codec, outcome.ids)
         timings = Timings(
             outcome.seconds * 1e3,
             outcome.network_seconds * 1e3,
@@ -276,52 +213,17 @@ class Model:
             for i, (row, seed) in enumerate(zip(ids, batch.job.seeds, strict=True))
         ]
 
-    def _draft(self, batch: "_Batch", event: StepDone) -> Draft:
+    def _draft(self, batch: Batch, event: StepDone) -> Draft:
         texts = None
         if event.draft is not None:
-            texts = [self.codec.decode(row) for row in self._finish(batch, event.draft)]
+            texts = [self.codec.decode(row) for row in batch.finish(self.codec, event.draft)]
         return Draft(event.step, batch.job.table.num_steps, event.t, texts)
-
-    def _finish(self, batch: "_Batch", ids: np.ndarray) -> np.ndarray:
-        """Final ids of raw ids (B, L)."""
-        lengths = batch.source_lengths
-        if batch.pins is not None:
-            ids = batch.pins.restore(ids, np.zeros(len(ids), int) if lengths is None else lengths)
-        return self.codec.finish(ids, lengths)
-
-    def _pins(self, pinned: Pins) -> Pinned:
-        if not isinstance(pinned, str):
-            return Pinned.from_tokens(pinned, self.codec.tokenizer, self.config.vocab_size)
-        if self.codec.tokenizer is None:
-            raise InputError("this bundle has no tokenizer: pin token ids instead of a template")
-        # Where texts end with an EOS, so does the template.
-        eos_id = self.codec.eos_id if self.codec.append_eos else None
-        return Pinned.from_template(pinned, self.codec.tokenizer, eos_id)
-
-    def _length(self, length: int | None) -> int:
-        trained = self.config.max_length
-        if length is None or length == trained:
-            return trained
-        if not 1 <= length <= trained:
-            raise InputError(f"length must be between 1 and {trained}, got {length}")
-        warnings.warn(f"the model was trained on {trained} tokens; a length of {length} changes results", stacklevel=4)
-        return length
 
     def _check_shapes(self, batch: int, length: int, **arrays: np.ndarray | None) -> None:
         want = (batch, length, self.config.latent_dim)
         for name, array in arrays.items():
             if array is not None and array.shape != want:
                 raise InputError(f"{name} must have shape {want}, got {array.shape}")
-
-
-@dataclass(frozen=True)
-class _Batch:
-    job: Job
-    prompts: Sequence[str] | None
-    source_lengths: np.ndarray | None  # (B,)
-    pins: Pinned | None
-    done: int  # sample-steps before this batch
-    total: int
 
 
 def _make_sampler(backend: Any, bundle: Bundle) -> Any:
