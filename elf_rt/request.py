@@ -119,7 +119,8 @@ class Request:
             for old in encoded.keys() - set(prompts):
                 del encoded[old]
             if new:
-                encoded |= zip(new, zip(*codec.encode([self.sources[p] for p in new], self.length), strict=True))
+                latents, masks = codec.encode([self.sources[p] for p in new], self.length)
+                encoded |= {p: (latents[i], masks[i]) for i, p in enumerate(new)}
             source, mask = (np.stack(held) for held in zip(*(encoded[p] for p in prompts), strict=True))
             lengths = np.array([len(self.sources[p]) for p in prompts])
         if self.pins is not None:
