@@ -6,8 +6,10 @@ from typing import Any
 
 import click
 
+from elf_rt.backends.trt_inspect import inspect_denoiser
 from elf_rt.bundle import Bundle
 from elf_rt.commands.options import bundle_argument
+from elf_rt.plans import describe_plans
 
 
 @click.command("info")
@@ -42,7 +44,7 @@ def _lines(bundle: Bundle) -> list[tuple[str, str]]:
         weights = (bundle.folder / files["weights"]).stat().st_size
         lines.append(("precision", f"{name}: weights {weights / 1e6:.1f} MB"))
         lines += [("", text) for text in _exceptions(bundle.manifest.get("precision", {}).get(name, {}))]
-    return lines
+    return lines + describe_plans(bundle, inspect_denoiser)
 
 
 def _exceptions(plan: dict[str, Any]) -> list[str]:
