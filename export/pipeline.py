@@ -16,7 +16,9 @@ from elf_rt.errors import CheckpointError
 from elf_rt.export.checkpoint import Checkpoint, load_checkpoint
 from elf_rt.export.encoder import check_tokenizer, find_tokenizer, write_encoder
 from elf_rt.export.graph import write_graphs
+from elf_rt.export.planner import plan_precision
 from elf_rt.export.precision import FP32, Precision
+from elf_rt.export.ranges import measure_ranges
 from elf_rt.export.reference import ELF
 from elf_rt.export.replay import plan_runs, record
 from elf_rt.params import SamplingParams, presets_for
@@ -93,8 +95,6 @@ def export_bundle(
         manifest["precision"] = {}
         lower = [Precision(name) for name in options.precisions if name != "fp32"]
         if lower:
-            from elf_rt.export.precision import measure_ranges, plan_precision
-
             say("measuring activations")
             longer = plan_runs(checkpoint.config, presets, cond, mask, max_steps=RANGE_STEPS, seed=1)
             ranges = measure_ranges(model, longer)

@@ -5,8 +5,8 @@ A plan is applied by `elf_rt.export.graph` (types) and `elf_rt.export.rewrite` (
 
 Names are those of the state dict without `.weight`: `blocks.0.attn.qkv`, `.attn.proj`, `.mlp.w12`, `.mlp.w3`,
 `text_proj.proj1` (with self_cond_proj), `text_proj.proj2`, `final_layer.linear`; and `blocks.0.attn` (the attention
-itself), `blocks.0.attn.q`, `.k`, `.v` and `blocks.0.mlp.a`, `.b` (parts of a projection's output), `proj` and `unembed`
-(the token head).
+itself), `blocks.0.attn.q`, `.k`, `.v` and `blocks.0.mlp.b` (parts of a projection's output; `b` stands for the SwiGLU
+product as well), `proj` and `unembed` (the token head).
 """
 
 from dataclasses import dataclass
@@ -62,7 +62,7 @@ class Item:
             entry["scaled_channels"] = int(np.count_nonzero(self.exponents))
         for name, value in (("measured", self.measured), ("bound", self.bound)):
             if value is not None:
-                entry[name] = float(f"{value:.4g}") if np.isfinite(value) else str(value)
+                entry[name] = float(f"{value:.4g}")
         return entry | ({"reason": self.reason} if self.reason else {})
 
 

@@ -3,10 +3,12 @@
 import os
 import threading
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from elf_rt.backends.rounding import rounded_graph
 from elf_rt.bundle import Bundle
 from elf_rt.errors import BackendError
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
 NAME = "onnxruntime"
 PRECISIONS = ("fp32", "fp16", "bf16")
+EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 def unavailable() -> str | None:
@@ -48,17 +51,23 @@ class OrtBackend:
         self._threads = threads or os.cpu_count() or 1
         self._ort = ort
         files = bundle.variant(precision)
-        self.denoiser = self._session(str(files["denoiser"]))
-        self.discretizer = self._session(str(files["discretizer"]))
+        rounded = precision != "fp32"
+        self.denoiser = self._session(str(files["denoiser"]), rounded)
+        self.discretizer = self._session(str(files["discretizer"]), rounded)
         self._encoder: onnxruntime.InferenceSession | None = None
         self._lock = threading.Lock()
 
-    def _session(self, path: str) -> "onnxruntime.InferenceSession":
+    def _session(self, path: str, rounded: bool = False) -> "onnxruntime.InferenceSession":
+        """`rounded`: the graph has 16-bit types, which this provider does not compute in."""
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3
+        graph: str | bytes = path
+        if rounded:
+            graph = rounded_graph(Path(path))
+            options.add_session_config_entry(EXTERNAL_FOLDER, str(Path(path).parent))
         try:
-            return self._ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            return self._ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own errors have no common base
             raise BackendError(f"{NAME} cannot load {path}: {str(error).splitlines()[0]}") from error
 
