@@ -3,6 +3,7 @@
 import threading
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,7 @@ GUIDANCE = {  # case, sampling parameters, guidance rows
     "no inputs but z and t": ("no_self_cond", {}, 1),
     "source": ("cond", {"guidance_scale": 2.0}, 2),
     "self-conditioning": ("no_sc_tokens", {"sc_cfg": 2.0}, 2),
+    "second order": ("cond", {"sampler": "ab2", "schedule": "quantile", "x_prev_scale": 1.3}, 1),
 }
 
 
@@ -131,6 +133,17 @@ def test_four_guidance_rows(bundles: Any, gpu: FakeGpu) -> None:
     assert len(job.table.rows) == 4
     host = outcome_of(HostSampler(OrtBackend(bundle, "fp32", 2), config.latent_dim).run(job))
     assert_same(outcome_of(DeviceSampler(FakeBackend(bundle, gpu), config).run(job)), host)
+
+
+def test_guidance_interval(bundles: Any, gpu: FakeGpu) -> None:
+    """Steps without guidance: the host leaves the second row out of the call, the GPU gives it no weight."""
+    bundle = bundles("cond")
+    job = make_job(bundle.config, [1, 2], guidance_scale=2.0, guidance_from=0.2, guidance_until=0.6, schedule="uniform")
+    assert {job.table.calls(j) for j in range(1, job.table.num_steps + 1)} == {1, 2}
+    host = outcome_of(HostSampler(OrtBackend(bundle, "fp32", 2), bundle.config.latent_dim).run(job))
+    device = outcome_of(DeviceSampler(FakeBackend(bundle, gpu), bundle.config).run(job))
+    np.testing.assert_array_equal(device.ids, host.ids)
+    np.testing.assert_allclose(device.latents, host.latents, atol=1e-5)  # other batches, other products in the engine
 
 
 def test_a_text_does_not_depend_on_its_batch(bundles: Any, gpu: FakeGpu) -> None:
@@ -266,6 +279,24 @@ def test_threads_share_a_sampler(bundles: Any, gpu: FakeGpu) -> None:
         thread.join(60)
     for i, job in enumerate(jobs):
         assert_same(results[i], outcome_of(host.run(job)))
+
+
+def test_given_noise_and_start(bundles: Any, gpu: FakeGpu) -> None:
+    """Noise without a start, a start without noise: golden runs give both or only the start."""
+    bundle = bundles("uncond")
+    config, rng = bundle.config, np.random.default_rng(0)
+    shape = (2, config.max_length, config.latent_dim)
+    job = make_job(config, [1, 2], gamma=0.8)
+    z0, eps = rng.standard_normal(shape), rng.standard_normal((job.table.num_steps, *shape))
+    host = HostSampler(OrtBackend(bundle, "fp32", 2), config.latent_dim)
+    sampler = DeviceSampler(FakeBackend(bundle, gpu), config)
+    plain = outcome_of(sampler.run(job))
+    for given in ({"eps": eps}, {"z0": z0}, {"eps": eps, "z0": z0}):
+        changed = replace(job, **{name: array.astype(np.float32) for name, array in given.items()})
+        outcome = outcome_of(sampler.run(changed))
+        assert_same(outcome, outcome_of(host.run(changed)))
+        assert not np.array_equal(outcome.latents, plain.latents)
+    assert_same(outcome_of(sampler.run(job)), plain)
 
 
 def test_a_failed_job_frees_its_workspace(bundles: Any, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
