@@ -15,7 +15,7 @@ import numpy as np
 
 from elf_rt import cudart
 from elf_rt.cudart import DeviceMemory, PinnedMemory, Stream
-from elf_rt.device.kernels import load_kernels
+from elf_rt.device.kernels import load_kernels, threads
 from elf_rt.errors import BackendError
 
 
@@ -87,11 +87,9 @@ class Cuda:
         """Wait for all streams: memory is zeroed on another one than the sampler's."""
         cudart.call("cudaDeviceSynchronize")
 
-    def launch(
-        self, stream: int, name: str, grid: tuple[int, int, int], block: int, *arguments: int | np.int32
-    ) -> None:
+    def launch(self, stream: int, name: str, grid: tuple[int, int, int], *arguments: int | np.int32) -> None:
         """Enqueue a kernel of ``elf_rt.device.kernels``: Python integers pass as 64 bits, np.int32 as 32."""
-        config = self._core.LaunchConfig(grid=grid, block=block)
+        config = self._core.LaunchConfig(grid=grid, block=threads(name))
         self._core.launch(self._core.Stream.from_handle(stream), config, self._kernels[name], *arguments)
 
     def capture(self, stream: int, body: Callable[[], None]) -> Graph:

@@ -16,7 +16,7 @@ import numpy as np
 from elf_rt.cudart import Stream
 from elf_rt.device import kernels
 from elf_rt.device.cuda import Cuda
-from elf_rt.device.kernels import BLOCK, StepArguments
+from elf_rt.device.kernels import StepArguments
 from elf_rt.device.memory import Fields, StagedArrays
 from elf_rt.device.network import DeviceBackend, DeviceNetwork, Launchable
 from elf_rt.noise import normal
@@ -196,17 +196,16 @@ class Workspace:
             self._advance(piece.start + piece.steps)
 
     def _step(self, arguments: StepArguments) -> None:
-        self._driver.launch(self._stream.handle, f"elf_step_{TYPE}", self._grid, BLOCK, *arguments.packed())
+        self._driver.launch(self._stream.handle, f"elf_step_{TYPE}", self._grid, *arguments.packed())
 
     def _draft(self) -> None:
         inputs, sizes = _next_inputs(self._decoder), (self._arguments.length, self._arguments.width)
         arguments = (self._x_last.pointer, *inputs.values(), self._arguments.s, *map(np.int32, sizes))
-        self._driver.launch(self._stream.handle, f"elf_draft_{TYPE}", self._grid, BLOCK, *arguments)
+        self._driver.launch(self._stream.handle, f"elf_draft_{TYPE}", self._grid, *arguments)
 
     def _advance(self, count: int) -> None:
-        self._driver.launch(
-            self._stream.handle, "elf_advance", (1, 1, 1), 1, self._inputs.address("progress"), np.int32(count)
-        )
+        progress = self._inputs.address("progress")
+        self._driver.launch(self._stream.handle, "elf_advance", (1, 1, 1), progress, np.int32(count))
 
     def _step_arguments(self, full: tuple[int, int, int]) -> StepArguments:
         """A step between two calls of the network."""

@@ -1,0 +1,144 @@
+"""The torch backend and the device sampler on a real GPU (``pytest -m gpu``); test_device.py runs the rest without one."""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import EXAMPLES, GOLDEN, export
+from golden_cases import CASES
+
+import elf_rt
+from elf_rt.backends import torch_cuda
+from elf_rt.cudart import Gpu, find_gpu
+from elf_rt.errors import BackendError
+from elf_rt.model import Draft, Model
+from elf_rt.verify import verify
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not isinstance(find_gpu(), Gpu), reason="no NVIDIA GPU"),
+    pytest.mark.filterwarnings("error:.*cannot be captured"),
+]
+PROMPTS = ["hello there how are you", "i said no to him on monday"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def usable() -> None:
+    if reason := torch_cuda.unavailable():
+        pytest.skip(f"torch: {reason}")
+
+
+@pytest.fixture(scope="module")
+def spoken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gpu")
+    return export(EXAMPLES / "spoken-to-written", folder / "spoken.elfrt", precisions=("fp32", "fp16", "bf16"))
+
+
+@pytest.fixture
+def opened() -> Iterator[Callable[..., Model]]:
+    """elf_rt.load, closed after the test."""
+    models: list[Model] = []
+
+    def open_model(path: Path, backend: str = "torch", precision: str = "fp32") -> Model:
+        models.append(elf_rt.load(path, backend, precision=precision))
+        return models[-1]
+
+    yield open_model
+    for model in models:
+        model.close()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden_runs(case: str, bundle: Any, opened: Any) -> None:
+    report = verify(opened(bundle(case)), GOLDEN / case / "golden.npz")
+    assert report.passed, report
+
+
+@pytest.mark.parametrize("name", ["spoken-to-written", "shakespeare"])
+def test_demo_models_give_the_same_ids_as_on_the_cpu(name: str, bundle: Any, opened: Any) -> None:
+    path = bundle(name)
+    prompts = PROMPTS if name == "spoken-to-written" else None
+    options: dict[str, Any] = {"n": 3, "seed": 5, "steps": 8}
+    on_cpu = opened(path, "onnxruntime").generate(prompts, **options)
+    on_gpu = opened(path).generate(prompts, **options)
+    for ours, theirs in zip(on_gpu, on_cpu, strict=True):
+        np.testing.assert_array_equal(ours.ids, theirs.ids)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_16_bits_pass_the_replay(precision: str, spoken: Path, opened: Any) -> None:
+    report = verify(opened(spoken, precision=precision))
+    assert report.passed, report
+
+
+def test_a_text_is_one_graph_launch(spoken: Path, opened: Any) -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    model = opened(spoken, precision="fp16")
+    model.generate(PROMPTS[0], seed=1)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
+        model.generate(PROMPTS[0], seed=2)
+    calls = {event.key: event.count for event in trace.key_averages()}
+    assert calls.get("cudaGraphLaunch", 0) + calls.get("cuGraphLaunch", 0) == 1
+    assert sum(calls.get(name, 0) for name in ("cudaLaunchKernel", "cuLaunchKernel", "cuLaunchKernelEx")) == 0
+
+
+def test_streams_and_cancels(spoken: Path, opened: Any) -> None:
+    model = opened(spoken)
+    whole = model.generate(PROMPTS[0], seed=3, steps=8)[0]
+    events = list(model.stream(PROMPTS[0], seed=3, steps=8, drafts_every=2))
+    np.testing.assert_array_equal(events[-1][0].ids, whole.ids)
+    assert [event.step for event in events[:-1] if event.texts is not None] == [2, 4, 6]
+    cancelled = model.stream(PROMPTS[0], seed=3, steps=8, drafts_every=2)
+    assert isinstance(next(cancelled), Draft)
+    cancelled.close()
+    np.testing.assert_array_equal(model.generate(PROMPTS[0], seed=3, steps=8)[0].ids, whole.ids)
+
+
+def test_a_text_does_not_depend_on_its_batch(spoken: Path, opened: Any) -> None:
+    model = opened(spoken)
+    together = model.generate(PROMPTS[0], n=5, seed=10, steps=4)
+    alone = model.generate(PROMPTS[0], seed=13, steps=4)[0]
+    np.testing.assert_array_equal(together[3].ids, alone.ids)
+
+
+def test_out_of_memory_names_sizes_and_leaves_the_model_usable(spoken: Path, opened: Any) -> None:
+    model = opened(spoken)
+    expected = model.sample(seeds=[1])
+    too_many = np.arange(2**20)
+    with pytest.raises(BackendError, match=f"{len(too_many)} samples.*MiB free.*smaller batch"):
+        model.sample(seeds=too_many)
+    np.testing.assert_array_equal(model.sample(seeds=[1]).ids, expected.ids)
+
+
+def test_the_integrator_moves_bytes_as_fast_as_a_copy() -> None:
+    """At least 80 % of the bandwidth of a device copy that moves as many bytes."""
+    import torch
+    from benchmarks_gpu import integrator_bandwidth
+
+    measured = integrator_bandwidth(batch=8, length=1024, width=512)
+    assert measured["share_of_copy"] >= 0.8, measured
+    torch.cuda.synchronize()
+
+
+def test_memory_goes_back(spoken: Path) -> None:
+    import torch
+
+    def used() -> int:
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info()
+        return total - free
+
+    def run() -> None:
+        with elf_rt.load(spoken, "torch", precision="fp16") as model:
+            model.generate(PROMPTS[0], n=8, seed=1, steps=4)
+
+    run()  # libraries and kernels stay loaded
+    before = used()
+    for _ in range(3):
+        run()
+    time.sleep(0.1)
+    assert used() - before < 2**24
