@@ -66,7 +66,7 @@ def sample(model: ELF, run: Run, on_call: Callable[[Call], None] | None = None) 
         return unconditional + params.guidance_scale * (x - unconditional)
 
     def restore(x: Tensor) -> Tensor:
-        return x if run.mask is None else torch.where(run.mask[..., None], run.cond, x)
+        return x if run.mask is None or run.cond is None else torch.where(run.mask[..., None], run.cond, x)
 
     z, x_prev = restore(run.z0), restore(torch.zeros_like(run.z0))
     steps = len(run.t) - 1
@@ -148,7 +148,7 @@ def record(model: ELF, runs: list[Run], on_call: Callable[[Call], None] | None =
         if run.cond is not None and run.mask is not None:
             named |= {"cond": run.cond, "cond_mask": run.mask.float()}
         arrays |= {f"run{i}_{name}": value.numpy() for name, value in named.items()}
-    z = runs[0].z0[:2] * 0.5
+    z = torch.from_numpy(arrays["run0_latent"][:2])  # where decoding calls happen: tokens of noise are near ties
     t, s = torch.linspace(0.2, 0.8, len(z)), torch.full((len(z),), runs[0].params.sc_cfg)
     with torch.no_grad():
         x, _ = model(z, torch.zeros_like(z), t, s, torch.zeros(len(z)))
