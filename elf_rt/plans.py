@@ -38,6 +38,7 @@ class Library:
     module: str
     title: str
     install: str
+    finishes_kernels: bool = False  # on the GPU, when a plan first runs
 
     def load(self) -> ModuleType:
         """Import it. Raises BackendError when it is not installed or cannot start."""
@@ -58,7 +59,9 @@ class Library:
 
 
 TENSORRT = Library("tensorrt", "tensorrt", "TensorRT", "pip install 'elf-rt[tensorrt]', or use JetPack's own")
-TENSORRT_RTX = Library("tensorrt-rtx", "tensorrt_rtx", "TensorRT-RTX", "pip install 'elf-rt[tensorrt-rtx]'")
+TENSORRT_RTX = Library(
+    "tensorrt-rtx", "tensorrt_rtx", "TensorRT-RTX", "pip install 'elf-rt[tensorrt-rtx]'", finishes_kernels=True
+)
 LIBRARIES = {library.name: library for library in (TENSORRT, TENSORRT_RTX)}
 
 

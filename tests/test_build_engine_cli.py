@@ -14,8 +14,8 @@ from elf_rt import plans
 from elf_rt.bundle import Bundle
 from elf_rt.cli import main
 from elf_rt.cudart import Gpu
-from elf_rt.model import TOKENS_PER_BATCH
 from elf_rt.plans import Record, describe_plans
+from elf_rt.request import TOKENS_PER_BATCH
 
 
 @pytest.fixture(scope="module")

@@ -235,6 +235,33 @@ def test_golden_runs_as_cuda_graphs(case: str, tmp_path: Path, monkeypatch: pyte
     assert (gpu.allocated(), gpu.allocated("host"), gpu.num_streams) == (0, 0, 0)
 
 
+def test_rtx_keeps_the_kernels_that_it_finished(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Finished once for each shape, before a capture, kept for the next start, and not taken from another GPU."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(Bundle, "plans_dir", tmp_path / "plans")
+
+    def finished(gpu: bytes) -> int:
+        """How often kernels were finished in one start that runs two shapes twice."""
+        cuda = install_cuda(monkeypatch, name=gpu)
+        install_tensorrt(monkeypatch, "rtx 1.7.1.116", cuda)
+        build(rtx_spec(bundle, batch="1:2:4"))
+        backend = trt_rtx.open_backend(bundle, "fp16")
+        for rows in (1, 2, 1, 2):
+            network = backend.bind(rows, 16)
+            network.denoise()
+            network.discretize()
+            network.close()
+        backend.close()
+        return cuda.events.count("finish kernels")
+
+    assert finished(b"RTX 4090") == 4  # two graphs, two shapes
+    assert finished(b"RTX 4090") == 0
+    assert finished(b"RTX 4080") == 4
+    assert len(list((tmp_path / "cache").rglob("*.rtx"))) == 2
+
+
 def test_the_engine_inspector_tells_the_types_of_a_plan_that_runs_here(
     ready: Any, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:

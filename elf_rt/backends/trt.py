@@ -12,9 +12,11 @@ from typing import Any
 
 from elf_rt import device
 from elf_rt.backends.cpu_encoder import CpuEncoder
+from elf_rt.backends.trt_engine import LoadedEngine
 from elf_rt.backends.trt_network import TrtNetwork
 from elf_rt.bundle import Bundle
 from elf_rt.device.host import HostNetwork
+from elf_rt.device.kernels import default_cache
 from elf_rt.errors import BackendError
 from elf_rt.plans import GRAPHS, TENSORRT, Library, Record, find_plans, make_log, this_machine
 
@@ -51,14 +53,14 @@ class TrtBackend:
             raise BackendError(f"{library.name}: {reason}")
         self.name = library.name
         self.precision = precision
-        self._title = library.title
+        self._library = library
         self._trt = library.load()
         self._machine = this_machine()
         self._bundle = bundle
         self._plans = find_plans(bundle, precision, library, self._trt.__version__, self._machine)
         self._log = make_log(self._trt)
         self._runtime: Any = self._trt.Runtime(self._log)
-        self._loaded: dict[Path, dict[str, Any]] = {}
+        self._loaded: dict[Path, dict[str, LoadedEngine]] = {}
         self._networks: list[TrtNetwork] = []
         self.encode = CpuEncoder(bundle)  # runs once a text
         self._lock = threading.Lock()
@@ -95,7 +97,7 @@ class TrtBackend:
         denoiser = record.engines["denoiser"]
         gpu = self._machine.gpu
         return {
-            "library": f"{self._title} {record.version}",
+            "library": f"{self._library.title} {record.version}",
             "precision": self.precision,
             "gpu": f"{gpu.name}, sm_{gpu.sm}" if gpu else "none",
             "plan": folder.name,
@@ -108,6 +110,9 @@ class TrtBackend:
             for network in self._networks:
                 network.close()
             self._networks.clear()
+            for engines in self._loaded.values():
+                for engine in engines.values():
+                    engine.close()
             self._loaded.clear()  # engines before the runtime that made them
             self._runtime = None
 
@@ -129,15 +134,17 @@ class TrtBackend:
         padded, _, folder, record, index = min(options, key=lambda option: option[:2])
         return folder, record, index, padded
 
-    def _load(self, folder: Path, record: Record) -> dict[str, Any]:
+    def _load(self, folder: Path, record: Record) -> dict[str, LoadedEngine]:
         if folder not in self._loaded:
             record.check_files(folder)
             engines = {}
             for name in GRAPHS:
                 path = folder / record.engines[name].file
-                engines[name] = self._runtime.deserialize_cuda_engine(path.read_bytes())
-                if engines[name] is None:
+                engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+                if engine is None:
                     raise self._failure(f"refused {path}")
+                finished = default_cache() / f"{record.key}-{name}.rtx" if self._library.finishes_kernels else None
+                engines[name] = LoadedEngine(self._trt, engine, finished)
             self._loaded[folder] = engines
         return self._loaded[folder]
 
@@ -145,4 +152,4 @@ class TrtBackend:
         """An error with what the library said since the last one."""
         said = self._log.errors()
         self._log.lines.clear()
-        return BackendError(f"{self._title} {what}: {said}")
+        return BackendError(f"{self._library.title} {what}: {said}")

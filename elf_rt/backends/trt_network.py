@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from elf_rt.backends.trt_engine import LoadedEngine
 from elf_rt.cudart import DeviceMemory, synchronize
 from elf_rt.errors import BackendError
 from elf_rt.plans import GRAPHS
@@ -21,7 +22,7 @@ class TrtNetwork:
     def __init__(
         self,
         trt: Any,
-        engines: Mapping[str, Any],
+        engines: Mapping[str, LoadedEngine],
         profile: int,
         shape: tuple[int, int, int],
         stream: int,
@@ -36,8 +37,8 @@ class TrtNetwork:
         try:
             scratch_bytes = 0
             for name in GRAPHS:
-                context = self._context(trt, engines[name], name, profile, stream)
-                needed = self._shape(trt, engines[name], context, name, (padded_rows, self.length))
+                context = self._context(engines[name], name, profile, stream)
+                needed = self._shape(trt, engines[name].engine, context, name, (padded_rows, self.length))
                 scratch_bytes = max(scratch_bytes, needed)
             scratch = self._allocate(scratch_bytes)
             for context in self._contexts.values():
@@ -68,8 +69,8 @@ class TrtNetwork:
         if not self._contexts[name].execute_async_v3(stream):
             raise self._failure(f"could not run the {name}")
 
-    def _context(self, trt: Any, engine: Any, name: str, profile: int, stream: int) -> Any:
-        context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+    def _context(self, engine: LoadedEngine, name: str, profile: int, stream: int) -> Any:
+        context = engine.new_context()
         if context is None:
             raise self._failure(f"could not make a context for the {name}")
         self._contexts[name] = context
