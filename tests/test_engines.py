@@ -86,20 +86,22 @@ class TestRealBuilds:
         record = build(rtx_spec(golden_bundle(tmp_path / "m.elfrt", case, ("fp16",)), sms=(89,)))
         assert record.engines["denoiser"].attention["fused"] == golden(case).config.depth
 
-    def test_scratch_memory_shows_that_attention_is_fused(self, tmp_path: Path) -> None:
-        """FP16 scratch grows with L, FP32 scratch (no fused kernel) with L x L."""
-        bundle = model_bundle(tmp_path / "long.elfrt", LONG, random_state(LONG, seed=0))
+    @pytest.mark.parametrize("opset", [20, 23])
+    def test_scratch_memory_shows_that_attention_is_fused(self, opset: int, tmp_path: Path) -> None:
+        """16-bit scratch grows with L, FP32 scratch (no fused kernel) with L x L; also where attention is spelled out."""
+        precisions = ("fp16", "bf16", "fp32")
+        bundle = model_bundle(tmp_path / "long.elfrt", LONG, random_state(LONG, seed=0), precisions, opset)
         growth: dict[str, int] = {}
-        for precision in ("fp16", "fp32"):
+        for precision in precisions:
             short, long = (
                 build(rtx_spec(bundle, precision, batch="4", length=length)).engines["denoiser"].scratch_bytes
                 for length in ("256", "512")
             )
             assert short is not None and long is not None
             growth[precision] = long - short
-        scores = 4 * LONG.num_heads * 2 * (524**2 - 268**2)  # bytes: 4 rows, one layer, FP16
+        scores = 4 * LONG.num_heads * 2 * (524**2 - 268**2)  # bytes: 4 rows, one layer, 16 bits
         assert growth["fp32"] > scores
-        assert growth["fp16"] < scores / 2
+        assert growth["fp16"] < scores / 2 and growth["bf16"] < scores / 2
 
     def test_profiles_and_dynamic_batches(self, fresh: Bundle) -> None:
         record = build(rtx_spec(fresh, batch="1,2:4:8"))
