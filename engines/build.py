@@ -64,7 +64,7 @@ def plan_spec(bundle: Bundle, recipe: Recipe, machine: Machine, request: Request
     Raises:
         BackendError: the library is absent or too old. BundleError: a graph is missing or altered.
     """
-    version = str(recipe.names.load().__version__)
+    version = str(recipe.library.load().__version__)
     recipe.check_version(version)
     graphs = bundle.variant(request.precision)
     # TensorFloat-32 rounds factors to 11 bits: as good as FP16 beside FP16, and not what --fp32 asks for.
@@ -74,8 +74,8 @@ def plan_spec(bundle: Bundle, recipe: Recipe, machine: Machine, request: Request
         "flags": list(recipe.flags),
         "revision": BUILDER_REVISION,
     }
-    made_from = {
-        "library": recipe.library,
+    made_from: dict[str, Any] = {
+        "library": recipe.library.name,
         "version": version,
         "sms": request.sms,
         "gpu": None if recipe.sms or machine.gpu is None else machine.gpu.name,
@@ -111,7 +111,7 @@ def build(spec: Spec, timing_cache: Path | None = None, on_graph: Callable[[str]
     request = spec.request
     record = Record(
         key=spec.key,
-        library=spec.recipe.library,
+        library=spec.recipe.library.name,
         version=spec.version,
         sms=request.sms,
         gpu=spec.gpu,
@@ -131,7 +131,7 @@ def build(spec: Spec, timing_cache: Path | None = None, on_graph: Callable[[str]
 
 def _build_graph(spec: Spec, name: str, timing_cache: Path | None, stop: threading.Event) -> tuple[Any, Engine]:
     """(serialised plan, what building it told). Attention is asked to be fused, and opened only if it cannot be."""
-    trt = spec.recipe.names.load()
+    trt = spec.recipe.library.load()
     begun = time.monotonic()
     for insist in (True, False):
         log = make_log(trt)
@@ -144,7 +144,9 @@ def _build_graph(spec: Spec, name: str, timing_cache: Path | None, stop: threadi
         if plan is not None or not attention.get("fused") or NO_FUSED_ATTENTION not in log.errors():
             break
     if plan is None:
-        raise BackendError(f"{spec.recipe.names.title} {spec.version} cannot build {spec.graphs[name]}: {log.errors()}")
+        raise BackendError(
+            f"{spec.recipe.library.title} {spec.version} cannot build {spec.graphs[name]}: {log.errors()}"
+        )
     if timing_cache is not None and spec.recipe.timing_cache:
         with atomic_file(timing_cache) as path:
             path.write_bytes(config.get_timing_cache().serialize())
@@ -180,7 +182,8 @@ def _config(
             config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), index)
     if spec.recipe.timing_cache:
         known = timing_cache.read_bytes() if timing_cache is not None and timing_cache.is_file() else b""
-        config.set_timing_cache(config.create_timing_cache(known), False)
+        if not config.set_timing_cache(config.create_timing_cache(known), False):
+            raise BackendError(f"{timing_cache} was timed on another GPU or version: delete it, or name another file")
     for profile in spec.request.profiles:
         shapes = builder.create_optimization_profile()
         for index in range(network.num_inputs):

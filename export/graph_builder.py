@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import ml_dtypes
 import numpy as np
@@ -115,13 +115,13 @@ class GraphBuilder:
     def scalar(self, value: float, precision: Precision = Precision.FP32) -> Value:
         return self._constant(np.array(value, NUMPY_TYPE[precision]), precision)
 
-    def op(self, kind: str, *inputs: Value, precision: Precision | None = None, **attributes: object) -> Value:
+    def op(self, kind: str, *inputs: Value, precision: Precision | None = None, **attributes: Any) -> Value:
         """Append a node with one output, whose type is that of the first input unless `precision` is given."""
         (value,) = self.ops(kind, 1, *inputs, precision=precision, **attributes)
         return value
 
     def ops(
-        self, kind: str, outputs: int, *inputs: Value, precision: Precision | None = None, **attributes: object
+        self, kind: str, outputs: int, *inputs: Value, precision: Precision | None = None, **attributes: Any
     ) -> list[Value]:
         """Append a node with several outputs."""
         node = f"{self.scope}/{kind}_{self._count}"
@@ -130,7 +130,7 @@ class GraphBuilder:
         self._nodes.append(helper.make_node(kind, [v.name for v in inputs], names, name=node, **attributes))
         return [Value(name, precision or inputs[0].precision) for name in names]
 
-    def integer_op(self, kind: str, *inputs: Value, **attributes: object) -> Value:
+    def integer_op(self, kind: str, *inputs: Value, **attributes: Any) -> Value:
         """Append a node whose output is int64."""
         return Value(self.op(kind, *inputs, **attributes).name, None)
 

@@ -130,8 +130,10 @@ class ELF(nn.Module):
         """Prefix tokens (R, P, H). Mode tokens are zero in denoise mode, yet attended: they are never dropped."""
         tokens = [self.t_emb_tokens + self.t_embedder(t)[:, None]]
         if self.config.num_self_cond_cfg_tokens:
+            assert s is not None
             tokens.append(self.self_cond_cfg_tokens + self.self_cond_cfg_embedder(s)[:, None])
         if self.config.num_model_mode_tokens:
+            assert mode is not None
             tokens.append(self.mode_tokens * mode[:, None, None])
         return torch.cat(tokens, dim=1)
 
@@ -145,7 +147,10 @@ class ELF(nn.Module):
         parameters for are ignored and may be None.
         Returns x (R, L, C), the clean estimate, and hidden (R, L, H), the last residual before `norm_final`.
         """
-        x = self.self_cond_proj(torch.cat([z, x_prev], dim=-1)) if self.config.self_cond else z
+        x = z
+        if self.config.self_cond:
+            assert x_prev is not None
+            x = self.self_cond_proj(torch.cat([z, x_prev], dim=-1))
         text = self.text_proj["proj2"](self.text_proj["proj1"](x))  # (R, L, H)
         prefix = self.prefix(t, s, mode)  # (R, P, H)
         cos, sin = (table.to(z.device) for table in rotary_tables(prefix.shape[1], z.shape[1], self.config.head_dim))

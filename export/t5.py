@@ -23,7 +23,7 @@ from elf_rt.export.rewrite import Linear
 OPSET = 20  # the first with Gelu; every engine reads it
 MASKED = -1e9  # added to the scores of padding: exp of it is exactly 0, and a row of nothing but padding stays finite
 FAMILIES = ("t5", "mt5")  # mt5 differs from T5 1.1 in its vocabulary alone
-ACTIVATIONS: dict[str, tuple[str, dict[str, str]]] = {  # feed_forward_proj -> operator
+ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {  # feed_forward_proj -> operator
     "relu": ("Relu", {}),
     "gated-gelu": ("Gelu", {"approximate": "tanh"}),
 }

@@ -101,9 +101,8 @@ def command(bundle: Path | None, **options: Any) -> None:
         expected = (
             None if references is None else [r for r in references for _ in range(len(run.texts) // len(references))]
         )
-        results.append(
-            {"seed": run.seed, "texts": len(run.texts)} | _measure(run, wanted, expected, other, model, tokenize)
-        )
+        measured = _measure(run, wanted, expected, other, model, tokenize)
+        results.append({"seed": run.seed, "texts": len(run.texts), **measured})
     summary = _summary(results, unit)
     if options["as_json"]:
         click.echo(json.dumps(summary))
