@@ -5,6 +5,8 @@ from typing import Protocol
 
 import numpy as np
 
+DISCRETIZED_TOKENS = 512  # positions whose logits, each V wide, are in memory at the same time
+
 
 class BoundNetwork(Protocol):
     """The network bound to R rows of length L. Its arrays are the engine's own buffers: write the inputs in place,
@@ -52,3 +54,8 @@ class Backend(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def token_slices(tokens: int) -> list[slice]:
+    """Pieces of all R·L tokens that a host backend discretizes one after the other."""
+    return [slice(start, min(start + DISCRETIZED_TOKENS, tokens)) for start in range(0, tokens, DISCRETIZED_TOKENS)]

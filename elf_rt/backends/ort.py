@@ -1,6 +1,5 @@
 """ONNX Runtime on the CPU: the backend that is always there."""
 
-import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from elf_rt.backends.base import token_slices
 from elf_rt.backends.rounding import rounded_graph
 from elf_rt.bundle import Bundle
 from elf_rt.errors import BackendError
+from elf_rt.machine import cores
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -48,7 +49,7 @@ class OrtBackend:
         self.precision = precision
         self.config = bundle.config
         self._bundle = bundle
-        self._threads = threads or os.cpu_count() or 1
+        self._threads = threads or cores()
         self._ort = ort
         files = bundle.variant(precision)
         rounded = precision != "fp32"
@@ -98,7 +99,6 @@ class OrtNetwork:
 
     def __init__(self, backend: OrtBackend, rows: int, length: int) -> None:
         config = backend.config
-        ort = backend._ort
         inputs = {i.name for i in backend.denoiser.get_inputs()}
 
         def array(name: str, *shape: int) -> Any:
@@ -113,19 +113,27 @@ class OrtNetwork:
         hidden = np.zeros((rows, length, config.hidden_size), np.float32)
         self._ids = np.zeros((rows, length), np.int64)
         self._backend = backend
-        # An OrtValue over a numpy array shares its memory; the binding must keep every value alive.
-        self._denoise = backend.denoiser.io_binding()
-        self._discretize = backend.discretizer.io_binding()
-        self._values = {
-            name: ort.OrtValue.ortvalue_from_numpy(value)
-            for name, value in {**self._inputs(), "x": self.x, "hidden": hidden, "ids": self._ids}.items()
-        }
-        for name in self._inputs():
-            self._denoise.bind_ortvalue_input(name, self._values[name])
-        for name in ("x", "hidden"):
-            self._denoise.bind_ortvalue_output(name, self._values[name])
-        self._discretize.bind_ortvalue_input("hidden", self._values["hidden"])
-        self._discretize.bind_ortvalue_output("ids", self._values["ids"])
+        self._values: list[Any] = []  # an OrtValue over a numpy array shares its memory, and must outlive its binding
+        self._denoise = self._bind(backend.denoiser, self._inputs(), {"x": self.x, "hidden": hidden})
+        tokens, ids = hidden.reshape(1, -1, config.hidden_size), self._ids.reshape(1, -1)
+        self._discretize = [
+            self._bind(backend.discretizer, {"hidden": tokens[:, part]}, {"ids": ids[:, part]})
+            for part in token_slices(ids.size)
+        ]
+
+    def _bind(
+        self,
+        session: "onnxruntime.InferenceSession",
+        inputs: Mapping[str, np.ndarray],
+        outputs: Mapping[str, np.ndarray],
+    ) -> "onnxruntime.IOBinding":
+        binding = session.io_binding()
+        for arrays, bind in ((inputs, binding.bind_ortvalue_input), (outputs, binding.bind_ortvalue_output)):
+            for name, array in arrays.items():
+                value = self._backend._ort.OrtValue.ortvalue_from_numpy(array)
+                self._values.append(value)
+                bind(name, value)
+        return binding
 
     def _inputs(self) -> dict[str, np.ndarray]:
         named = {"z": self.z, "x_prev": self.x_prev, "t": self.t, "s": self.s, "mode": self.mode}
@@ -135,9 +143,11 @@ class OrtNetwork:
         self._backend.denoiser.run_with_iobinding(self._denoise)
 
     def discretize(self) -> np.ndarray:
-        self._backend.discretizer.run_with_iobinding(self._discretize)
+        for part in self._discretize:
+            self._backend.discretizer.run_with_iobinding(part)
         return self._ids.copy()
 
     def close(self) -> None:
-        self._denoise.clear_binding_inputs()
-        self._denoise.clear_binding_outputs()
+        for binding in (self._denoise, *self._discretize):
+            binding.clear_binding_inputs()
+            binding.clear_binding_outputs()

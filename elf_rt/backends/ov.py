@@ -1,0 +1,199 @@
+"""OpenVINO on the CPU: the fastest backend on x86, and the only one that computes in bfloat16 there.
+
+The network is compiled for the length that the model was trained on and for any number of rows. A fixed length is what
+OpenVINO needs to fuse rotary; fixed rows were measured to gain nothing, and would cost a compilation and a copy of
+the weights for every batch size. Other lengths share one second network, compiled when the first of them is asked for.
+"""
+
+import hashlib
+import threading
+import warnings
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from elf_rt.backends.base import token_slices
+from elf_rt.bundle import Bundle
+from elf_rt.errors import BackendError
+from elf_rt.machine import cores, has_bf16, user_cache
+
+if TYPE_CHECKING:
+    import openvino
+
+NAME = "openvino"
+PRECISIONS = ("bf16", "fp32") if has_bf16() else ("fp32", "bf16")
+HINTS = {"fp32": "f32", "bf16": "bf16"}
+
+
+def unavailable() -> str | None:
+    """Why this backend cannot be used here, or None."""
+    try:
+        import openvino
+    except ImportError:
+        return "not installed: pip install 'elf-rt[openvino]'"
+    return None if hasattr(openvino, "Core") else "openvino is a broken install: reinstall it"
+
+
+def open_backend(bundle: Bundle, precision: str, threads: int | None = None) -> "OpenVinoBackend":
+    """Compile a bundle's float32 graphs. ``threads``: all cores, each pinned, by default; a number is not pinned.
+
+    Raises:
+        BackendError: OpenVINO is missing or cannot compile the graphs.
+    """
+    if reason := unavailable():
+        raise BackendError(f"{NAME}: {reason}")
+    return OpenVinoBackend(bundle, precision, threads)
+
+
+class OpenVinoBackend:
+    """Compiled networks that share one stream; every bound network has its own request, so threads may share this."""
+
+    name = NAME
+    device = "cpu"
+
+    def __init__(self, bundle: Bundle, precision: str, threads: int | None) -> None:
+        import openvino
+
+        self._ov = openvino
+        self._core = openvino.Core()
+        self.config = bundle.config
+        self.precision = _supported(precision, self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+        self._bundle = bundle
+        self._files = bundle.variant("fp32")
+        self._threads = threads or cores()
+        self._options: dict[str, Any] = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": HINTS[self.precision],
+            "INFERENCE_NUM_THREADS": self._threads,
+            "ENABLE_CPU_PINNING": threads is None,
+        }
+        self._lock = threading.Lock()
+        self._any_length: openvino.CompiledModel | None = None
+        self._encoder: openvino.CompiledModel | None = None
+        cache = self._cache_option()
+        with ThreadPoolExecutor(2) as pool:  # most of a compilation is one thread's work
+            denoiser = pool.submit(self._compile, self._files["denoiser"], self.config.max_length, cache)
+            discretizer = pool.submit(self._compile, self._files["discretizer"], -1, cache)
+            self._trained_length, self.discretizer = denoiser.result(), discretizer.result()
+
+    def denoiser(self, length: int) -> "openvino.CompiledModel":
+        """The network for texts of this length and any number of them."""
+        if length == self.config.max_length:
+            return self._trained_length
+        with self._lock:
+            if self._any_length is None:
+                self._any_length = self._compile(self._files["denoiser"], -1)
+            return self._any_length
+
+    def bind(self, rows: int, length: int) -> "OpenVinoNetwork":
+        return OpenVinoNetwork(self, rows, length)
+
+    def encode(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        with self._lock:
+            if self._encoder is None:
+                # It runs once a text and all steps depend on it: always float32.
+                path = self._bundle.path("encoder.onnx")
+                self._encoder = self._compile(path, options={"INFERENCE_PRECISION_HINT": "f32"})
+        results = self._encoder.create_infer_request().infer({"ids": ids, "mask": mask})
+        return np.array(results[0])
+
+    def describe(self) -> Mapping[str, str]:
+        return {
+            "library": f"OpenVINO {self._ov.get_version().split('-')[0]}",
+            "precision": self.precision,
+            "threads": str(self._threads),
+        }
+
+    def close(self) -> None:
+        self._any_length = self._encoder = None
+        del self._trained_length, self.discretizer
+
+    def _compile(
+        self, path: Path, length: int | None = None, options: Mapping[str, Any] | None = None
+    ) -> "openvino.CompiledModel":
+        """``length``: of the text axis; -1 for any; None leaves all axes as they are in the file."""
+        try:
+            model = self._core.read_model(path)
+            if length is not None:
+                model.reshape({port: _fixed(port.get_partial_shape(), length) for port in model.inputs})
+            return self._core.compile_model(model, "CPU", self._options | dict(options or {}))
+        except RuntimeError as error:
+            raise BackendError(f"{NAME} cannot load {path}: {str(error).strip().splitlines()[-1]}") from error
+
+    def _cache_option(self) -> dict[str, str]:
+        """OpenVINO keeps what it compiled in a folder of this bundle's own, and checks it against its own version."""
+        files = self._bundle.manifest["files"]
+        key = hashlib.sha256("".join(files[name] for name in self._bundle.variants["fp32"].values()).encode())
+        folder = user_cache() / "openvino" / key.hexdigest()[:16]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            warnings.warn(f"compiled networks are not cached: {error}", stacklevel=2)
+            return {}
+        return {"CACHE_DIR": str(folder)}
+
+
+class OpenVinoNetwork:
+    """A request of each network over shared tensors, so that a call copies nothing."""
+
+    def __init__(self, backend: OpenVinoBackend, rows: int, length: int) -> None:
+        ov, config = backend._ov, backend.config
+        compiled = backend.denoiser(length)
+        self._denoise = compiled.create_infer_request()
+        self._discretize = backend.discretizer.create_infer_request()
+        names = {port.get_any_name() for port in compiled.inputs}
+
+        def tensor(*shape: int) -> Any:
+            made = ov.Tensor(ov.Type.f32, ov.Shape(shape))
+            made.data[:] = 0.0
+            return made
+
+        def bound(name: str, *shape: int) -> Any:
+            if name not in names:
+                return None
+            made = tensor(*shape)
+            self._denoise.set_tensor(name, made)
+            return made.data
+
+        self.z = bound("z", rows, length, config.latent_dim)
+        self.x_prev = bound("x_prev", rows, length, config.latent_dim)
+        self.t = bound("t", rows)
+        self.s = bound("s", rows)
+        self.mode = bound("mode", rows)
+        x = tensor(rows, length, config.latent_dim)
+        self._hidden = tensor(rows, length, config.hidden_size)
+        self._denoise.set_tensor("x", x)
+        self._denoise.set_tensor("hidden", self._hidden)
+        self.x = x.data
+        self._ids = np.zeros((rows, length), np.int64)
+
+    def denoise(self) -> None:
+        self._denoise.infer(share_outputs=True)
+
+    def discretize(self) -> np.ndarray:
+        hidden, ids = self._hidden.data, self._ids.reshape(1, -1)
+        tokens, Tensor = hidden.reshape(1, -1, hidden.shape[-1]), type(self._hidden)
+        for part in token_slices(ids.size):
+            self._discretize.set_tensor("hidden", Tensor(tokens[:, part], shared_memory=True))
+            (found,) = self._discretize.infer(share_outputs=True).values()
+            ids[:, part] = found
+        return self._ids.copy()
+
+    def close(self) -> None:
+        del self._denoise, self._discretize
+
+
+def _supported(precision: str, capabilities: list[str]) -> str:
+    """``precision``, or float32 with a warning where the processor has no bfloat16."""
+    if precision == "bf16" and "BF16" not in capabilities:
+        warnings.warn("this processor has no bfloat16 instructions: OpenVINO runs fp32 instead", stacklevel=4)
+        return "fp32"
+    return precision
+
+
+def _fixed(shape: Any, length: int) -> list[Any]:
+    """(rows, length, width) or (rows,) with any rows and the given length."""
+    return [-1, length, shape[2]] if len(shape) == 3 else [-1]
