@@ -114,7 +114,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             rows += measure_model(model, [int(sm) for sm in arguments.sm.split(",")], arguments.length, Path(folder))
     if arguments.json:
-        library = f"TensorRT-RTX {Recipe.load('tensorrt-rtx').names.load().__version__}"
+        library = f"TensorRT-RTX {Recipe.load('tensorrt-rtx').library.load().__version__}"
         machine = f"{platform.system()} {platform.machine()}, no GPU used"
         arguments.json.write_text(json.dumps({"library": library, "machine": machine, "rows": rows}, indent=1) + "\n")
 

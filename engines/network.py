@@ -33,7 +33,7 @@ def parse(trt: ModuleType, builder: Any, log: Any, graph: Path, recipe: Recipe) 
         too_old = recipe.too_old_for(trt.__version__, complaint)
         if too_old:
             raise BackendError(f"{graph.name}: {too_old}: update it, or export the checkpoint with --opset 20")
-        raise BackendError(f"{recipe.names.title} {trt.__version__} cannot read {graph}: {complaint}")
+        raise BackendError(f"{recipe.library.title} {trt.__version__} cannot read {graph}: {complaint}")
     return network, parser
 
 

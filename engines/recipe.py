@@ -18,7 +18,7 @@ class Recipe:
     operators: ONNX operator -> the first version that parses it.
     """
 
-    library: str
+    library: Library
     oldest: str
     sms: tuple[int, ...]
     timing_cache: bool
@@ -32,21 +32,17 @@ class Recipe:
     def load(cls, name: str) -> Self:
         text = resources.files("elf_rt.engines").joinpath("recipes", f"{name}.toml").read_text(encoding="utf-8")
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in tomllib.loads(text).items()}
-        return cls(**values)
-
-    @property
-    def names(self) -> Library:
-        return LIBRARIES[self.library]
+        return cls(library=LIBRARIES[values.pop("library")], **values)
 
     def check_version(self, version: str) -> None:
         if version_tuple(version) < version_tuple(self.oldest):
-            raise BackendError(f"{self.names.title} {version} is too old: elf-rt needs {self.oldest} or later")
+            raise BackendError(f"{self.library.title} {version} is too old: elf-rt needs {self.oldest} or later")
 
     def too_old_for(self, version: str, complaint: str) -> str | None:
         """The operator in a parser's complaint that this version does not know yet, with the version that does."""
         for operator, first in self.operators.items():
             if operator in complaint and version_tuple(version) < version_tuple(first):
-                return f"{operator} needs {self.names.title} {first}, this is {version}"
+                return f"{operator} needs {self.library.title} {first}, this is {version}"
         return None
 
     def cannot_target(self, asked: tuple[int, ...], machine: Machine) -> str | None:
@@ -72,23 +68,23 @@ class Recipe:
             if sm not in self.sms:
                 names = ", ".join(map(str, self.sms))
                 mend = "build with --target tensorrt on that machine" if sm in (87, 90, 100, 103, 110) else "check --sm"
-                raise BackendError(f"{self.names.title} cannot build for sm_{sm}, only for {names}: {mend}")
+                raise BackendError(f"{self.library.title} cannot build for sm_{sm}, only for {names}: {mend}")
             if precision == "bf16" and sm in self.no_bf16:
                 raise BackendError(f"sm_{sm} has no bfloat16: build with --fp16")
             if precision == "fp32" and sm in self.no_fp32:
-                raise BackendError(f"{self.names.title} has no float32 matrix product on sm_{sm}: build with --fp16")
+                raise BackendError(f"{self.library.title} has no float32 matrix product on sm_{sm}: build with --fp16")
         together = tuple(sorted({sm for sm in asked if sm not in self.alone}))
         return ([together] if together else []) + [(sm,) for sm in sorted(set(asked) & set(self.alone))]
 
     def _only_here(self, asked: tuple[int, ...], here: int | None, no_gpu: str) -> tuple[int, ...]:
         if here is None:
             raise BackendError(
-                f"{self.names.title} builds on the GPU that the plan will run on, and here is none ({no_gpu}): "
+                f"{self.library.title} builds on the GPU that the plan will run on, and here is none ({no_gpu}): "
                 "build on that machine, or ahead with --target tensorrt-rtx --sm ..."
             )
         if asked and set(asked) != {here}:
             raise BackendError(
-                f"{self.names.title} builds only for the GPU of this machine (sm_{here}): leave --sm out, or give "
+                f"{self.library.title} builds only for the GPU of this machine (sm_{here}): leave --sm out, or give "
                 "--target tensorrt-rtx"
             )
         return (here,)

@@ -82,7 +82,7 @@ def add_builder(making: "Making") -> None:
 
         def set_timing_cache(self, cache: Any, ignore_mismatch: bool) -> bool:
             self._timings = cache
-            return True
+            return not cache._known.startswith(b"another GPU")
 
         def get_timing_cache(self) -> Any:
             return self._timings

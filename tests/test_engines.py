@@ -88,7 +88,7 @@ class TestRealBuilds:
 
     @pytest.mark.parametrize("opset", [20, 23])
     def test_scratch_memory_shows_that_attention_is_fused(self, opset: int, tmp_path: Path) -> None:
-        """16-bit scratch grows with L, FP32 scratch (no fused kernel) with L x L; also where attention is spelled out."""
+        """16-bit scratch grows with L, FP32 scratch (no fused kernel) with L x L; also with attention spelled out."""
         precisions = ("fp16", "bf16", "fp32")
         bundle = model_bundle(tmp_path / "long.elfrt", LONG, random_state(LONG, seed=0), precisions, opset)
         growth: dict[str, int] = {}
@@ -301,6 +301,9 @@ class TestPlainTensorrt:
         cache.write_bytes(b"before;")
         build(request_for(bundle, "fp32"), timing_cache=cache)
         assert cache.read_bytes() == b"before;timed;timed;"  # once for each graph
+        cache.write_bytes(b"another GPU;")
+        with pytest.raises(BackendError, match=r"timings was timed on another GPU or version: delete it"):
+            build(request_for(bundle, "fp32"), timing_cache=cache)
 
     def test_too_old_for_the_operators(self, version: str, fresh: Bundle, request_for: Callable[..., Any]) -> None:
         if version != "10.3.0":

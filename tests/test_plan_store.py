@@ -44,7 +44,7 @@ elif moment == "between":
 elif moment == "writing":
     building.Record.write = hold
 elif moment == "compiling":
-    class Slow(building._monitor_class(spec.recipe.names.load())):
+    class Slow(building._monitor_class(spec.recipe.library.load())):
         def phase_start(self, name, parent, steps):
             print("there", flush=True)
             self._stop.wait(20)

@@ -82,7 +82,7 @@ def command(
     opened, machine = Bundle.open(bundle), this_machine()
     recipe = _recipe(target, sms, machine)
     if timing_cache is not None and not recipe.timing_cache:
-        raise InputError(f"--timing-cache has no use: {recipe.names.title} times nothing. Leave it out")
+        raise InputError(f"--timing-cache has no use: {recipe.library.title} times nothing. Leave it out")
     profiles = parse_profiles(batch or _default_batch(opened), seq_len, opened.config)
     for group in recipe.groups(sms, precision, machine):
         spec = plan_spec(opened, recipe, machine, Request(precision, group, profiles, opt_level))
@@ -98,12 +98,12 @@ def _recipe(target: str, sms: tuple[int, ...], machine: "Machine") -> "Recipe":
 
     if target != "auto":
         recipe = Recipe.load(target)
-        recipe.names.load()
+        recipe.library.load()
         return recipe
     reasons = []
     for name in ("tensorrt", "tensorrt-rtx"):
         recipe = Recipe.load(name)
-        reason = recipe.names.unavailable() or recipe.cannot_target(sms, machine)
+        reason = recipe.library.unavailable() or recipe.cannot_target(sms, machine)
         if reason is None:
             return recipe
         reasons.append(f"{name}: {reason}")
@@ -128,10 +128,10 @@ def _build(bundle: Bundle, spec: "Spec", timing_cache: Path | None) -> None:
     if record is not None:
         click.echo(f"already built {_place(bundle, spec)}")
     else:
-        with progress(f"{spec.recipe.names.title} {spec.version}") as ticker:
+        with progress(f"{spec.recipe.library.title} {spec.version}") as ticker:
 
             def on_graph(name: str) -> None:
-                ticker.describe(f"{spec.recipe.names.title} {spec.version} builds the {name} for {_where(spec)}")
+                ticker.describe(f"{spec.recipe.library.title} {spec.version} builds the {name} for {_where(spec)}")
 
             record = build(spec, timing_cache, on_graph)
         click.echo(f"built {_place(bundle, spec)}")
@@ -154,7 +154,7 @@ def _show_plan(bundle: Bundle, spec: "Spec") -> None:
     click.echo(f"{'has' if record else 'would build'} {_place(bundle, spec)}")
     weights = spec.graphs["weights"].stat().st_size
     lines = [
-        ("library", f"{spec.recipe.names.title} {spec.version}, optimisation level {spec.request.opt_level}"),
+        ("library", f"{spec.recipe.library.title} {spec.version}, optimisation level {spec.request.opt_level}"),
         ("for", f"{_where(spec)} on {spec.os}"),
         ("precision", spec.request.precision),
         ("weights", f"{weights / MB:.1f} MB, and as much for the plans"),
