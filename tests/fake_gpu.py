@@ -9,6 +9,7 @@ import enum
 import math
 import sys
 import threading
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -31,10 +32,17 @@ class CaptureMode(enum.IntEnum):
     cudaStreamCaptureModeThreadLocal = 1
 
 
+class MemcpyKind(enum.IntEnum):
+    cudaMemcpyHostToDevice = 1
+    cudaMemcpyDeviceToHost = 2
+    cudaMemcpyDeviceToDevice = 3
+
+
 class FakeGpu(fake_cuda.FakeCuda):
     """`launches` counts what the host put on streams itself; what a graph holds is not in it."""
 
     cudaStreamCaptureMode = CaptureMode
+    cudaMemcpyKind = MemcpyKind
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -120,9 +128,23 @@ class FakeGpu(fake_cuda.FakeCuda):
         return super().cudaStreamSynchronize(stream)
 
     def cudaMemcpyAsync(self, target: int, source: int, count: int, kind: int, stream: int) -> tuple[int]:
-        host = source if kind == fake_cuda.cudaMemcpyKind.cudaMemcpyHostToDevice else target
-        self._check(host, count, "host")  # pageable memory would make the copy wait
+        places = {1: ("host", "device"), 2: ("device", "host"), 3: ("device", "device")}[kind]
+        self._check(source, count, places[0])  # pageable memory would make the copy wait
+        self._check(target, count, places[1])
         return super().cudaMemcpyAsync(target, source, count, kind, stream)
+
+    def cudaEventCreate(self) -> tuple[int, list[float]]:
+        return 0, [0.0]
+
+    def cudaEventRecord(self, event: list[float], stream: int) -> tuple[int]:
+        self.enqueue(stream, lambda: event.__setitem__(0, 1e3 * time.perf_counter()))
+        return (0,)
+
+    def cudaEventElapsedTime(self, start: list[float], end: list[float]) -> tuple[int, float]:
+        return 0, end[0] - start[0]
+
+    def cudaEventDestroy(self, event: list[float]) -> tuple[int]:
+        return (0,)
 
     def _allocate(self, size: int, kind: str) -> tuple[int, int | None]:
         if error := self.forbidden():

@@ -105,12 +105,45 @@ def test_follows_the_precision_plan(tmp_path: Path) -> None:
     plain = TorchBackend(bundle, "fp32", "cpu")
     bundle.variant = lambda precision: {part: folded / name for part, name in files.items()}  # type: ignore[method-assign]
     scaled = TorchBackend(bundle, "fp32", "cpu")
-    assert scaled.network._blocks[0].q_eps != scaled.network._blocks[0].k_eps
+    q_eps, k_eps = scaled.network._blocks[0].eps
+    assert q_eps != k_eps
     assert scaled.network._blocks[1].w3.scale is not None
     want_x, want_ids = call(plain, 2, data.config.max_length, 0.0)
     x, ids = call(scaled, 2, data.config.max_length, 0.0)
     assert relative_error(x, want_x) < 2e-6
     np.testing.assert_array_equal(ids, want_ids)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_compiled_is_the_same(precision: str, bundles: Any) -> None:
+    """torch.compile of what stands between the products, here for the CPU."""
+    bundle = bundles("no_sc_tokens")
+    backend = TorchBackend(bundle, precision, "cpu")
+    plain = [call(backend, rows, bundle.config.max_length, 1.0) for rows in (1, 3)]
+    backend.fuse()
+    assert backend.fused
+    for (x, ids), rows in zip(plain, (1, 3), strict=True):
+        fused_x, fused_ids = call(backend, rows, bundle.config.max_length, 1.0)
+        assert relative_error(fused_x, x) < (2e-6 if precision == "fp32" else 1e-3)
+        assert np.mean(fused_ids == ids) >= (1.0 if precision == "fp32" else 0.99)
+
+
+def test_without_a_compiler_it_says_so_and_runs(bundles: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        def call(*args: Any) -> None:
+            raise RuntimeError("Failed to find C compiler.\nmore lines")
+
+        return call
+
+    bundle = bundles("uncond")
+    backend = TorchBackend(bundle, "fp32", "cpu")
+    expected, _ = call(backend, 1, 5, 0.0)
+    monkeypatch.setattr(torch, "compile", refuse)
+    with pytest.warns(UserWarning, match="torch.compile does not work here.*slower: Failed to find C compiler"):
+        backend.fuse()
+    np.testing.assert_array_equal(call(backend, 1, 5, 0.0)[0], expected)
+    assert backend.describe()["fused"] == "no"
 
 
 def test_logits_are_decoded_in_parts(bundles: Any, monkeypatch: pytest.MonkeyPatch) -> None:

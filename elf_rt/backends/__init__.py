@@ -13,6 +13,9 @@ from elf_rt.errors import BackendError, InputError
 MODULES: dict[str, str] = {
     "tensorrt": "elf_rt.backends.trt",
     "tensorrt-rtx": "elf_rt.backends.trt_rtx",
+    "torch": "elf_rt.backends.torch_cuda",
+    "onnxruntime-cuda": "elf_rt.backends.ort_cuda",
+    "openvino": "elf_rt.backends.ov",
     "onnxruntime": "elf_rt.backends.ort",
 }
 

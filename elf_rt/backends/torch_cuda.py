@@ -7,6 +7,7 @@ as long as the network, and whose addresses the kernels are given.
 """
 
 import importlib.util
+import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +72,26 @@ class TorchBackend:
             self.network: Network = Network(bundle, precision, device)
         except torch.OutOfMemoryError as error:
             raise out_of_memory("the weights", error) from error
-        self._pool = torch.cuda.graph_pool_handle() if device == "cuda" else None
+        self._pool = None
+        self.fused = False
+        if device == "cuda":
+            self._pool = torch.cuda.graph_pool_handle()
+            self.fuse()
+
+    def fuse(self) -> None:
+        """Let torch.compile fuse what stands between the matrix products; keep torch's own kernels where it cannot."""
+        eager, self.network.pointwise = self.network.pointwise, type(self.network.pointwise).compiled()
+        try:
+            network = self.bind(2, min(8, self.config.max_length))
+            network.denoise()
+            network.close()
+            self.fused = True
+        except Exception as error:  # dynamo, inductor, Triton and the C compiler have no common error
+            self.network.pointwise = eager
+            warnings.warn(
+                f"torch.compile does not work here, so more kernels run, which is slower: {first_line(error)}",
+                stacklevel=2,
+            )
 
     def bind(self, rows: int, length: int) -> "TorchHostNetwork":
         return TorchHostNetwork(TorchNetwork(self, rows, length))
@@ -95,7 +115,8 @@ class TorchBackend:
         torch, properties = self._torch, {}
         if self.device == "cuda":
             properties = {"gpu": torch.cuda.get_device_name(), "CUDA": str(torch.version.cuda)}
-        return {"library": f"torch {torch.__version__}", "precision": self.precision, **properties}
+        fused = "torch.compile" if self.fused else "no"
+        return {"library": f"torch {torch.__version__}", "precision": self.precision, "fused": fused, **properties}
 
     def close(self) -> None:
         del self.network

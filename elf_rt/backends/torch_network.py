@@ -2,11 +2,12 @@
 
 The graphs hold every decision of the precision plan: a weight's type is that of its product, `.scale` tensors undo the
 powers of two that were folded in, widths are padded, rotary is half-split. So this follows them and decides nothing.
-The residual stream and all statistics are float32. Written for few kernels: a call is some 20 launches a block.
+The residual stream, all statistics and what stands between two products are float32.
 
 Letters: R rows, L text length, P prefix tokens, S = P + L, C latents, H hidden, D head width (padded), V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,6 @@ from torch import Tensor
 
 from elf_rt.bundle import Bundle
 from elf_rt.errors import BackendError
-from elf_rt.params import ModelConfig
 
 TYPES: dict[int, torch.dtype] = {
     TensorProto.FLOAT: torch.float32,
@@ -27,35 +27,34 @@ TYPES: dict[int, torch.dtype] = {
     TensorProto.BFLOAT16: torch.bfloat16,
 }
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-DECODED_AT_ONCE = 8192  # tokens whose logits are in memory together, 1 GB for 32100 ids
+DECODED_AT_ONCE = 4096  # tokens whose logits are in memory together: about 1 GB for 32100 ids
 
 
 @dataclass(frozen=True)
 class Linear:
     weight: Tensor  # (outputs, inputs)
-    bias: Tensor | None
     scale: Tensor | None  # float32, of the product
+    bias: Tensor | None  # float32, added after it
+
+    @property
+    def type(self) -> torch.dtype:
+        return self.weight.dtype
+
+    def product(self, x: Tensor) -> Tensor:
+        """x (..., inputs) -> (..., outputs) in the weight's type, without scale and bias."""
+        return F.linear(x.to(self.type), self.weight)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x (..., inputs) -> (..., outputs) in the weight's type, not scaled yet."""
-        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
-
-    def float32(self, x: Tensor) -> Tensor:
-        out = self(x)
-        return out.float() if self.scale is None else out * self.scale
-
-    def added_to(self, h: Tensor, x: Tensor) -> None:
-        """h += product, in place."""
-        out = self(x)
-        h.add_(out if self.scale is None else out * self.scale)
+        """The whole layer, float32."""
+        return finished(self.product(x), self.scale, self.bias)
 
 
 @dataclass(frozen=True)
 class Block:
     norm1: Tensor
     qkv: Linear
-    q_eps: float
-    k_eps: float
+    head_bias: Tensor  # (2, heads, D), of q and k
+    eps: tuple[float, float]  # of q's and k's norm
     cos: Tensor  # (P + max_length, 2, 1, D): q's and k's norm weights are in it
     sin: Tensor
     attention_type: torch.dtype
@@ -94,9 +93,6 @@ class GraphWeights:
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
 
-    def optional(self, name: str) -> Tensor | None:
-        return self.tensor(name) if name in self else None
-
     def eps(self, name: str) -> float:
         return self._eps[f"{name}.weight"]
 
@@ -106,7 +102,10 @@ class GraphWeights:
             weight = weight.T
         elif reader == "Conv":
             weight = weight[..., 0]
-        return Linear(weight.contiguous(), self.optional(f"{name}.bias"), self.optional(f"{name}.scale"))
+        scale, bias = (
+            self.tensor(f"{name}.{part}") if f"{name}.{part}" in self else None for part in ("scale", "bias")
+        )
+        return Linear(weight.contiguous(), scale, bias)
 
     def _read(self, path: Path) -> None:
         graph = onnx.load(str(path), load_external_data=False).graph
@@ -117,11 +116,27 @@ class GraphWeights:
                 self._eps[node.input[1]] = next(a.f for a in node.attribute if a.name == "epsilon")
 
 
+@dataclass(frozen=True)
+class Pointwise:
+    """What stands between the products, as functions that a compiler may fuse into one kernel each."""
+
+    norm: Callable[..., Tensor]
+    rotated_heads: Callable[..., Tensor]
+    gate: Callable[..., Tensor]
+    added: Callable[..., Tensor]
+
+    @classmethod
+    def compiled(cls) -> "Pointwise":
+        """By torch.compile: fewer launches, less memory traffic. It needs Triton on a GPU, and seconds at the start."""
+        return cls(*(torch.compile(function, dynamic=True) for function in (norm, rotated_heads, gate, added)))
+
+
 class Network:
-    """The denoiser and the discretizer."""
+    """The denoiser and the discretizer. Exchange `pointwise` for ``Pointwise.compiled()`` to make it faster."""
 
     def __init__(self, bundle: Bundle, precision: str, device: str) -> None:
         self.config = config = bundle.config
+        self.pointwise = Pointwise(norm, rotated_heads, gate, added)
         weights = GraphWeights(bundle, precision, device)
         items = bundle.manifest.get("precision", {}).get(precision, {}).get("items", [])
         exceptions = {item["name"]: item["precision"] for item in items}
@@ -142,30 +157,41 @@ class Network:
         ]
         self._norm_final = weights.tensor("final_layer.norm_final.weight")
         self._final = weights.linear("final_layer.linear")
-        self._head = weights.linear("proj")
-        self._unembed = weights.linear("unembed").weight  # (V, C)
-        self._unembed_bias = weights.tensor("unembed.bias")
+        self._head, self._unembed = weights.linear("proj"), weights.linear("unembed")
 
     def denoise(
         self, z: Tensor, x_prev: Tensor | None, t: Tensor, s: Tensor | None, mode: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """z, x_prev (R, L, C), t, s, mode (R,) float32 -> x (R, L, C), hidden (R, L, H) float32."""
         text = z if x_prev is None else torch.cat([z, x_prev], -1)
-        text = self._proj2.float32(self._proj1.float32(text))  # (R, L, H)
+        text = self._proj2(self._proj1(text))  # (R, L, H)
         h = torch.cat([*self._prefix(t, s, mode), text], 1)  # (R, S, H)
         for block in self._blocks:
-            run_block(h, block, self.config, self._eps)
+            h = self._after(block, h)
         hidden = h[:, self.config.num_prefix_tokens :]
-        return self._final.float32(rms_norm(hidden, self._norm_final, self._eps)), hidden
+        return self._final(norm(hidden, self._norm_final, self._eps, torch.float32)), hidden
 
     def discretize(self, hidden: Tensor) -> Tensor:
         """hidden (R, L, H) -> ids (R, L): the lowest of the ids with the largest logit."""
         parts = []
         for tokens in hidden.flatten(0, 1).split(DECODED_AT_ONCE):
-            features = F.gelu(self._head.float32(tokens), approximate="tanh")  # (tokens, C)
-            logits = F.linear(features.to(self._unembed.dtype), self._unembed)  # (tokens, V)
-            parts.append((logits + self._unembed_bias).argmax(-1))  # in float32, the bias's type
+            features = F.gelu(self._head(tokens), approximate="tanh")  # (tokens, C)
+            parts.append(self._unembed(features).argmax(-1))  # of (tokens, V)
         return torch.cat(parts).view(hidden.shape[:2])
+
+    def _after(self, block: Block, h: Tensor) -> Tensor:
+        """The residual (R, S, H) float32 after one block."""
+        (rows, size, _), do = h.shape, self.pointwise
+        qkv = block.qkv.product(do.norm(h, block.norm1, self._eps, block.qkv.type))
+        qkv = qkv.view(rows, size, 3, self.config.num_heads, -1)  # (R, S, 3, heads, D)
+        cos, sin = block.cos[:size], block.sin[:size]
+        qk = do.rotated_heads(qkv[:, :, :2], block.head_bias, cos, sin, *block.eps, block.attention_type)
+        q, k, v = (x.transpose(1, 2) for x in (qk[:, :, 0], qk[:, :, 1], qkv[:, :, 2].to(block.attention_type)))
+        mixed = F.scaled_dot_product_attention(q, k, v, scale=self.config.head_dim**-0.5)  # (R, heads, S, D)
+        h = do.added(h, block.proj.product(mixed.transpose(1, 2).flatten(2)), block.proj.scale, block.proj.bias)
+        ab = block.w12.product(do.norm(h, block.norm2, self._eps, block.w12.type))
+        product = do.gate(ab, block.w12.scale, block.w12.bias, block.w3.type)  # (R, S, inner)
+        return do.added(h, block.w3.product(product), block.w3.scale, block.w3.bias)
 
     def _prefix(self, t: Tensor, s: Tensor | None, mode: Tensor | None) -> list[Tensor]:
         """(R, tokens, H) each: time, self-conditioning scale, mode."""
@@ -193,8 +219,8 @@ def make_block(weights: GraphWeights, name: str, cos: Tensor, sin: Tensor, atten
     return Block(
         norm1=weights.tensor(f"{name}.norm1.weight"),
         qkv=weights.linear(f"{name}.attn.qkv"),
-        q_eps=weights.eps(f"{name}.attn.q_norm"),
-        k_eps=weights.eps(f"{name}.attn.k_norm"),
+        head_bias=torch.stack([weights.tensor(f"{name}.attn.{part}_norm.bias")[:, 0] for part in "qk"]),
+        eps=(weights.eps(f"{name}.attn.q_norm"), weights.eps(f"{name}.attn.k_norm")),
         cos=cos[:, None, None] * norms,
         sin=sign * sin[:, None, None] * norms.roll(half, -1),
         attention_type=attention_type,
@@ -205,33 +231,37 @@ def make_block(weights: GraphWeights, name: str, cos: Tensor, sin: Tensor, atten
     )
 
 
-def run_block(h: Tensor, block: Block, config: ModelConfig, eps: float) -> None:
-    """The residual h (R, S, H) float32, in place."""
-    rows, size, _ = h.shape
-    qkv = block.qkv(rms_norm(h, block.norm1, eps)).view(rows, size, 3, config.num_heads, -1)  # (R, S, 3, heads, D)
-    qk = rotate(head_norms(qkv[:, :, :2].float(), block), block.cos[:size], block.sin[:size]).to(block.attention_type)
-    q, k, v = (x.transpose(1, 2) for x in (qk[:, :, 0], qk[:, :, 1], qkv[:, :, 2].to(block.attention_type)))
-    mixed = F.scaled_dot_product_attention(q, k, v, scale=config.head_dim**-0.5)  # (R, heads, S, D)
-    block.proj.added_to(h, mixed.transpose(1, 2).flatten(2))
-    ab = block.w12(rms_norm(h, block.norm2, eps))
-    if block.w3.weight.dtype == torch.float32:
-        ab = ab.float()  # a product that only a float32 GEMM reads is never rounded
-    a, b = ab.chunk(2, -1)  # (R, S, inner)
-    block.w3.added_to(h, F.silu(a).mul_(b))
+def finished(product: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """A product of any type -> float32, times the scale, plus the bias."""
+    if scale is not None and bias is not None:
+        return torch.addcmul(bias, product, scale)
+    if scale is not None:
+        return product * scale
+    return product.float() if bias is None else product + bias
 
 
-def head_norms(qk: Tensor, block: Block) -> Tensor:
-    """RMSNorm of each head of q and k (R, S, 2, heads, D), without the weights."""
-    if block.q_eps == block.k_eps:
-        return F.rms_norm(qk, qk.shape[-1:], eps=block.q_eps)
-    parts = zip(qk.unbind(2), (block.q_eps, block.k_eps), strict=True)
-    return torch.stack([F.rms_norm(part, part.shape[-1:], eps=eps) for part, eps in parts], 2)
+def norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """RMSNorm of x (..., H) float32, in the type of the product that reads it."""
+    return F.rms_norm(x, weight.shape, weight, eps).to(dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Half-split rotary; `sin` carries the sign."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+def rotated_heads(
+    qk: Tensor, bias: Tensor, cos: Tensor, sin: Tensor, q_eps: float, k_eps: float, dtype: torch.dtype
+) -> Tensor:
+    """q and k (R, S, 2, heads, D): bias, RMSNorm of each head and half-split rotary, whose `sin` carries the sign."""
+    x = qk + bias
+    if q_eps == k_eps:
+        x = F.rms_norm(x, x.shape[-1:], eps=q_eps)
+    else:
+        x = torch.stack([F.rms_norm(x[:, :, i], x.shape[-1:], eps=eps) for i, eps in enumerate((q_eps, k_eps))], 2)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(dtype)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x, weight.shape, weight, eps)
+def gate(ab: Tensor, scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """SwiGLU: (R, S, 2 inner) -> silu(a) b (R, S, inner), in the type of the product that reads it."""
+    a, b = finished(ab, scale, bias).chunk(2, -1)
+    return (F.silu(a) * b).to(dtype)
+
+
+def added(h: Tensor, product: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    return h + finished(product, scale, bias)
