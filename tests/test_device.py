@@ -362,6 +362,7 @@ def test_idle_workspaces_give_way(bundles: Any, monkeypatch: pytest.MonkeyPatch)
 def ort_cuda_backend(bundles: Any, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> OrtCudaBackend:
     monkeypatch.setattr(ort_cuda, "PROVIDER", "CPUExecutionProvider")
     monkeypatch.setattr(ort_cuda, "MEMORY", "cpu")
+    monkeypatch.setattr(ort_cuda, "DISCRETIZED_TOKENS", 7)
     return ort_cuda.open_backend(bundles("cond"), "fp32")
 
 

@@ -22,6 +22,7 @@ NAME = "onnxruntime-cuda"
 PRECISIONS = ("fp16", "bf16", "fp32")
 PROVIDER = "CUDAExecutionProvider"
 MEMORY = "cuda"  # the name of the GPU's memory in IO bindings
+DISCRETIZED_TOKENS = 4096  # positions whose logits are in memory together: about 1 GB for 32100 ids
 
 
 def unavailable() -> str | None:
@@ -108,7 +109,12 @@ class OrtCudaNetwork:
                 self._memory.append(DeviceMemory(math.prod(shape) * _type(name).itemsize))
                 self.buffers[name] = self._memory[-1].pointer
             self._denoise = self._bind(backend.denoiser, inputs, ["x", "hidden"])
-            self._discretize = self._bind(backend.discretizer, ["hidden"], ["ids"])
+            self._discretize = [
+                self._bind(
+                    backend.discretizer, ["hidden"], ["ids"], start, min(DISCRETIZED_TOKENS, rows * length - start)
+                )
+                for start in range(0, rows * length, DISCRETIZED_TOKENS)
+            ]
         except BaseException:
             self.close()
             raise
@@ -119,7 +125,8 @@ class OrtCudaNetwork:
 
     def enqueue_discretize(self, stream: int) -> None:
         """Not only enqueued: it waits for the stream, and for the result."""
-        self._run(self._discretize, stream)
+        for part in self._discretize:
+            self._run(part, stream)
 
     def close(self) -> None:
         for memory in self._memory:
@@ -127,12 +134,16 @@ class OrtCudaNetwork:
         self._memory.clear()
         self.buffers.clear()
 
-    def _bind(self, session: Any, inputs: list[str], outputs: list[str]) -> tuple[Any, Any]:
+    def _bind(
+        self, session: Any, inputs: list[str], outputs: list[str], token: int = 0, tokens: int | None = None
+    ) -> tuple[Any, Any]:
+        """Bind whole buffers, or `tokens` positions of them from position `token` on, as one row."""
         binding = session.io_binding()
-        for name in inputs:
-            binding.bind_input(name, MEMORY, 0, _type(name), self.shapes[name], self.buffers[name])
-        for name in outputs:
-            binding.bind_output(name, MEMORY, 0, _type(name), self.shapes[name], self.buffers[name])
+        for names, bind in ((inputs, binding.bind_input), (outputs, binding.bind_output)):
+            for name in names:
+                shape, item = self.shapes[name], _type(name).itemsize
+                address = self.buffers[name] + token * math.prod(shape[2:]) * item
+                bind(name, MEMORY, 0, _type(name), shape if tokens is None else (1, tokens, *shape[2:]), address)
         return session, binding
 
     def _run(self, bound: tuple[Any, Any], stream: int) -> None:
