@@ -1,5 +1,6 @@
 """The CUDA kernels run against the numpy step: on the host through an emulator, and on a GPU where there is one."""
 
+import functools
 from dataclasses import replace
 
 import cuda_emulator
@@ -9,6 +10,7 @@ from test_integrator import SHAPES, make_case, run
 
 from elf_rt import cudart
 from elf_rt.device import kernels
+from elf_rt.device.cuda import Cuda
 from elf_rt.device.kernels import StepArguments
 from elf_rt.integrator import step_numpy, to_float32
 from elf_rt.noise import NoiseKey
@@ -45,35 +47,39 @@ class Emulated:
 
 
 class Gpu:
-    """A GPU through cuda.core."""
+    """A GPU, launched as the device sampler launches."""
 
-    def __init__(self, sm):
-        from cuda.core import Device
-
-        device = Device(0)
-        device.set_current()
-        self._stream, self._kernels, self._memory = device.create_stream(), kernels.load_kernels(sm), []
+    def __init__(self):
+        self._cuda, self._memory = _cuda(), []
+        self._stream = self._cuda.stream()
 
     def put(self, array, shift=0):
         if array is None:
             return 0
-        memory = cudart.DeviceMemory(array.nbytes + 256)
-        self._memory.append(memory)
         data = np.ascontiguousarray(array)
+        memory = self._cuda.allocate(data.nbytes + shift)
+        self._memory.append(memory)
         cudart.call("cudaMemcpy", memory.pointer + shift, data.ctypes.data, data.nbytes, _copy("HostToDevice"))
+        self._cuda.synchronize()
         return memory.pointer + shift
 
     def get(self, address, like):
         out = np.empty_like(like)
-        self._stream.sync()
+        self._stream.synchronize()
         cudart.call("cudaMemcpy", out.ctypes.data, address, out.nbytes, _copy("DeviceToHost"))
         return out
 
     def launch(self, name, grid, *arguments):
-        from cuda.core import LaunchConfig, launch
+        self._cuda.launch(self._stream.handle, name, grid, *arguments)
 
-        config = LaunchConfig(grid=grid, block=kernels.threads(name))
-        launch(self._stream, config, self._kernels[name], *arguments)
+    def close(self):
+        for part in (self._stream, *self._memory):
+            part.close()
+
+
+@functools.cache
+def _cuda():
+    return Cuda()
 
 
 def _copy(direction):
@@ -85,11 +91,14 @@ def _copy(direction):
 @pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
 def device(request):
     if request.param == "emulated":
-        return Emulated()
-    gpu = cudart.find_gpu()
-    if isinstance(gpu, str):
-        pytest.skip(gpu)
-    return Gpu(gpu.sm)
+        yield Emulated()
+        return
+    reason = cudart.find_gpu()
+    if isinstance(reason, str):
+        pytest.skip(reason)
+    gpu = Gpu()
+    yield gpu
+    gpu.close()
 
 
 ROW, LAST = 2, 4  # the table's row of the case, and its number of steps

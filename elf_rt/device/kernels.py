@@ -202,10 +202,14 @@ def _first_error(log: str) -> str:
 
 def _write(path: Path, content: bytes) -> None:
     """Atomically; a cache that cannot be written costs a second at the next start, not this one."""
+    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            temporary = Path(file.name)
             file.write(content)
-        os.replace(file.name, path)
+        temporary.replace(path)
     except OSError as error:
         _log.warning("compiled kernels are not cached: %s", error)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
