@@ -53,6 +53,12 @@ void check(const char* name, const py::array& array, const Shape& shape, const c
     refuse(std::string(name) + " must be " + type + ", got " + type_name(array));
 }
 
+void check_rows(const char* name, int64_t count) {
+  if (count > elf::MAX_ROWS)
+    refuse(std::string(name) + " must have at most " + std::to_string(elf::MAX_ROWS) + " guidance rows, got " +
+           std::to_string(count));
+}
+
 float* floats(const char* name, py::array& array, const Shape& shape) {
   check(name, array, shape, "float32", 'f', 4, true);
   return static_cast<float*>(array.mutable_data());
@@ -91,8 +97,7 @@ void step(py::array z, py::array x_last, const MaybeArray& x_rows, const MaybeAr
   s.coef = const_floats("coef", coef, {s.batch, 5});
   if (x_rows) {
     const int64_t count = x_rows->ndim() ? x_rows->shape(0) : 0;
-    if (count > elf::MAX_ROWS)
-      refuse("x_rows must have at most " + std::to_string(elf::MAX_ROWS) + " guidance rows, got " + std::to_string(count));
+    check_rows("x_rows", count);
     s.x_rows = network_tensor("x_rows", x_rows, count, full, false);
     s.weights = const_floats("weights", *weights, {count, s.batch});
   }
@@ -111,8 +116,7 @@ void step(py::array z, py::array x_last, const MaybeArray& x_rows, const MaybeAr
   }
   bool sees_source[elf::MAX_ROWS], sees_prev[elf::MAX_ROWS];
   const int64_t num_rows = static_cast<int64_t>(py::len(rows));
-  if (num_rows > elf::MAX_ROWS)
-    refuse("rows must have at most " + std::to_string(elf::MAX_ROWS) + " guidance rows, got " + std::to_string(num_rows));
+  check_rows("rows", num_rows);
   for (int64_t k = 0; k < num_rows; ++k) {
     const py::object row = rows[k];
     sees_source[k] = row.attr("sees_source").cast<bool>();

@@ -1,4 +1,4 @@
-// The integrator on the GPU: elf_rt/integrator.py's step as one kernel, with a sampler's table as data in device memory.
+// The integrator on the GPU: elf_rt/integrator.py's step as one kernel, a sampler's table as data in device memory.
 //
 // Which row of the table a launch runs is not in its arguments but in `Progress`, so that one captured graph serves
 // every seed, sampler, guidance and number of steps:
@@ -13,9 +13,9 @@
 // in one graph (captured for N, or for more and run for fewer), or the same cut into graphs of k steps, each closed by
 // elf_advance, which are launched again and again. A given start z instead of noise: write z and set base = 1.
 //
-// Launch: elf_advance as one thread; the others with grid (ceil(length * width / (V * block)), batch, 1), V = 4 elements
-// a thread for float32, 8 for 16-bit types: every access is 16 bytes wide where addresses and sizes allow it, and by
-// element otherwise.
+// Launch: elf_advance as one thread; the others with grid (ceil(length * width / (V * block)), batch, 1), V = 4
+// elements a thread for float32, 8 for 16-bit types: every access is 16 bytes wide where addresses and sizes allow it,
+// and by element otherwise.
 #include "integrator.h"
 
 namespace elf {

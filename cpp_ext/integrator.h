@@ -1,8 +1,8 @@
-// The arithmetic of the integrator, compiled twice: by the host compiler for the CPU extension and by NVRTC for the GPU.
+// The arithmetic of the integrator, compiled twice: by the host compiler for the CPU extension, by NVRTC for the GPU.
 //
 // elf_rt/noise.py and elf_rt/integrator.py are the specification. The three give the same bits, because every operation
-// here is one correctly rounded +, -, x, sqrt or conversion, in the same order, and none is fused: on the device through
-// the _rn intrinsics, on the host through -ffp-contract=off (setup.py).
+// here is one correctly rounded +, -, x, sqrt or conversion, in the same order, and none is fused: through the _rn
+// intrinsics on the device, through -ffp-contract=off (setup.py) on the host.
 #pragma once
 
 #if defined(__CUDACC_RTC__)
