@@ -61,8 +61,8 @@ class _Denoiser:
             text = g.op("Concat", text, g.input("x_prev", latents), axis=-1)  # (R, L, 2C)
         prefix = self.prefix()  # (R, P, H)
         g.scope = "text_proj"
-        text = self.projected("text_proj.proj1", text, rewrite.input_projection(config, self.state))
-        text = self.projected("text_proj.proj2", text, rewrite.text_projection(self.state, self.plan))  # (R, L, H)
+        text = self.layer("text_proj.proj1", text, rewrite.input_projection(config, self.state))
+        text = self.layer("text_proj.proj2", text, rewrite.text_projection(self.state, self.plan))  # (R, L, H)
         h = g.op("Concat", prefix, text, axis=1)  # (R, S, H)
         rotary = self.rotary(h)
         for block in range(config.depth):
@@ -71,7 +71,7 @@ class _Denoiser:
         g.scope = "final_layer"
         hidden = g.op("Slice", h, g.integers(config.num_prefix_tokens), g.integers(END), g.integers(1))  # (R, L, H)
         normed = self.norm("final_layer.norm_final", hidden)
-        x = self.projected("final_layer.linear", normed, self.stored("final_layer.linear"))  # (R, L, C)
+        x = self.layer("final_layer.linear", normed, self.stored("final_layer.linear"))  # (R, L, C)
         g.output(x, "x", latents)
         g.output(hidden, "hidden", ("rows", "length", config.hidden_size))
 
@@ -116,17 +116,17 @@ class _Denoiser:
         weights = rewrite.attention_weights(self.config, self.state, block, plan)
         normed = self.norm(f"blocks.{block}.norm1", h)
         g.scope = name
-        qkv = linear(g, f"{name}.qkv", normed, weights.qkv, plan.precision_of(f"{name}.qkv"))
+        qkv = matmul(g, f"{name}.qkv", normed, weights.qkv, plan.precision_of(f"{name}.qkv"))
         qkv = g.op("Reshape", qkv, g.integers(0, 0, 3 * heads, width))  # (R, S, 3 heads, D)
         qkv = g.op("Transpose", qkv, perm=[0, 2, 1, 3])  # (R, 3 heads, S, D)
         q, k, v = g.ops("Split", 3, qkv, axis=1, num_outputs=3)  # each (R, heads, S, D)
         precision = plan.precision_of(name)
-        q = g.cast(self.rotate(self.head_norm(f"{name}.q_norm", q, weights.q_norm), rotary), precision)
-        k = g.cast(self.rotate(self.head_norm(f"{name}.k_norm", k, weights.k_norm), rotary), precision)
+        q = g.cast(self.rotate(self.head_norm(f"{name}.q_norm", q, weights.q), rotary), precision)
+        k = g.cast(self.rotate(self.head_norm(f"{name}.k_norm", k, weights.k), rotary), precision)
         mixed = self.mix(q, k, g.cast(v, precision))  # (R, heads, S, D)
         mixed = g.op("Transpose", mixed, perm=[0, 2, 1, 3])  # (R, S, heads, D)
         mixed = g.op("Reshape", mixed, g.integers(0, 0, heads * width))  # (R, S, heads * D)
-        return self.projected(f"{name}.proj", mixed, weights.proj)
+        return self.layer(f"{name}.proj", mixed, weights.proj)
 
     def mix(self, q: Value, k: Value, v: Value) -> Value:
         """softmax(q k^T / sqrt(true head width)) v, no mask."""
@@ -153,29 +153,24 @@ class _Denoiser:
         weights = rewrite.mlp_weights(self.config, self.state, block, plan)
         normed = self.norm(f"blocks.{block}.norm2", h)
         g.scope = name
-        ab = linear(g, f"{name}.w12", normed, weights.w12, plan.precision_of(f"{name}.w12"))
-        if plan.precision_of(f"{name}.w3") is Precision.FP32:
-            ab = g.cast(ab, Precision.FP32)  # a product that only a float32 GEMM reads is never rounded
+        ab = self.layer(f"{name}.w12", normed, weights.w12)
         a, b = g.ops("Split", 2, ab, axis=-1, num_outputs=2)  # each (R, S, inner)
-        product = g.op("Mul", silu(g, a), b)
-        return self.projected(f"{name}.w3", product, weights.w3)
+        return self.layer(f"{name}.w3", g.op("Mul", silu(g, a), b), weights.w3)
 
-    def projected(self, name: str, x: Value, weights: rewrite.Linear) -> Value:
-        """A linear layer in the plan's type, then back to float32 and times the powers of two folded into it."""
-        g, exponents = self.g, self.plan.exponents(name)
-        x = g.cast(linear(g, name, x, weights, self.plan.precision_of(name)), Precision.FP32)
-        if not exponents.any():
-            return x
-        return g.op("Mul", x, g.weight(f"{name}.scale", np.ldexp(np.float32(1), exponents)))
+    def layer(self, name: str, x: Value, weights: rewrite.Linear) -> Value:
+        """A linear layer whose product runs in the plan's type. What it returns is float32."""
+        return linear(self.g, name, x, weights, self.plan.precision_of(name))
 
     def norm(self, name: str, x: Value) -> Value:
         """RMSNorm of the float32 residual."""
         self.g.scope = name
         return rms_norm(self.g, x, self.g.weight(f"{name}.weight", self.state[f"{name}.weight"]), rewrite.NORM_EPS)
 
-    def head_norm(self, name: str, x: Value, norm: rewrite.HeadNorm) -> Value:
-        """RMSNorm over each head, in float32 whatever the type of x."""
-        return rms_norm(self.g, self.g.cast(x, Precision.FP32), self.g.weight(f"{name}.weight", norm.weight), norm.eps)
+    def head_norm(self, name: str, x: Value, head: rewrite.Head) -> Value:
+        """Bias and RMSNorm of queries or keys (R, heads, S, D), in float32 whatever the type of x."""
+        g = self.g
+        x = g.op("Add", g.cast(x, Precision.FP32), g.weight(f"{name}.bias", head.bias))
+        return rms_norm(g, x, g.weight(f"{name}.weight", head.norm), head.eps)
 
     def stored(self, name: str) -> rewrite.Linear:
         return rewrite.Linear(self.state[f"{name}.weight"].T, self.state[f"{name}.bias"])
@@ -184,36 +179,33 @@ class _Denoiser:
 def _discretizer(g: GraphBuilder, config: ModelConfig, state: Mapping[str, np.ndarray], plan: PrecisionPlan) -> None:
     """hidden (R, L, H) -> ids (R, L): argmax of the token logits, the lowest id on ties."""
     hidden = g.input("hidden", ("rows", "length", config.hidden_size))
-    head = rewrite.Linear(state["proj_kernel"], state["proj_bias"])
-    features = g.cast(linear(g, "proj", hidden, head, plan.precision_of("proj")), Precision.FP32)  # (R, L, C)
+    features = linear(g, "proj", hidden, rewrite.head_projection(state), plan.precision_of("proj"))  # (R, L, C)
     features = g.op("Gelu", features, approximate="tanh")
-    kernel, bias = rewrite.unembedding(config, state, plan)
-    logits = linear(g, "unembed", features, rewrite.Linear(kernel, None), plan.precision_of("unembed"))
-    # The bias is added in float32: that of padded ids is out of FP16's range.
-    logits = g.op("Add", g.cast(logits, Precision.FP32), g.weight("unembed.bias", bias))  # (R, L, V)
-    ids = g.integer_op("ArgMax", logits, axis=-1, keepdims=0, select_last_index=0)
+    logits = linear(g, "unembed", features, rewrite.unembedding(config, state, plan), plan.precision_of("unembed"))
+    ids = g.integer_op("ArgMax", logits, axis=-1, keepdims=0, select_last_index=0)  # of (R, L, V)
     g.output(ids, "ids", ("rows", "length"))
 
 
 def linear(
     g: GraphBuilder, name: str, x: Value, weights: rewrite.Linear, precision: Precision = Precision.FP32
 ) -> Value:
-    """x (R, S, inputs) @ weight + bias, all in `precision`."""
-    if precision is Precision.FP32 and g.avoid_float32_gemm:
-        return convolution(g, name, x, weights)
-    out = g.op("MatMul", g.cast(x, precision), g.weight(f"{name}.weight", weights.weight, precision))
-    if weights.bias is None:
-        return out
-    return g.op("Add", out, g.weight(f"{name}.bias", weights.bias, precision))
-
-
-def convolution(g: GraphBuilder, name: str, x: Value, weights: rewrite.Linear) -> Value:
-    """`linear` in float32 as a convolution of width 1."""
-    parameters = [g.weight(f"{name}.weight", weights.weight.T[..., None])]  # (outputs, inputs, 1)
+    """x (R, S, inputs) @ weight in `precision`; then, in float32, times the scale and plus the bias."""
+    out = g.cast(matmul(g, name, x, weights.weight, precision), Precision.FP32)
+    if weights.scale is not None:
+        out = g.op("Mul", out, g.weight(f"{name}.scale", weights.scale))
     if weights.bias is not None:
-        parameters.append(g.weight(f"{name}.bias", weights.bias))
-    x = g.op("Transpose", g.cast(x, Precision.FP32), perm=[0, 2, 1])  # (R, inputs, S)
-    return g.op("Transpose", g.op("Conv", x, *parameters), perm=[0, 2, 1])
+        out = g.op("Add", out, g.weight(f"{name}.bias", weights.bias))
+    return out
+
+
+def matmul(g: GraphBuilder, name: str, x: Value, weight: np.ndarray, precision: Precision) -> Value:
+    """x (R, S, inputs) @ weight (inputs, outputs), in and out in `precision`."""
+    x = g.cast(x, precision)
+    if precision is not Precision.FP32 or not g.avoid_float32_gemm:
+        return g.op("MatMul", x, g.weight(f"{name}.weight", weight, precision))
+    x = g.op("Transpose", x, perm=[0, 2, 1])  # (R, inputs, S)
+    x = g.op("Conv", x, g.weight(f"{name}.weight", weight.T[..., None]))  # (R, outputs, S)
+    return g.op("Transpose", x, perm=[0, 2, 1])
 
 
 def scalar_linear(g: GraphBuilder, name: str, x: Value, weights: rewrite.Linear) -> Value:

@@ -2,8 +2,8 @@
 
 FP16 ends at 65504 and starts to lose digits below 2^-14. Three things keep every rounded tensor inside:
 
-- Bounds. Behind an RMSNorm the input's length is at most sqrt(H), so |W x + b| <= sqrt(H) |W * g| + |b| for any input
-  (Cauchy-Schwarz), partial sums included. Where that is below LIMIT the tensor is safe for good.
+- Bounds. Behind an RMSNorm with gain g, |W x| <= sqrt(H) |W * g| for any input (Cauchy-Schwarz), partial sums
+  included. Where that is below LIMIT the tensor is safe for good.
 - Measured ranges times MARGIN, where the bound is too wide to help.
 - Powers of two, per channel, that bring either below LIMIT. They come from weights and go back in weights, or in
   float32 after the cast, so in float32 they change no bit.
@@ -170,7 +170,9 @@ class _Fp16Planner:
         weight, gain, bound = self.behind_norm(f"{block}.norm2", f"{name}.w12")
         (w_a, w_b), (bound_a, bound_b) = np.split(weight, 2, axis=1), np.split(bound, 2)
         a, b = _Tensor(tensors[f"{name}.a"], bound_a), _Tensor(tensors[f"{name}.b"], bound_b)
-        product = _Tensor(tensors[f"{name}.product"], bound_a * bound_b)  # |silu(a)| <= |a|
+        bias_a, bias_b = np.abs(np.split(self.state[f"{name}.w12.bias"], 2))
+        bound_product = (bound_a + bias_a) * (bound_b + bias_b)  # |silu(a)| <= |a|
+        product = _Tensor(tensors[f"{name}.product"], bound_product)
         gate_wrong = self.norm_lost(gain) or self.unscaled("the gate", a) or weights_lost(w_a, gain)
 
         e_b, wrong = search(
@@ -195,8 +197,7 @@ class _Fp16Planner:
 
         weight (inputs, outputs); inputs come divided by 2^e_in, are at most bound_in and typically rms.
         """
-        bound = bound_in @ np.abs(weight) + np.abs(self.state[f"{name}.bias"])
-        out = _Tensor(self.ranges.tensors[name], bound)
+        out = _Tensor(self.ranges.tensors[name], bound_in @ np.abs(weight))
         exponents, problem = search(out.needed, lambda e: out.lost(e) or weights_lost(weight, rms, e_in, e))
         if problem:
             self.add(name, problem, out)
@@ -209,7 +210,7 @@ class _Fp16Planner:
         weight = self.state[f"{layer}.weight"].T
         length = np.sqrt(self.config.hidden_size)
         bound = length * np.sqrt(np.square(gain) @ np.square(weight.astype(np.float64)))
-        return weight, gain, bound + np.abs(self.state[f"{layer}.bias"])
+        return weight, gain, bound
 
     def norm_lost(self, gain: np.ndarray) -> str:
         largest = np.sqrt(self.config.hidden_size) * gain.max()

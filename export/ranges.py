@@ -82,7 +82,7 @@ class Ranges:
     def include_head(self, model: ELF, hidden: Tensor) -> None:
         """hidden (L, H) of one decoded text."""
         features = F.gelu(hidden @ model.proj_kernel + model.proj_bias, approximate="tanh")  # (L, C)
-        self.logits = max(self.logits, float(largest_sums(features, model.unembed_kernel.T, None).max()))
+        self.logits = max(self.logits, float(largest_sums(features, model.unembed_kernel.T).max()))
         expected = (features @ model.unembed_kernel + model.unembed_bias).argmax(-1)  # (L,)
         for precision, kind in TORCH_TYPE.items():
             rounded = (features.to(kind).float() @ model.unembed_kernel.to(kind).float()).to(kind).float()
@@ -115,38 +115,42 @@ def watch(model: ELF) -> Iterator[Ranges]:
         yield ranges
 
 
-def largest_sums(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(outputs,): the largest sum of |terms| of a linear layer with weight (outputs, inputs), over all tokens of x."""
-    sums = F.linear(x.abs(), weight.abs(), None if bias is None else bias.abs())
-    return sums.reshape(-1, len(weight)).amax(0)
+def largest_sums(x: Tensor, weight: Tensor) -> Tensor:
+    """(outputs,): the largest sum of |terms| of x @ weight.T, weight (outputs, inputs), over all tokens of x."""
+    return F.linear(x.abs(), weight.abs()).reshape(-1, len(weight)).amax(0)
 
 
 Hook = Callable[[Any, Any, Any], None]
 
 
 def _hooks(model: ELF, ranges: Ranges) -> Iterator[tuple[nn.Module, Hook]]:
-    def on(parts: tuple[str, ...], source: str | None = None) -> Hook:
-        """Watch a linear layer: its input under `source`, equal slices of its output under `parts`."""
+    def on(*parts: str) -> Hook:
+        """Watch the product of a linear layer, without its bias: equal slices of it under `parts`."""
 
         def hook(layer: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> None:
-            if source is not None:
-                ranges.include(source, inputs[0])
-            sums = largest_sums(inputs[0], layer.weight, layer.bias).chunk(len(parts))
-            for name, values, maximum in zip(parts, output.chunk(len(parts), -1), sums, strict=True):
+            sums = largest_sums(inputs[0], layer.weight).chunk(len(parts))
+            for name, values, maximum in zip(parts, (output - layer.bias).chunk(len(parts), -1), sums, strict=True):
                 ranges.include(name, values, maximum)
 
         return hook
 
+    def entering(name: str, offset: Tensor | float = 0.0) -> Hook:
+        """Watch the input of a layer, less `offset`."""
+        return lambda _, inputs, __: ranges.include(name, inputs[0] - offset)
+
     for i, block in enumerate(model.blocks):
         attn, mlp = f"blocks.{i}.attn", f"blocks.{i}.mlp"
-        yield block.attn.qkv, on((f"{attn}.q", f"{attn}.k", f"{attn}.v"))
+        yield block.attn.qkv, on(f"{attn}.q", f"{attn}.k", f"{attn}.v")
         yield block.attn.q_norm, _norms(ranges, f"{attn}.q_norm")
         yield block.attn.k_norm, _norms(ranges, f"{attn}.k_norm")
-        yield block.attn.proj, on((f"{attn}.proj",), f"{attn}.mix")
-        yield block.mlp.w12, on((f"{mlp}.a", f"{mlp}.b"))
-        yield block.mlp.w3, on((f"{mlp}.w3",), f"{mlp}.product")
-    yield model.text_proj["proj2"], on(("text_proj.proj2",))
-    yield model.final_layer["linear"], on(("final_layer.linear",))
+        # The graphs keep the bias of v out of attention.
+        yield block.attn.proj, entering(f"{attn}.mix", block.attn.qkv.bias.detach().chunk(3)[2])
+        yield block.attn.proj, on(f"{attn}.proj")
+        yield block.mlp.w12, on(f"{mlp}.a", f"{mlp}.b")
+        yield block.mlp.w3, entering(f"{mlp}.product")
+        yield block.mlp.w3, on(f"{mlp}.w3")
+    yield model.text_proj["proj2"], on("text_proj.proj2")
+    yield model.final_layer["linear"], on("final_layer.linear")
     yield model, _on_call(model, ranges)
 
 
@@ -164,13 +168,12 @@ def _on_call(model: ELF, ranges: Ranges) -> Hook:
     state = {name: value.numpy() for name, value in model.state_dict().items()}
     merged = rewrite.input_projection(model.config, state)
     weight = torch.from_numpy(merged.weight.T.copy())  # (bottleneck, C or 2C)
-    bias = None if merged.bias is None else torch.from_numpy(merged.bias)
 
     def hook(_: nn.Module, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, Tensor]) -> None:
         z, x_prev, _t, _s, mode = inputs
         x = torch.cat([z, x_prev], dim=-1) if model.config.self_cond else z
         ranges.include("text_proj.input", x)
-        ranges.include("text_proj.proj1", F.linear(x, weight, bias), largest_sums(x, weight, bias))
+        ranges.include("text_proj.proj1", F.linear(x, weight), largest_sums(x, weight))
         if mode is not None and bool((mode == 1).all()):
             ranges.include_head(model, outputs[1])
 

@@ -41,7 +41,7 @@ class ScalarEmbedder(nn.Module):
         self.mlp_2 = nn.Linear(hidden, hidden)
 
     def forward(self, value: Tensor) -> Tensor:
-        angles = value[:, None] * scalar_frequencies().to(value.device)  # (R, 128)
+        angles = value[:, None] * scalar_frequencies().to(value)  # (R, 128)
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (R, 256)
         return self.mlp_2(F.silu(self.mlp_0(features)))  # (R, H)
 
@@ -153,7 +153,7 @@ class ELF(nn.Module):
             x = self.self_cond_proj(torch.cat([z, x_prev], dim=-1))
         text = self.text_proj["proj2"](self.text_proj["proj1"](x))  # (R, L, H)
         prefix = self.prefix(t, s, mode)  # (R, P, H)
-        cos, sin = (table.to(z.device) for table in rotary_tables(prefix.shape[1], z.shape[1], self.config.head_dim))
+        cos, sin = (table.to(z) for table in rotary_tables(prefix.shape[1], z.shape[1], self.config.head_dim))
         h = torch.cat([prefix, text], dim=1)  # (R, S, H)
         for block in self.blocks:
             h = block(h, cos, sin)

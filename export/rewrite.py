@@ -4,7 +4,8 @@
   one contiguous split, which engines fuse, and q.k does not change.
 - Widths are padded with zeros to a multiple of `plan.alignment`.
 - self_cond_proj and proj1 have nothing between them, so they become one matrix.
-- Powers of two from the precision plan are folded in: a tensor named in the plan comes out of its GEMM divided by
+- The rows of a softmax sum to one, so the bias of v passes attention unchanged and moves into that of proj.
+- Powers of two from the precision plan are folded in: a tensor named in the plan comes out of its product divided by
   2^exponent, and what reads it multiplies back. In float32 that changes no bit.
 
 Linear weights come out input-first (inputs, outputs), ready for MatMul.
@@ -28,23 +29,27 @@ State = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Linear:
+    """x @ weight * scale + bias."""
+
     weight: np.ndarray  # (inputs, outputs)
     bias: np.ndarray | None  # (outputs,)
+    scale: np.ndarray | None = None  # (outputs,) powers of two
 
 
 @dataclass(frozen=True)
-class HeadNorm:
-    """RMSNorm over a head whose width may be padded: the divisor stays that of the true width."""
+class Head:
+    """What turns the product of a query or key into the normed one. Padding keeps the divisor of the true width."""
 
-    weight: np.ndarray  # (D padded,)
+    bias: np.ndarray  # (heads, 1, D padded)
+    norm: np.ndarray  # (D padded,)
     eps: float
 
 
 @dataclass(frozen=True)
 class AttentionWeights:
-    qkv: Linear  # (H, 3 * heads * D padded)
-    q_norm: HeadNorm
-    k_norm: HeadNorm
+    qkv: np.ndarray  # (H, 3 * heads * D padded)
+    q: Head
+    k: Head
     proj: Linear  # (heads * D padded, H)
 
 
@@ -63,54 +68,53 @@ def attention_weights(config: ModelConfig, state: State, block: int, plan: Preci
     width, heads = config.head_dim, config.num_heads
     wide = padded(width, plan)
     half_split, plain = _half_split(width, wide), _padded_index(width, wide)
-    e_v = np.broadcast_to(plan.exponents(f"{name}.v"), heads * width).reshape(heads, width)
-    e_out = plan.exponents(f"{name}.proj")
+    exponents = {part: _channels(plan, f"{name}.{part}", heads * width).reshape(heads, width) for part in "qkv"}
+    weight = dict(zip("qkv", state[f"{name}.qkv.weight"].reshape(3, heads, width, -1), strict=True))
+    bias = dict(zip("qkv", state[f"{name}.qkv.bias"].reshape(3, heads, width), strict=True))
 
-    weight = state[f"{name}.qkv.weight"].reshape(3, heads, width, -1)  # (3, heads, D, H)
-    bias = state[f"{name}.qkv.bias"].reshape(3, heads, width)
-    parts = zip("qkv", (half_split, half_split, plain), weight, bias, strict=True)
-    rows, biases = [], []
-    for part, index, part_weight, part_bias in parts:
-        exponents = np.broadcast_to(plan.exponents(f"{name}.{part}"), heads * width).reshape(heads, width)
-        rows.append(_take(np.ldexp(part_weight, -exponents[..., None]), index, axis=1))  # (heads, D padded, H)
-        biases.append(_take(np.ldexp(part_bias, -exponents), index, axis=1))
-    qkv = Linear(np.stack(rows).reshape(3 * heads * wide, -1).T, np.stack(biases).reshape(-1))
+    def rows(part: str, index: np.ndarray) -> np.ndarray:
+        return _take(np.ldexp(weight[part], -exponents[part][..., None]), index, axis=1)  # (heads, D padded, H)
 
-    def head_norm(part: str) -> HeadNorm:
+    def head(part: str) -> Head:
         # mean over `wide` = mean over `width` * width / wide, and eps moves with the statistics
         ratio = width / wide
-        return HeadNorm(
+        return Head(
+            _take(np.ldexp(bias[part], -exponents[part]), half_split, axis=1)[:, None],
             _take(state[f"{name}.{part}_norm.weight"], half_split, axis=0) * np.float32(math.sqrt(ratio)),
-            math.ldexp(NORM_EPS * ratio, -2 * plan.exponents(f"{name}.{part}").item()),
+            math.ldexp(NORM_EPS * ratio, -2 * int(exponents[part][0, 0])),
         )
 
+    qkv = np.stack([rows("q", half_split), rows("k", half_split), rows("v", plain)])
     out = state[f"{name}.proj.weight"].T.reshape(heads, width, -1)  # (heads, D, H)
-    out = _take(np.ldexp(out, e_v[..., None] - e_out), plain, axis=1).reshape(heads * wide, -1)
-    proj = Linear(out, np.ldexp(state[f"{name}.proj.bias"], -e_out))
-    return AttentionWeights(qkv, head_norm("q"), head_norm("k"), proj)
+    moved = np.einsum("hd,hdo->o", bias["v"].astype(np.float64), out)
+    proj_bias = (state[f"{name}.proj.bias"] + moved).astype(np.float32)
+    e_out = plan.exponents(f"{name}.proj")
+    out = _take(np.ldexp(out, exponents["v"][..., None] - e_out), plain, axis=1).reshape(heads * wide, -1)
+    return AttentionWeights(
+        qkv.reshape(3 * heads * wide, -1).T, head("q"), head("k"), Linear(out, proj_bias, _scale(e_out))
+    )
 
 
 def mlp_weights(config: ModelConfig, state: State, block: int, plan: PrecisionPlan) -> MlpWeights:
     name = f"blocks.{block}.mlp"
     index = _padded_index(config.mlp_dim, padded(config.mlp_dim, plan))
-    e_b = np.broadcast_to(plan.exponents(f"{name}.b"), config.mlp_dim)
-    e_out = plan.exponents(f"{name}.w3")
+    e_b, e_out = _channels(plan, f"{name}.b", config.mlp_dim), plan.exponents(f"{name}.w3")
 
     weight = state[f"{name}.w12.weight"].reshape(2, config.mlp_dim, -1)  # (2, inner, H)
     bias = state[f"{name}.w12.bias"].reshape(2, -1)
-    a, b = _take(weight[0], index, axis=0), _take(np.ldexp(weight[1], -e_b[:, None]), index, axis=0)
-    a_bias, b_bias = _take(bias[0], index, axis=0), _take(np.ldexp(bias[1], -e_b), index, axis=0)
-    w12 = Linear(np.concatenate([a, b]).T, np.concatenate([a_bias, b_bias]))
+    rows = [_take(weight[0], index, axis=0), _take(np.ldexp(weight[1], -e_b[:, None]), index, axis=0)]
+    biases = [_take(bias[0], index, axis=0), _take(np.ldexp(bias[1], -e_b), index, axis=0)]
+    w12 = Linear(np.concatenate(rows).T, np.concatenate(biases))
 
     out = _take(np.ldexp(state[f"{name}.w3.weight"].T, e_b[:, None] - e_out), index, axis=0)
-    return MlpWeights(w12, Linear(out, np.ldexp(state[f"{name}.w3.bias"], -e_out)))
+    return MlpWeights(w12, Linear(out, state[f"{name}.w3.bias"], _scale(e_out)))
 
 
 def text_projection(state: State, plan: PrecisionPlan) -> Linear:
     """bottleneck -> H, what starts the residual of the text."""
     exponents = plan.exponents("text_proj.proj2")
     weight = np.ldexp(state["text_proj.proj2.weight"].T, -exponents)
-    return Linear(weight, np.ldexp(state["text_proj.proj2.bias"], -exponents))
+    return Linear(weight, state["text_proj.proj2.bias"], _scale(exponents))
 
 
 def input_projection(config: ModelConfig, state: State) -> Linear:
@@ -123,11 +127,16 @@ def input_projection(config: ModelConfig, state: State) -> Linear:
     return Linear(weight.T.astype(np.float32), bias.astype(np.float32))
 
 
-def unembedding(config: ModelConfig, state: State, plan: PrecisionPlan) -> tuple[np.ndarray, np.ndarray]:
-    """Kernel (C, V padded) and bias (V padded,): the lowest float32 for padded ids, so that no argmax names them."""
+def head_projection(state: State) -> Linear:
+    """H -> C, the first projection of the token head."""
+    return Linear(state["proj_kernel"], state["proj_bias"])
+
+
+def unembedding(config: ModelConfig, state: State, plan: PrecisionPlan) -> Linear:
+    """C -> V padded. A padded id has the lowest float32 as bias, so no argmax names it."""
     index = _padded_index(config.vocab_size, padded(config.vocab_size, plan))
     bias = np.where(index < 0, np.finfo(np.float32).min, _take(state["unembed_bias"], index, axis=0))
-    return _take(state["unembed_kernel"], index, axis=1), bias
+    return Linear(_take(state["unembed_kernel"], index, axis=1), bias)
 
 
 def rotary_tables(config: ModelConfig, plan: PrecisionPlan) -> tuple[np.ndarray, np.ndarray]:
@@ -143,6 +152,15 @@ def rotary_tables(config: ModelConfig, plan: PrecisionPlan) -> tuple[np.ndarray,
 def scalar_frequencies() -> np.ndarray:
     """(1, 128) float32: 10000^(-k/128)."""
     return (ROPE_BASE ** (-np.arange(TIME_FREQUENCIES) / TIME_FREQUENCIES)).astype(np.float32)[None]
+
+
+def _channels(plan: PrecisionPlan, name: str, channels: int) -> np.ndarray:
+    """(channels,) exponents of a tensor."""
+    return np.broadcast_to(plan.exponents(name), channels)
+
+
+def _scale(exponents: np.ndarray) -> np.ndarray | None:
+    return np.ldexp(np.float32(1), exponents) if exponents.any() else None
 
 
 def _padded_index(width: int, wide: int) -> np.ndarray:
