@@ -63,7 +63,6 @@ class Cuda:
             self._core = importlib.import_module("cuda.core")
         except ImportError as error:
             raise BackendError("cuda-core is not installed: pip install 'cuda-core>=1.0,<2'") from error
-        self.gpu = gpu
         self.activate()
         self._kernels = load_kernels(gpu.sm)
 

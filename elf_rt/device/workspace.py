@@ -46,7 +46,7 @@ class Shape:
         steps, noise = job.table.num_steps, job.eps is not None
         max_steps = steps if noise else -(-steps // STEPS_GRANULE) * STEPS_GRANULE
         rows, batch = len(job.table.rows), len(job.seeds)
-        return cls(batch, rows, job.length, max_steps, job.source is not None, noise, job.drafts_every > 0)
+        return cls(batch, rows, job.length, max_steps, job.source is not None, noise, 0 < job.drafts_every < steps)
 
     def __str__(self) -> str:
         return f"{self.batch} samples x {self.rows} guidance rows x {self.length} tokens"
@@ -209,7 +209,7 @@ class Workspace:
 
     def _step_arguments(self, full: tuple[int, int, int]) -> StepArguments:
         """A step between two calls of the network."""
-        at, shape, batch_rows = self._inputs.address, self.shape, self.shape.rows
+        at, shape = self._inputs.address, self.shape
         return StepArguments(
             z=self._state.address("z"),
             x_last=self._x_last.pointer,
@@ -226,9 +226,9 @@ class Workspace:
             progress=at("progress"),
             length=full[1],
             width=full[2],
-            table_rows=batch_rows,
-            rows=batch_rows,
-            next_rows=batch_rows,
+            table_rows=shape.rows,
+            rows=shape.rows,
+            next_rows=shape.rows,
         )
 
 
