@@ -1,0 +1,174 @@
+"""The OpenVINO backend against the golden runs and ONNX Runtime; its fusions, buffers and cache."""
+
+import warnings
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from golden_cases import CASES
+from onnx_run import random_call
+
+from elf_rt.backends import base, ort, ov
+from elf_rt.bundle import Bundle
+from elf_rt.errors import BackendError
+from elf_rt.model import load
+from elf_rt.verify import verify_folder
+
+openvino = pytest.importorskip("openvino")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
+
+
+def call(backend, rows, length, seed=0):
+    """x and ids of one decoding call on random inputs."""
+    names = ("z", "x_prev", "t", "s", "mode")
+    network = backend.bind(rows, length)
+    for name, values in zip(names, random_call(backend.config, rows, length, seed, mode=1.0), strict=True):
+        if getattr(network, name) is not None:
+            getattr(network, name)[:] = values.numpy()
+    network.denoise()
+    ids = network.discretize()
+    x = network.x.copy()
+    network.close()
+    return x, ids
+
+
+@pytest.mark.parametrize("name", [*CASES, "spoken-to-written"])
+def test_replays_the_reference(bundle, name):
+    report = verify_folder(bundle(name), backend="openvino", precision="fp32")
+    assert report.passed, report
+
+
+@pytest.mark.parametrize(("rows", "length"), [(1, 64), (3, 64), (9, 64), (1, 1), (2, 7), (3, 63)])
+def test_any_rows_and_length_as_onnx_runtime(bundle, rows, length):
+    opened = Bundle.open(bundle("spoken-to-written"))
+    x, ids = call(ov.open_backend(opened, "fp32", 1), rows, length)
+    want_x, want_ids = call(ort.open_backend(opened, "fp32", 1), rows, length)
+    np.testing.assert_allclose(x, want_x, rtol=1e-3, atol=1e-4)
+    assert np.array_equal(ids, want_ids)
+
+
+def test_rotary_norms_and_attention_are_fused(bundle):
+    backend = ov.open_backend(Bundle.open(bundle("spoken-to-written")), "fp32", 1)
+    operators = backend.denoiser(backend.config.max_length).get_runtime_model().get_ops()
+    kinds = Counter(operator.get_rt_info()["layerType"].value for operator in operators)
+    depth = backend.config.depth
+    assert kinds["RoPE"] == 2 * depth
+    assert kinds["RMS"] == 4 * depth + 1
+    assert kinds["Softmax"] == kinds["MatMul"] == 0  # both are inside the attention subgraphs
+    assert kinds["Subgraph"] >= depth
+
+
+def test_arrays_are_the_engines_own(bundle):
+    backend = ov.open_backend(Bundle.open(bundle("cond")), "fp32", 1)
+    network = backend.bind(2, 16)
+    arrays = {name: getattr(network, name) for name in ("z", "x_prev", "t", "s", "mode", "x")}
+    network.denoise()
+    for name, array in arrays.items():
+        assert network._denoise.get_tensor(name).data.ctypes.data == array.ctypes.data
+    assert np.any(arrays["x"])
+    network.discretize()
+    hidden = network._denoise.get_tensor("hidden").data
+    assert network._discretize.get_tensor("hidden").data.ctypes.data == hidden.ctypes.data
+
+
+def test_tokens_do_not_depend_on_how_many_are_discretized_at_once(bundle, monkeypatch):
+    backend = ov.open_backend(Bundle.open(bundle("spoken-to-written")), "fp32", 1)
+    _, whole = call(backend, 3, 64)
+    monkeypatch.setattr(base, "DISCRETIZED_TOKENS", 50)
+    assert np.array_equal(call(backend, 3, 64)[1], whole)
+
+
+def test_ties_take_the_lowest_id(tmp_path):
+    from test_graph import TINY
+
+    from elf_rt.export.graph import write_graphs
+    from elf_rt.export.random_init import random_state
+
+    state = {name: value.numpy() for name, value in random_state(TINY, 1).items()}
+    state["unembed_kernel"][:, 30] = state["unembed_kernel"][:, 7]
+    state["unembed_bias"][[30, 7]] = 100.0
+    write_graphs(tmp_path, TINY, state)
+    compiled = openvino.Core().compile_model(tmp_path / "discretizer.onnx", "CPU")
+    hidden = torch.randn(2, 9, TINY.hidden_size, generator=torch.Generator().manual_seed(0)).numpy()
+    assert (compiled({"hidden": hidden})["ids"] == 7).all()
+
+
+def test_the_second_load_comes_from_the_cache_and_a_broken_one_is_made_again(bundle, own_cache):
+    opened = Bundle.open(bundle("cond"))
+
+    def loaded_from_cache():
+        backend = ov.open_backend(opened, "fp32", 1)
+        x, ids = call(backend, 2, 16)
+        return backend.denoiser(backend.config.max_length).get_property("LOADED_FROM_CACHE"), x, ids
+
+    first, x, ids = loaded_from_cache()
+    again, x_again, ids_again = loaded_from_cache()
+    assert (first, again) == (False, True)
+    assert np.array_equal(x, x_again)
+    assert np.array_equal(ids, ids_again)
+    for blob in own_cache.rglob("*.blob"):
+        blob.chmod(0o644)
+        blob.write_bytes(blob.read_bytes()[:1000])
+    broken, x_new, _ = loaded_from_cache()
+    assert not broken
+    assert np.array_equal(x, x_new)
+
+
+def test_another_bundle_has_another_cache(bundle, own_cache):
+    for name in ("cond", "uncond"):
+        ov.open_backend(Bundle.open(bundle(name)), "fp32", 1)
+    assert len(list((own_cache / "elf-rt" / "openvino").iterdir())) == 2
+
+
+def test_a_cache_that_cannot_be_written_costs_a_warning(bundle, own_cache, monkeypatch):
+    file = own_cache / "file"
+    file.touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file))
+    with pytest.warns(UserWarning, match="not cached"):
+        backend = ov.open_backend(Bundle.open(bundle("cond")), "fp32", 1)
+    assert call(backend, 1, 16)[1].shape == (1, 16)
+
+
+def test_bfloat16_where_there_is_none_is_float32_with_one_warning():
+    with pytest.warns(UserWarning, match="no bfloat16") as caught:
+        assert ov._supported("bf16", ["FP32", "INT8"]) == "fp32"
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ov._supported("bf16", ["FP32", "BF16"]) == "bf16"
+        assert ov._supported("fp32", ["FP32"]) == "fp32"
+
+
+def test_every_precision_that_is_offered_can_be_asked_for(bundle):
+    for precision in ("fp32", "bf16"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            report = verify_folder(bundle("spoken-to-written"), backend="openvino", precision=precision)
+        assert report.passed, report
+
+
+def test_a_graph_that_cannot_be_read_is_one_line(bundle, tmp_path, monkeypatch):
+    opened = Bundle.open(bundle("cond"))
+    bad = tmp_path / "denoiser.onnx"
+    bad.write_bytes(b"no graph")
+    files = opened.variant("fp32") | {"denoiser": bad}
+    monkeypatch.setattr(opened, "variant", lambda precision: files)
+    with pytest.raises(BackendError, match="openvino cannot load") as caught:
+        ov.open_backend(opened, "fp32", 1)
+    assert "\n" not in str(caught.value)
+
+
+def test_writes_the_text_that_onnx_runtime_writes(bundle):
+    prompts = ["she paid nine hundred dollars", "it costs three dollars and fifty cents"]
+    texts = []
+    for backend in ("openvino", "onnxruntime"):
+        with load(bundle("spoken-to-written"), backend, precision="fp32") as model:
+            texts.append([result.text for result in model.generate(prompts, n=2, seed=3, steps=4)])
+    assert texts[0] == texts[1]
