@@ -1,5 +1,6 @@
 """``elf-rt info``: what a bundle holds."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import click
 from elf_rt.backends.trt_inspect import inspect_denoiser
 from elf_rt.bundle import Bundle
 from elf_rt.commands.options import bundle_argument
+from elf_rt.params import SamplingParams
 from elf_rt.plans import describe_plans
 
 
@@ -39,12 +41,21 @@ def _lines(bundle: Bundle) -> list[tuple[str, str]]:
         ("tokenizer", "tokenizer.json" if "file" in bundle.tokenizer else "none: token ids only"),
     ]
     for name, params in bundle.presets.items():
-        lines.append(("preset", f"{name}: " + ", ".join(f"{k} {v}" for k, v in params.to_json().items())))
+        lines.append(("preset", f"{name}: " + _preset(params)))
     for name, files in bundle.variants.items():
         weights = (bundle.folder / files["weights"]).stat().st_size
         lines.append(("precision", f"{name}: weights {weights / 1e6:.1f} MB"))
         lines += [("", text) for text in _exceptions(bundle.manifest.get("precision", {}).get(name, {}))]
     return lines + describe_plans(bundle, inspect_denoiser)
+
+
+def _preset(params: SamplingParams) -> str:
+    """The main values, and of the others those that are not the usual ones."""
+    usual = SamplingParams()
+    names = ["steps", "sampler", "schedule", "guidance_scale", "sc_cfg", "gamma"]
+    names += [f.name for f in dataclasses.fields(params) if f.name not in names]
+    shown = [n for i, n in enumerate(names) if i < 6 or getattr(params, n) != getattr(usual, n)]
+    return ", ".join(f"{name} {getattr(params, name)}" for name in shown)
 
 
 def _exceptions(plan: dict[str, Any]) -> list[str]:
