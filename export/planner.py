@@ -4,14 +4,14 @@ FP16 ends at 65504 and starts to lose digits below 2^-14. Three things keep ever
 
 - Bounds. Behind an RMSNorm with gain g, |W x| <= sqrt(H) |W * g| for any input (Cauchy-Schwarz), partial sums
   included. Where that is below LIMIT the tensor is safe for good.
-- Measured ranges times MARGIN, where the bound is too wide to help.
-- Powers of two, per channel, that bring either below LIMIT. They come from weights and go back in weights, or in
+- Powers of two, per channel, that bring a bound below LIMIT. They come from weights and go back in weights, or in
   float32 after the cast, so in float32 they change no bit.
+- Measured ranges times MARGIN in place of the bound, where that is so wide that typical values would lose digits.
 
 What none of these makes safe stays float32, by name.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,9 +22,10 @@ from elf_rt.export.ranges import Range, Ranges
 from elf_rt.params import ModelConfig
 
 SMALLEST_NORMAL = 2.0**-14  # of FP16
-WEIGHT_ERROR = 2.0**-11  # largest relative rounding error of a matrix, weighted by the energy of its inputs
+WEIGHT_ERROR = 2.0**-12  # largest relative rounding error of a matrix, weighted by the energy of its inputs
 HEAD_AGREEMENT = 0.999  # of tokens must stay the same for the unembedding to leave float32
-SHIFTS = (0, *(s for shift in range(1, 25) for s in (shift, -shift)))  # tried in this order
+LARGEST_SHIFT = 24
+SHIFTS = (0, *(s for shift in range(1, LARGEST_SHIFT + 1) for s in (shift, -shift)))  # tried in this order
 
 State = Mapping[str, np.ndarray]
 Check = Callable[[np.ndarray], str]  # exponents -> what is wrong with them, or ""
@@ -71,9 +72,9 @@ class _Tensor:
         return np.minimum(self.bound, MARGIN * self.measured.maximum)
 
     @property
-    def needed(self) -> np.ndarray:
-        """Smallest exponents, per channel, that bring the reach below LIMIT."""
-        return np.ceil(np.log2(np.maximum(self.reach / LIMIT, 2.0 ** SHIFTS[-1]))).astype(np.int64)
+    def needs(self) -> list[np.ndarray]:
+        """Smallest exponents, per channel, that keep the tensor below LIMIT: for any input, then as far as measured."""
+        return [_exponents(range_) for range_ in (self.bound, self.reach) if np.isfinite(range_).all()]
 
     def lost(self, exponents: np.ndarray) -> str:
         """Whether FP16's steps are too coarse for a tensor divided by 2^exponents.
@@ -88,8 +89,10 @@ class _Tensor:
         """The record of a tensor that is rounded, divided by 2^exponents."""
         reason = ""
         if exponents.any():
-            most = max(exponents.tolist(), key=abs)
-            reason = f"reaches {self.measured.maximum.max():.3g}: divided by 2^{most}"
+            most, (measured, bound) = max(exponents.tolist(), key=abs), self.extremes
+            proved = bound is not None and bool((self.bound <= LIMIT * np.exp2(exponents)).all())
+            reason = f"reaches {measured:.3g}, at most {bound:.3g}" if proved else f"reaches {measured:.3g}"
+            reason += f": divided by 2^{most}"
             if exponents.size > 1:
                 reason += f" in {np.count_nonzero(exponents)} of {exponents.size} channels"
         kept = tuple(exponents.tolist()) if exponents.any() else ()
@@ -99,6 +102,10 @@ class _Tensor:
     def extremes(self) -> tuple[float, float | None]:
         bound = float(self.bound.max())
         return float(self.measured.maximum.max()), bound if np.isfinite(bound) else None
+
+
+def _exponents(largest: np.ndarray) -> np.ndarray:
+    return np.ceil(np.log2(np.maximum(largest / LIMIT, 2.0**-LARGEST_SHIFT))).astype(np.int64)
 
 
 class _Fp16Planner:
@@ -141,15 +148,14 @@ class _Fp16Planner:
         q, k, v = (_Tensor(tensors[f"{name}.{part}"], b) for part, b in zip("qkv", bounds, strict=True))
         problem = self.norm_lost(gain)
         for part, tensor, w in (("q", q, weights[0]), ("k", k, weights[1])):
-            exponent, wrong = search(
-                np.array([tensor.needed.max()]), lambda e, t=tensor, w=w: t.lost(e) or weights_lost(w, gain, out=e)
-            )
+            needs = [need.max(keepdims=True) for need in tensor.needs]  # a norm follows: one exponent for all channels
+            exponent, wrong = search(needs, lambda e, t=tensor, w=w: t.lost(e) or weights_lost(w, gain, out=e))
             problem = problem or (wrong and f"{part}: {wrong}")
             self.items.append(tensor.item(f"{name}.{part}", exponent))
 
-        e_v, v_wrong = search(v.needed, v.lost)
+        e_v, v_wrong = search(v.needs, v.lost)
         if not v_wrong:
-            e_v, weights_wrong = search(v.needed, lambda e: v.lost(e) or weights_lost(weights[2], gain, out=e))
+            e_v, weights_wrong = search(v.needs, lambda e: v.lost(e) or weights_lost(weights[2], gain, out=e))
             problem = problem or (weights_wrong and f"v: {weights_wrong}")
         if v_wrong:
             self.add(f"{name}.v", v_wrong, v)
@@ -176,13 +182,13 @@ class _Fp16Planner:
         gate_wrong = self.norm_lost(gain) or self.unscaled("the gate", a) or weights_lost(w_a, gain)
 
         e_b, wrong = search(
-            np.maximum(b.needed, product.needed),
+            [np.maximum(*pair) for pair in zip(b.needs, product.needs, strict=True)],
             lambda e: b.lost(e) or product.lost(e) or weights_lost(w_b, gain, out=e),
         )
         product_wrong = ""
         if wrong:  # the product then is left to float32, and b alone decides
             product_wrong = f"the product: {wrong}"
-            e_b, wrong = search(b.needed, lambda e: b.lost(e) or weights_lost(w_b, gain, out=e))
+            e_b, wrong = search(b.needs, lambda e: b.lost(e) or weights_lost(w_b, gain, out=e))
         problem = gate_wrong or wrong
         e_b = np.zeros_like(e_b) if problem and product_wrong else e_b
         self.items.append(product.item(f"{name}.b", e_b))
@@ -198,7 +204,7 @@ class _Fp16Planner:
         weight (inputs, outputs); inputs come divided by 2^e_in, are at most bound_in and typically rms.
         """
         out = _Tensor(self.ranges.tensors[name], bound_in @ np.abs(weight))
-        exponents, problem = search(out.needed, lambda e: out.lost(e) or weights_lost(weight, rms, e_in, e))
+        exponents, problem = search(out.needs, lambda e: out.lost(e) or weights_lost(weight, rms, e_in, e))
         if problem:
             self.add(name, problem, out)
         else:
@@ -239,19 +245,21 @@ class _Fp16Planner:
         self.items.append(Item(name, precision, (), *(tensor.extremes if tensor else (None, None)), reason))
 
 
-def search(needed: np.ndarray, check: Check) -> tuple[np.ndarray, str]:
-    """The exponents nearest to zero that are at least `needed` and pass the check.
+def search(needs: Sequence[np.ndarray], check: Check) -> tuple[np.ndarray, str]:
+    """The exponents nearest to zero that are at least `needs[0]` and pass the check; else those for the next need.
 
-    Returns them and ""; or zeros and what was wrong with the first ones, when none pass.
+    Returns them and ""; or zeros and what was wrong with the first ones of the last need.
     """
     problem = ""
-    for shift in SHIFTS:
-        exponents = np.maximum(needed, shift)
-        wrong = check(exponents)
-        if not wrong:
-            return exponents, ""
-        problem = problem or wrong
-    return np.zeros_like(needed), problem
+    for needed in needs:
+        problem = ""
+        for shift in SHIFTS:
+            exponents = np.maximum(needed, shift)
+            wrong = check(exponents)
+            if not wrong:
+                return exponents, ""
+            problem = problem or wrong
+    return np.zeros_like(needs[-1]), problem
 
 
 def weights_lost(weight: np.ndarray, rms: np.ndarray, e_in: np.ndarray | int = 0, out: np.ndarray | int = 0) -> str:
