@@ -68,7 +68,7 @@ class GraphWeights:
     """The initializers of both graphs of one variant, by name.
 
     Raises:
-        BackendError: the graphs spell RMSNormalization out, so its constants cannot be found by name.
+        BackendError: the graphs are of another elf-rt, or spell RMSNormalization out, so that its constants have no name.
     """
 
     def __init__(self, bundle: Bundle, precision: str, device: str) -> None:
@@ -84,6 +84,8 @@ class GraphWeights:
             raise BackendError("torch: these graphs were exported for older engines: export again without --opset")
 
     def tensor(self, name: str) -> Tensor:
+        if name not in self:
+            raise BackendError(f"torch: the graphs hold no {name}: export the checkpoint again with this elf-rt")
         proto = self._tensors[name]
         place = {entry.key: entry.value for entry in proto.external_data}
         start, length = int(place["offset"]), int(place["length"])
