@@ -15,6 +15,7 @@ COMMANDS = {  # name -> (module in elf_rt.commands, one line for --help)
     "build-engine": ("build_engine", "Compile a bundle's graphs into TensorRT engines."),
     "generate": ("generate", "Write text from a bundle."),
     "eval": ("evaluate", "Measure how good the text is."),
+    "bench": ("bench", "Measure how fast the engines are here, and whether their text is the same."),
     "verify": ("verify", "Prove that a bundle writes what the reference model writes."),
     "info": ("info", "Show what is in a bundle."),
     "doctor": ("doctor", "Show which backends work on this machine, and why the others do not."),

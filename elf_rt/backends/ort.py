@@ -63,6 +63,8 @@ class OrtBackend:
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3
+        # Threads wait actively inside a call, never after it: between calls the cores belong to the integrator.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         graph: str | bytes = path
         if rounded:
             graph = rounded_graph(Path(path))

@@ -1,0 +1,255 @@
+"""``elf-rt bench``: how fast engines are on this machine, and whether their text is the float32 one."""
+
+import importlib
+import json
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import click
+import numpy as np
+
+from elf_rt import machine
+from elf_rt.backends import MODULES, discover, open_backend
+from elf_rt.bench import Contender, Opened, Report, Work, measure, open_contender
+from elf_rt.bench_report import describe_machine, draw, lines
+from elf_rt.bundle import Bundle, atomic_file, find_bundle
+from elf_rt.commands.generate import read_jsonl
+from elf_rt.console import note, progress
+from elf_rt.errors import BackendError, InputError
+from elf_rt.model import Model
+from elf_rt.params import RELEASED, ModelConfig
+
+TINY = ModelConfig(
+    depth=2,
+    hidden_size=64,
+    num_heads=2,
+    head_dim=32,
+    mlp_dim=128,
+    latent_dim=32,
+    bottleneck_dim=16,
+    vocab_size=512,
+    max_length=64,
+)
+RANDOM = {"tiny": TINY, **RELEASED}
+TORCH = ("torch-eager", "torch-compile")
+RANDOM_STEPS = 4  # a step takes as long in a run of 4 as in one of 64
+RANDOM_PROMPTS = 16
+
+
+def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    parts = value.split(",")
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise click.BadParameter(f"{value!r} is not a list of positive whole numbers such as 8,32")
+    return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+def _names(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...]:
+    return () if value is None else tuple(dict.fromkeys(value.split(",")))
+
+
+@click.command("bench")
+@click.argument("bundle", type=click.Path(path_type=Path), required=False)
+@click.option("--random", "random_size", type=click.Choice(tuple(RANDOM)), help="Random weights of this size instead.")
+@click.option(
+    "--backends",
+    callback=_names,
+    help="NAME or NAME:PRECISION, with commas between.  [default: all that work here]",
+)
+@click.option("--vs", callback=_names, help="Also PyTorch: torch-eager, torch-compile, or both.")
+@click.option(
+    "--checkpoint", type=click.Path(path_type=Path), help="With --vs: what the bundle was exported from.  [with BUNDLE]"
+)
+@click.option("--preset", default="default", help="Sampling parameters kept in the bundle.")
+@click.option(
+    "--steps",
+    callback=_numbers,
+    help=f"Steps, with commas between.  [default: the preset's; {RANDOM_STEPS} with --random]",
+)
+@click.option("--batch", "batches", default="1", callback=_numbers, help="Texts at once, with commas between.")
+@click.option("--repeats", type=click.IntRange(1), default=5, help="Requests that are timed, after one that is not.")
+@click.option("--length", type=click.IntRange(1), help="Tokens of canvas.  [default: the length of training]")
+@click.option(
+    "--input", "input_path", type=click.Path(path_type=Path), help="JSONL of prompts.  [default: random tokens]"
+)
+@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of the first text.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all cores]")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw latency against steps and batch.")
+def command(bundle: Path | None, **options: Any) -> None:
+    """Time all engines on BUNDLE (by default the only *.elfrt folder here), one after the other in each round.
+
+    All write the same texts from the same noise. "agree" is the share of tokens, and "exact" of texts, that equal
+    those of the reference, which runs in float32.
+    """
+    if bundle is not None and options["random_size"]:
+        raise click.UsageError("give a BUNDLE or --random, not both")
+    for name in options["vs"]:
+        if name not in TORCH:
+            raise click.BadParameter(f"{name!r} is not one of {', '.join(TORCH)}", param_hint="--vs")
+    wanted = [_parse(name) for name in options["backends"]]
+    with ExitStack() as stack:
+        picture = None if options["plot"] is None else _picture(stack, options["plot"])
+        state = None
+        if options["random_size"]:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="elf-rt-bench-")))
+            state = _write_random(folder, options["random_size"], wanted)
+            bundle = folder
+        opened_bundle = Bundle.open(bundle or find_bundle(Path.cwd()))
+        choices = _with_reference(wanted or _all_here(opened_bundle))
+        contenders = [_contender(opened_bundle, *choice, options["threads"]) for choice in choices]
+        contenders += _torch_contenders(opened_bundle, state, options) if options["vs"] else []
+        report = _run(contenders, _work(opened_bundle, options), options["vs"], strict=bool(wanted))
+        if picture is not None:
+            draw(report, picture, options["plot"].suffix[1:].lower())
+    result = {"machine": describe_machine(), "model": options["random_size"] or opened_bundle.name, **report.to_json()}
+    click.echo(json.dumps(result, indent=1) if options["as_json"] else "\n".join(lines(result, report)))
+
+
+def _picture(stack: ExitStack, path: Path) -> Path:
+    """Where to draw, checked before anything is measured; it takes its name when all went well."""
+    try:
+        importlib.import_module("matplotlib")
+    except ImportError:
+        raise BackendError("--plot needs matplotlib: pip install 'elf-rt[eval]'") from None
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise InputError(f"{path} must end with .png, .svg or .pdf")
+    return stack.enter_context(atomic_file(path))
+
+
+def _run(contenders: Sequence[Contender], work: Work, vs: Sequence[str], *, strict: bool) -> Report:
+    """Open all, leave out what is the same engine in the same precision or, unless ``strict``, cannot be opened."""
+    opened: dict[str, Opened] = {}
+    try:
+        with progress("opening") as ticker:
+            for contender in contenders:
+                ticker.describe(f"opening {contender.name}")
+                try:
+                    candidate = open_contender(contender, work)
+                except BackendError as error:
+                    if strict or contender is contenders[0]:
+                        raise
+                    note(f"left out: {error}")
+                    continue
+                if candidate.name in opened:
+                    candidate.model.close()
+                else:
+                    opened[candidate.name] = candidate
+        baseline = next((name for name in opened if vs and name.startswith(vs[0])), next(iter(opened)))
+        with progress("measuring", total=1.0) as ticker:
+            return measure(list(opened.values()), work, baseline, lambda done, total: ticker.update(done / total))
+    finally:
+        for candidate in opened.values():
+            candidate.model.close()
+
+
+def _parse(name: str) -> tuple[str, str]:
+    """NAME or NAME:PRECISION."""
+    backend, _, precision = name.partition(":")
+    if backend not in MODULES:
+        raise InputError(f"backend must be one of {', '.join(MODULES)}, got {backend!r}")
+    return backend, precision or "auto"
+
+
+def _all_here(bundle: Bundle) -> list[tuple[str, str]]:
+    """Every backend that works here in its own precision and in float32, and int8 where the bundle has it."""
+    choices = []
+    for backend in discover():
+        if backend.reason is None:
+            precisions = _module(backend.name).PRECISIONS
+            choices += [(backend.name, "auto"), (backend.name, "fp32")]
+            if "int8" in precisions and "int8" in bundle.variants:
+                choices.append((backend.name, "int8"))
+    if not choices:
+        raise BackendError("no backend works here: elf-rt doctor tells why")
+    return choices
+
+
+def _with_reference(choices: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """A float32 backend first: one of the choices, or ONNX Runtime."""
+    exact = [(name, "fp32") for name, precision in choices if "fp32" in (precision, _module(name).PRECISIONS[0])]
+    reference = exact[0] if exact else ("onnxruntime", "fp32")
+    return [reference, *(choice for choice in choices if choice != reference)]
+
+
+def _module(backend: str) -> ModuleType:
+    return importlib.import_module(MODULES[backend])
+
+
+def _contender(bundle: Bundle, backend: str, precision: str, threads: int | None) -> Contender:
+    def make() -> Model:
+        return Model(bundle, *open_backend(bundle, backend, precision, threads))
+
+    return Contender(f"{backend} {precision}", make)
+
+
+def _torch_contenders(bundle: Bundle, state: Any, options: dict[str, Any]) -> list[Contender]:
+    try:
+        from elf_rt.export.checkpoint import load_checkpoint
+        from elf_rt.export.torch_cpu import TorchBackend
+    except ImportError as error:
+        raise BackendError(f"--vs needs {error.name}: pip install 'elf-rt[export]'") from None
+    if state is None:
+        if options["checkpoint"] is None:
+            raise InputError("--vs needs the weights: give --checkpoint, from which the bundle was exported")
+        source = bundle.manifest["source"]
+        checkpoint = load_checkpoint(options["checkpoint"], raw=source["weights"] == "raw")
+        if checkpoint.sha256 != source["sha256"]:
+            raise InputError(f"{bundle.folder} was not exported from {options['checkpoint']}: export it again")
+        state = checkpoint.state
+    threads = options["threads"] or machine.cores()
+    model_of = {
+        "torch-eager": lambda: TorchBackend(bundle.config, state, compiled=False, bf16=False, threads=threads),
+        "torch-compile": lambda: TorchBackend(
+            bundle.config, state, compiled=True, bf16=machine.has_bf16(), threads=threads
+        ),
+    }
+    return [Contender(name, lambda name=name: Model(bundle, model_of[name](), "asked for")) for name in options["vs"]]
+
+
+def _write_random(folder: Path, size: str, wanted: Sequence[tuple[str, str]]) -> Any:
+    """A bundle of random weights with the variants that the wanted backends read; its weights."""
+    try:
+        from elf_rt.export.random_bundle import write_random_bundle
+    except ImportError as error:
+        raise BackendError(f"--random needs {error.name}: pip install 'elf-rt[export]'") from None
+    variants = {precision for name, precision in wanted if precision in ("fp16", "bf16") and name != "openvino"}
+    with progress(f"writing random weights of {size}"):
+        return write_random_bundle(folder, RANDOM[size], ("fp32", *sorted(variants)))
+
+
+def _work(bundle: Bundle, options: dict[str, Any]) -> Work:
+    preset = options["preset"]
+    if preset not in bundle.presets:
+        raise InputError(f"preset must be one of {', '.join(bundle.presets)}, got {preset!r}")
+    steps = RANDOM_STEPS if options["random_size"] else bundle.presets[preset].steps
+    return Work(
+        steps=options["steps"] or (steps,),
+        batches=options["batches"],
+        repeats=options["repeats"],
+        seed=options["seed"],
+        length=options["length"],
+        prompts=_prompts(bundle, options["input_path"]),
+        preset=preset,
+    )
+
+
+def _prompts(bundle: Bundle, path: Path | None) -> list[str] | None:
+    """Those of a file, or texts of random tokens that fill half of a conditional model's source."""
+    if path is not None:
+        return [record["input"] for record in read_jsonl(path)]
+    config = bundle.config
+    if bundle.encoder is None or "file" not in bundle.tokenizer:
+        return None
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(bundle.path(bundle.tokenizer["file"])))
+    ids = np.random.default_rng(0).integers(
+        2, config.vocab_size, (RANDOM_PROMPTS, max(1, config.max_input_length // 2))
+    )
+    return [tokenizer.decode(row.tolist()) for row in ids]

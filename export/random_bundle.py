@@ -1,0 +1,40 @@
+"""Bundles of random weights: for timings, which depend on a model's sizes and not on its values."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from elf_rt.bundle import write_manifest
+from elf_rt.export.graph import write_graphs
+from elf_rt.export.precision import Precision, PrecisionPlan
+from elf_rt.export.random_init import random_state
+from elf_rt.params import ModelConfig, presets_for
+
+
+def write_random_bundle(
+    folder: Path, config: ModelConfig, precisions: Sequence[str] = ("fp32",), seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """Write the bundle, without tokenizer, encoder and replay, into an existing folder; returns its weights."""
+    state = random_state(config, seed)
+    arrays: dict[str, np.ndarray] = {name: tensor.numpy() for name, tensor in state.items()}
+    variants = {}
+    for precision in precisions:
+        place = "" if precision == "fp32" else f"{precision}/"
+        (folder / place).mkdir(exist_ok=True)
+        names = write_graphs(folder / place, config, arrays, PrecisionPlan(Precision(precision)))
+        variants[precision] = {Path(name).stem: place + name for name in names}
+    presets = {name: params.to_json() for name, params in presets_for(config).items()}
+    write_manifest(
+        folder,
+        {
+            "model": config.to_json(),
+            "presets": presets,
+            "variants": variants,
+            "tokenizer": {},
+            "encoder": None,
+            "source": {"checkpoint": f"random weights, seed {seed}", "sha256": "", "weights": "random"},
+        },
+    )
+    return state

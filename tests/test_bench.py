@@ -1,0 +1,143 @@
+"""elf-rt bench: what it measures, compares and refuses."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import GOLDEN
+
+from elf_rt import bench, machine
+from elf_rt.backends import open_backend
+from elf_rt.bundle import Bundle
+from elf_rt.errors import BackendError
+from elf_rt.model import Model
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def contender(folder, name):
+    opened = Bundle.open(folder)
+    return bench.Contender(name, lambda: Model(opened, *open_backend(opened, name, "fp32", 1)))
+
+
+def test_contenders_write_the_same_texts_and_shares_add_up(bundle, cache):
+    work = bench.Work(steps=(2, 3), batches=(1, 2), repeats=2, seed=5, prompts=["nine hundred dollars"])
+    folder = bundle("spoken-to-written")
+    opened = [bench.open_contender(contender(folder, name), work) for name in ("onnxruntime", "openvino")]
+    ticks = []
+    report = bench.measure(opened, work, "onnxruntime fp32", lambda done, total: ticks.append((done, total)))
+
+    assert ticks[-1] == (24, 24)  # 4 settings, 2 contenders, 1 + 2 runs
+    assert [entry["name"] for entry in report.contenders] == ["onnxruntime fp32", "openvino fp32"]
+    assert {(row.steps, row.batch) for row in report.rows} == {(2, 1), (2, 2), (3, 1), (3, 2)}
+    for row in report.rows:
+        assert row.agreement == row.exact == 1.0
+        assert row.network + row.integrator + row.host + row.text == pytest.approx(1.0)
+        assert min(row.network, row.integrator, row.host, row.text) >= 0
+        assert 0 < row.step_p50 <= row.step_p90
+        assert row.tokens_per_s == pytest.approx(32 / row.sample_p50 * 1e3)  # 64 tokens less 32 of source
+        assert row.speed == 1.0 or row.name != "onnxruntime fp32"
+
+
+def test_agreement_is_counted_against_the_reference():
+    def run(ids):
+        return bench.Run([0.01, 0.03], 0.05, 0.06, 0.04, 0.005, 0.05, np.array(ids))
+
+    runs = {"a": [run([[1, 2, 3, 4], [5, 6, 7, 8]])], "b": [run([[1, 2, 3, 0], [5, 6, 7, 8]])]}
+    a, b = bench._rows(runs, 2, 2, "a", "b")
+    assert (a.agreement, a.exact) == (1.0, 1.0)
+    assert (b.agreement, b.exact) == (7 / 8, 1 / 2)
+    assert a.step_p50 == pytest.approx(20)
+    assert a.sample_p50 == pytest.approx(25)
+    assert (a.network, a.integrator) == (pytest.approx(0.8), pytest.approx(0.1))
+
+
+def test_one_text_is_the_one_that_generate_writes(bundle):
+    with contender(bundle("spoken-to-written"), "onnxruntime").open() as model:
+        work = bench.Work(steps=(2,), batches=(3,), repeats=1, seed=0)
+        run = bench.run_once(model, work, 2, 3, seed=7)
+        assert len(run.steps) == 2
+        assert sum(run.steps) < run.total
+        assert np.array_equal(run.ids, [result.ids for result in model.generate(n=3, seed=7, steps=2)])
+
+
+def test_random_tiny_beside_torch(run_cli, tmp_path):
+    done = run_cli(
+        *("bench", "--random", "tiny", "--vs", "torch-eager", "--repeats", "1", "--steps", "1,2", "--batch", "1,3"),
+        *("--plot", tmp_path / "bench.png", "--json", "--threads", "1"),
+    )
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    names = [entry["name"] for entry in result["contenders"]]
+    assert {"onnxruntime fp32", "openvino fp32", "torch-eager fp32"} <= set(names)
+    assert result["baseline"] == "torch-eager fp32"
+    assert len(result["rows"]) == 4 * len(names)
+    assert all(row["agreement"] > 0.99 for row in result["rows"] if row["name"].endswith("fp32"))
+    assert all(entry["load_s"] > 0 and entry["threads"] == "1" for entry in result["contenders"])
+    assert {"cpu", "isa", "cores", "versions"} <= set(result["machine"])
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_table_of_a_bundle(run_cli, bundle):
+    done = run_cli("bench", bundle("uncond"), "--backends", "onnxruntime", "--steps", "2", "--repeats", "1")
+    assert done.code == 0, done.err
+    table = [line for line in done.out.splitlines() if line.startswith("onnxruntime fp32")]
+    assert len(table) == 2
+    assert "1.0000" in table[0]
+    assert "\x1b" not in done.out + done.err  # no colours, no progress off a terminal
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--backends", "cuda"), ("cuda", "onnxruntime")),
+        (("--vs", "jax"), ("jax", "torch-eager")),
+        (("--vs", "torch-eager"), ("--checkpoint",)),
+        (("--steps", "0"), ("--steps", "0")),
+        (("--batch", "two"), ("--batch", "two")),
+        (("--plot", "picture.txt"), (".png",)),
+        (("--plot", "no/such/folder.png"), ("no/such",)),
+        (("--preset", "none"), ("default",)),
+        (("--random", "tiny"), ("BUNDLE", "--random")),
+    ],
+)
+def test_clear_errors(run_cli, bundle, arguments, words):
+    run_cli("bench", bundle("uncond"), *arguments).assert_clear_error(*words)
+
+
+def test_another_checkpoint_is_refused(run_cli, bundle):
+    done = run_cli("bench", bundle("uncond"), "--vs", "torch-eager", "--checkpoint", GOLDEN / "cond")
+    done.assert_clear_error("was not exported from")
+
+
+def test_what_cannot_be_opened_is_left_out_unless_asked_for(bundle, monkeypatch, capsys):
+    from elf_rt.commands import bench as command
+
+    def broken():
+        raise BackendError("openvino: broken")
+
+    work = bench.Work(steps=(1,), batches=(1,), repeats=1, seed=0)
+    contenders = [contender(bundle("uncond"), "onnxruntime"), bench.Contender("openvino auto", broken)]
+    report = command._run(contenders, work, (), strict=False)
+    assert [entry["name"] for entry in report.contenders] == ["onnxruntime fp32"]
+    assert "left out: openvino: broken" in capsys.readouterr().err
+    with pytest.raises(BackendError, match="broken"):
+        command._run(contenders, work, (), strict=True)
+
+
+def test_the_machine_is_told():
+    assert machine.cores() >= 1
+    assert machine.cpu_name()
+    assert set(machine.isa()) <= set(machine.ISA_FLAGS)
+    memory = machine.memory()
+    if memory:
+        assert 0 < memory["private"] < memory["now"] <= memory["peak"]
+
+
+def test_the_cache_follows_the_platform(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("sys.platform", "linux")
+    assert machine.user_cache() == tmp_path / "elf-rt"
