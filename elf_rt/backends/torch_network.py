@@ -68,7 +68,7 @@ class GraphWeights:
     """The initializers of both graphs of one variant, by name.
 
     Raises:
-        BackendError: the graphs are of another elf-rt, or spell RMSNormalization out, so that its constants have no name.
+        BackendError: the graphs are of another elf-rt, or spell RMSNormalization out, which hides its constants.
     """
 
     def __init__(self, bundle: Bundle, precision: str, device: str) -> None:
