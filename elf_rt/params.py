@@ -94,6 +94,7 @@ class SamplingParams:
     guidance_scale: float = 1.0  # classifier-free guidance w; 1 needs one call
     sc_cfg: float = 3.0  # self-conditioning guidance s
     gamma: float = 1.5  # SDE noise: alpha = clamp(1 - gamma * step size, 0, 1)
+    temperature: float = 1.0  # factor on all noise, the start's and the SDE's
     gamma_power: float = 0.0  # anneals it: gamma * (1 - t) ** gamma_power
     grid_mean: float | None = None  # of the logit-normal grid; None: the model's p_mean
     grid_std: float | None = None  # None: the model's p_std
@@ -106,7 +107,7 @@ class SamplingParams:
             raise InputError(f"steps must be between 1 and 10000, got {self.steps}")
         _one_of("sampler", self.sampler, SAMPLERS)
         _one_of("schedule", self.schedule, SCHEDULES)
-        for name in ("guidance_scale", "sc_cfg", "gamma", "gamma_power", "x_prev_scale", "grid_std"):
+        for name in ("guidance_scale", "sc_cfg", "gamma", "temperature", "gamma_power", "x_prev_scale", "grid_std"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1e6:  # also refuses NaN
                 raise InputError(f"{name} must be a number from 0 up, got {value}")

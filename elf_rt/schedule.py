@@ -78,19 +78,20 @@ def make_table(params: SamplingParams, config: ModelConfig, grid: np.ndarray, *,
         alpha[:-1] = np.clip(1.0 - gamma * (t_next - t), 0.0, 1.0)[:-1]
     t_in = alpha * t
     kappa = (t_next - t_in) / np.maximum(1.0 - t_in, config.t_eps)
+    noise = config.noise_scale * params.temperature
     previous = second_order(t_in, t_next) if params.sampler == "ab2" else np.zeros((n, batch))
 
     table_t = np.zeros((n + 2, batch))
     table_t[1:-1], table_t[-1] = t_in, 1.0
     coef = np.zeros((n + 2, batch, 5))
-    coef[0, :, D] = config.noise_scale
+    coef[0, :, D] = noise
     # Row i + 1 ends step i - 1, z <- (1 - κ) z + (κ + c) x̂ - c x̂_last, and opens step i, z <- α z + (1 - α) noise.
     opens = np.concatenate([alpha, np.ones((1, batch))])  # of rows 1 .. N + 1; nothing opens after the last
     coef[1, :, A] = opens[0]
     coef[2:, :, A] = opens[1:] * (1.0 - kappa)
     coef[2:, :, B] = opens[1:] * (kappa + previous)
     coef[2:, :, C] = opens[1:] * -previous
-    coef[1:-1, :, D] = (1.0 - alpha) * config.noise_scale
+    coef[1:-1, :, D] = (1.0 - alpha) * noise
     coef[1:-1, :, X] = params.x_prev_scale  # in row 1, x̂ holds the source alone
     rows, _ = guidance_rows(params, config, conditional=conditional)
     weights = np.zeros((n + 2, len(rows), batch))

@@ -201,6 +201,14 @@ def test_guidance_interval_keeps_self_conditioning_guidance() -> None:
     assert [never.calls(j) for j in range(1, 4)] == [2, 2, 1]
 
 
+def test_temperature_scales_every_noise_and_nothing_else() -> None:
+    warm, cold = (make(SamplingParams(steps=5, sampler="sde", temperature=temperature)) for temperature in (1.0, 0.25))
+    assert warm.coef[0, 0, schedule.D] == NOISE_SCALE and np.any(warm.coef[1:, 0, schedule.D] > 0)
+    scaled = warm.coef.copy()
+    scaled[..., schedule.D] *= 0.25
+    assert np.allclose(cold.coef, scaled) and np.array_equal(cold.t, warm.t)
+
+
 def test_scale_of_the_fed_back_estimate() -> None:
     table = make(SamplingParams(steps=4, x_prev_scale=1.3))
     assert table.coef[:, 0, schedule.X].tolist() == [0, 1.3, 1.3, 1.3, 1.3, 0]
@@ -214,6 +222,7 @@ def test_scale_of_the_fed_back_estimate() -> None:
         {"grid_std": -1.0},
         {"grid_mean": math.nan},
         {"gamma_power": -1.0},
+        {"temperature": -0.1},
         {"x_prev_scale": math.inf},
     ],
 )

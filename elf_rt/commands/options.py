@@ -42,6 +42,7 @@ SAMPLING: dict[str, tuple[Any, str]] = {  # field of SamplingParams -> (type of 
     "guidance_scale": (float, "Classifier-free guidance w."),
     "sc_cfg": (float, "Self-conditioning guidance s."),
     "gamma": (float, "Noise of the SDE sampler."),
+    "temperature": (float, "Factor on all noise."),
     "gamma_power": (float, "Anneals it: gamma (1 - t)^power."),
     "grid_mean": (float, "Mean of the logit-normal time grid."),
     "grid_std": (float, "Its standard deviation."),
