@@ -9,7 +9,8 @@ from elf_rt.bundle import Bundle
 from elf_rt.errors import BackendError, InputError
 
 # In the order in which "auto" tries them.
-# Each module has NAME, PRECISIONS (best first), unavailable() and open_backend().
+# Each module has NAME, PRECISIONS (best first), unavailable() and open_backend(); VARIANTS names the graphs that it
+# reads for a precision, where they are not those of the same name.
 MODULES: dict[str, str] = {
     "tensorrt": "elf_rt.backends.trt",
     "tensorrt-rtx": "elf_rt.backends.trt_rtx",
@@ -54,7 +55,7 @@ def open_backend(
         module = _module(name)
         if reason := module.unavailable():
             raise BackendError(f"{name}: {reason}")
-        return module.open_backend(bundle, _precision(module, precision), threads), f"{name}, as asked"
+        return module.open_backend(bundle, _precision(module, bundle, precision), threads), f"{name}, as asked"
     skipped: list[str] = []
     for candidate in MODULES:
         module = _module(candidate)
@@ -63,7 +64,7 @@ def open_backend(
             reason = f"does not run {precision}"
         if reason is None:
             try:
-                backend = module.open_backend(bundle, _precision(module, precision), threads)
+                backend = module.open_backend(bundle, _precision(module, bundle, precision), threads)
             except BackendError as error:
                 reason = str(error).removeprefix(f"{candidate}: ")
             else:
@@ -73,9 +74,12 @@ def open_backend(
     raise BackendError(f"no backend can run {bundle.folder} here: {'; '.join(skipped)}")
 
 
-def _precision(module: ModuleType, precision: str) -> str:
+def _precision(module: ModuleType, bundle: Bundle, precision: str) -> str:
+    """The precision asked for; for "auto", the module's best one that the bundle has graphs for."""
     if precision == "auto":
-        return str(module.PRECISIONS[0])
+        variants = getattr(module, "VARIANTS", {})
+        held = (p for p in module.PRECISIONS if variants.get(p, p) in bundle.variants)
+        return str(next(held, module.PRECISIONS[0]))
     if precision not in module.PRECISIONS:
         raise InputError(f"precision of {module.NAME} must be one of auto, {', '.join(module.PRECISIONS)}")
     return precision

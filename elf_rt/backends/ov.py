@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 NAME = "openvino"
 PRECISIONS = ("bf16", "fp32") if has_bf16() else ("fp32", "bf16")
+VARIANTS = {"bf16": "fp32"}  # OpenVINO rounds the float32 graphs itself
 HINTS = {"fp32": "f32", "bf16": "bf16"}
 
 
