@@ -9,7 +9,7 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell find elf_rt export engines cpp_ext -type f -not -path '*/__pycache__/*' -not -name '*.so')
 OUT     := out
 
-.PHONY: demo test lint types pytest dev clean
+.PHONY: demo test lint types pytest slow dev clean
 
 demo: $(VENV)/.demo
 	mkdir -p $(OUT)
@@ -36,6 +36,10 @@ types: $(VENV)/.test
 # Plain pytest leaves the source tree off the path: the installed wheel is tested.
 pytest: $(VENV)/.test
 	$(BIN)/pytest -n 2
+
+# Full-size engines for every GPU: minutes, so not in `make test`. With a GPU: pytest -m gpu.
+slow: $(VENV)/.test
+	$(BIN)/pytest -m slow
 
 # An editable install, for work on elf-rt itself.
 dev: $(VENV)/.test-packages
