@@ -9,9 +9,9 @@
 //   final = 1                       runs row N + 1, which prepares the decoding call, whatever base and offset say
 //   elf_advance(progress, k)        ends a graph of k steps: base += k, at most N + 1
 //
-// So a sample is   {base = 0, last = N}   step[offset 0] (network step)[offsets 1 .. N] network step[final] network
+// So a sample is   {base = 0, last = N}   step[0] step[1] (network step[2 .. N]) network step[final] network
 // in one graph (captured for N, or for more and run for fewer), or the same cut into graphs of k steps, each closed by
-// elf_advance, which are launched again and again. A given start z instead of noise: write z and set base = 1.
+// elf_advance, which are launched again and again. A given start instead of noise is row 0 with A = 1 on the given z.
 //
 // Launch: elf_advance as one thread; the others with grid (ceil(length * width / (V * block)), batch, 1), V = 4
 // elements a thread for float32, 8 for 16-bit types: every access is 16 bytes wide where addresses and sizes allow it,
