@@ -42,11 +42,22 @@ class Curve:
 SPOKEN = (
     Curve("official: ODE, w = 2", (1, 2, 4, 8), {"sampler": "ode", "guidance_scale": 2.0, "sc_cfg": 1.0}),
     Curve("ODE, w = 1", (1, 2, 4, 8, 16), {"sampler": "ode", "guidance_scale": 1.0, "sc_cfg": 1.0}),
-    Curve("SDE, w = 1", (2, 4, 8), {"sampler": "sde", "gamma": 1.5, "guidance_scale": 1.0, "sc_cfg": 1.0}),
     Curve(
-        "fast: SDE, w = 1, quantile grid",
-        (1, 2, 3, 4, 8),
+        "SDE, w = 1, quantile grid",
+        (2, 4, 8),
         {"sampler": "sde", "gamma": 1.5, "guidance_scale": 1.0, "sc_cfg": 1.0, "schedule": "quantile"},
+    ),
+    Curve(
+        "fast: SDE, w = 1, quantile grid, temperature 0.6",
+        (1, 2, 3, 4, 8),
+        {
+            "sampler": "sde",
+            "gamma": 2.5,
+            "temperature": 0.6,
+            "guidance_scale": 1.0,
+            "sc_cfg": 1.0,
+            "schedule": "quantile",
+        },
     ),
 )
 SHAKESPEARE = (
