@@ -118,7 +118,7 @@ class Model:
         """
         results: list[Result] = []
         request = Request.make(self.codec, self.params(preset, **overrides), prompts, n, seed, length, pinned)
-        for batch in request.batches(self.codec):
+        for batch in request.batches(self.codec, max_rows=self._max_rows(request.length)):
             for event in self._sampler.run(batch.job):
                 if isinstance(event, Outcome):
                     results += self._results(batch, event)
@@ -144,7 +144,7 @@ class Model:
         Stop iterating (or close the iterator) to cancel.
         """
         request = Request.make(self.codec, self.params(preset, **overrides), prompts, n, seed, length, pinned)
-        for batch in request.batches(self.codec, drafts_every):
+        for batch in request.batches(self.codec, drafts_every, self._max_rows(request.length)):
             for event in self._sampler.run(batch.job):
                 if isinstance(event, Outcome):
                     yield self._results(batch, event)
@@ -198,6 +198,11 @@ class Model:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+    def _max_rows(self, length: int) -> int | None:
+        """The most rows that the engine takes in one call, where it was built for some number."""
+        limit = getattr(self.backend, "max_rows", None)
+        return None if limit is None else int(limit(length))
 
     def _results(self, batch: Batch, outcome: Outcome) -> list[Result]:
         ids = batch.finish(self.codec, outcome.ids)

@@ -83,13 +83,13 @@ class Request:
         sources = None if prompts is None else codec.tokenize(prompts)
         return cls(params, n, seed, length, prompts, sources, None if pinned is None else _pins(codec, pinned))
 
-    def batches(self, codec: TextCodec, drafts_every: int = 0) -> Iterator[Batch]:
-        """The jobs, each made when it is needed."""
+    def batches(self, codec: TextCodec, drafts_every: int = 0, max_rows: int | None = None) -> Iterator[Batch]:
+        """The jobs, each made when it is needed. max_rows: the most rows of one network call, where an engine has one."""
         config = codec.config
         total = self.n if self.prompts is None else self.n * len(self.prompts)
         conditional = self.sources is not None or self.pins is not None
         rows, _ = schedule.guidance_rows(self.params, config, conditional=conditional)
-        size = max(1, TOKENS_PER_BATCH // (len(rows) * self.length))
+        size = max(1, min(TOKENS_PER_BATCH // self.length, max_rows or MAX_SEED) // len(rows))
         encoded: Encoded = {}
         for start in range(0, total, size):
             index = range(start, min(total, start + size))
