@@ -84,7 +84,7 @@ class Request:
         return cls(params, n, seed, length, prompts, sources, None if pinned is None else _pins(codec, pinned))
 
     def batches(self, codec: TextCodec, drafts_every: int = 0, max_rows: int | None = None) -> Iterator[Batch]:
-        """The jobs, each made when it is needed. max_rows: the most rows of one network call, where an engine has one."""
+        """The jobs, each made when it is needed. max_rows: the most that the engine takes in one network call."""
         config = codec.config
         total = self.n if self.prompts is None else self.n * len(self.prompts)
         conditional = self.sources is not None or self.pins is not None
