@@ -116,17 +116,29 @@ class _Denoiser:
         weights = rewrite.attention_weights(self.config, self.state, block, plan)
         normed = self.norm(f"blocks.{block}.norm1", h)
         g.scope = name
-        qkv = matmul(g, f"{name}.qkv", normed, weights.qkv, plan.precision_of(f"{name}.qkv"))
-        qkv = g.op("Reshape", qkv, g.integers(0, 0, 3 * heads, width))  # (R, S, 3 heads, D)
-        qkv = g.op("Transpose", qkv, perm=[0, 2, 1, 3])  # (R, 3 heads, S, D)
-        q, k, v = g.ops("Split", 3, qkv, axis=1, num_outputs=3)  # each (R, heads, S, D)
+        q, k, v = self.heads(name, normed, weights)  # each (R, heads, S, D)
         precision = plan.precision_of(name)
-        q = g.cast(self.rotate(self.head_norm(f"{name}.q_norm", q, weights.q), rotary), precision)
-        k = g.cast(self.rotate(self.head_norm(f"{name}.k_norm", k, weights.k), rotary), precision)
+        q = g.cast(self.rotate(self.head_norm(f"{name}.q_norm", q, weights.q_norm), rotary), precision)
+        k = g.cast(self.rotate(self.head_norm(f"{name}.k_norm", k, weights.k_norm), rotary), precision)
         mixed = self.mix(q, k, g.cast(v, precision))  # (R, heads, S, D)
         mixed = g.op("Transpose", mixed, perm=[0, 2, 1, 3])  # (R, S, heads, D)
         mixed = g.op("Reshape", mixed, g.integers(0, 0, heads * width))  # (R, S, heads * D)
         return self.layer(f"{name}.proj", mixed, weights.proj)
+
+    def heads(self, name: str, x: Value, weights: rewrite.AttentionWeights) -> tuple[Value, Value, Value]:
+        """x (R, S, H) -> q and k in float32, v in the type of the product; each (R, heads, S, D)."""
+        g, precision = self.g, self.plan.precision_of(f"{name}.qkv")
+        qkv = matmul(g, f"{name}.qkv", x, weights.qkv, precision)
+        if precision is Precision.FP32:  # one addition, which engines fuse with the product
+            qkv = g.op("Add", qkv, g.weight(f"{name}.qkv.bias", weights.bias.reshape(-1)))
+        qkv = g.op("Reshape", qkv, g.integers(0, 0, 3 * self.config.num_heads, self.width))  # (R, S, 3 heads, D)
+        qkv = g.op("Transpose", qkv, perm=[0, 2, 1, 3])  # (R, 3 heads, S, D)
+        q, k, v = g.ops("Split", 3, qkv, axis=1, num_outputs=3)
+        if precision is Precision.FP32:
+            return q, k, v
+        q = g.op("Add", g.cast(q, Precision.FP32), g.weight(f"{name}.q.bias", weights.bias[0]))
+        k = g.op("Add", g.cast(k, Precision.FP32), g.weight(f"{name}.k.bias", weights.bias[1]))
+        return q, k, v
 
     def mix(self, q: Value, k: Value, v: Value) -> Value:
         """softmax(q k^T / sqrt(true head width)) v, no mask."""
@@ -166,11 +178,9 @@ class _Denoiser:
         self.g.scope = name
         return rms_norm(self.g, x, self.g.weight(f"{name}.weight", self.state[f"{name}.weight"]), rewrite.NORM_EPS)
 
-    def head_norm(self, name: str, x: Value, head: rewrite.Head) -> Value:
-        """Bias and RMSNorm of queries or keys (R, heads, S, D), in float32 whatever the type of x."""
-        g = self.g
-        x = g.op("Add", g.cast(x, Precision.FP32), g.weight(f"{name}.bias", head.bias))
-        return rms_norm(g, x, g.weight(f"{name}.weight", head.norm), head.eps)
+    def head_norm(self, name: str, x: Value, norm: rewrite.HeadNorm) -> Value:
+        """RMSNorm of float32 queries or keys (R, heads, S, D) over each head."""
+        return rms_norm(self.g, x, self.g.weight(f"{name}.weight", norm.weight), norm.eps)
 
     def stored(self, name: str) -> rewrite.Linear:
         return rewrite.Linear(self.state[f"{name}.weight"].T, self.state[f"{name}.bias"])

@@ -72,8 +72,8 @@ class Ranges:
         """values (..., channels); maximum (channels,) where it is not simply that of the values."""
         magnitude = values.detach().abs().reshape(-1, values.shape[-1])  # (tokens, channels)
         largest = magnitude.amax(0) if maximum is None else maximum
-        sums = (largest, magnitude.square().sum(0), magnitude.sqrt().sum(0))
-        new = Range(*(total.double().numpy() for total in sums), len(magnitude))
+        squares, roots = magnitude.square().sum(0), magnitude.sqrt().sum(0)
+        new = Range(_double(largest), _double(squares), _double(roots), len(magnitude))
         if name in self.tensors:
             self.tensors[name].include(new)
         else:
@@ -89,6 +89,10 @@ class Ranges:
             hits = int(((rounded + model.unembed_bias).argmax(-1) == expected).sum())
             self._head_hits[precision] = self._head_hits.get(precision, 0) + hits
         self._head_tokens += expected.numel()
+
+
+def _double(x: Tensor) -> np.ndarray:
+    return x.double().numpy()
 
 
 def measure_ranges(model: ELF, runs: Iterable[Run]) -> Ranges:

@@ -37,19 +37,19 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Head:
-    """What turns the product of a query or key into the normed one. Padding keeps the divisor of the true width."""
+class HeadNorm:
+    """RMSNorm of the queries or keys of a head. Padding keeps the divisor of the true width."""
 
-    bias: np.ndarray  # (heads, 1, D padded)
-    norm: np.ndarray  # (D padded,)
+    weight: np.ndarray  # (D padded,)
     eps: float
 
 
 @dataclass(frozen=True)
 class AttentionWeights:
     qkv: np.ndarray  # (H, 3 * heads * D padded)
-    q: Head
-    k: Head
+    bias: np.ndarray  # (3, heads, 1, D padded), zero for v
+    q_norm: HeadNorm
+    k_norm: HeadNorm
     proj: Linear  # (heads * D padded, H)
 
 
@@ -72,27 +72,26 @@ def attention_weights(config: ModelConfig, state: State, block: int, plan: Preci
     weight = dict(zip("qkv", state[f"{name}.qkv.weight"].reshape(3, heads, width, -1), strict=True))
     bias = dict(zip("qkv", state[f"{name}.qkv.bias"].reshape(3, heads, width), strict=True))
 
-    def rows(part: str, index: np.ndarray) -> np.ndarray:
-        return _take(np.ldexp(weight[part], -exponents[part][..., None]), index, axis=1)  # (heads, D padded, H)
-
-    def head(part: str) -> Head:
+    def head_norm(part: str) -> HeadNorm:
         # mean over `wide` = mean over `width` * width / wide, and eps moves with the statistics
         ratio = width / wide
-        return Head(
-            _take(np.ldexp(bias[part], -exponents[part]), half_split, axis=1)[:, None],
+        return HeadNorm(
             _take(state[f"{name}.{part}_norm.weight"], half_split, axis=0) * np.float32(math.sqrt(ratio)),
             math.ldexp(NORM_EPS * ratio, -2 * int(exponents[part][0, 0])),
         )
 
-    qkv = np.stack([rows("q", half_split), rows("k", half_split), rows("v", plain)])
+    order = {"q": half_split, "k": half_split, "v": plain}
+    rows = [_take(np.ldexp(weight[part], -exponents[part][..., None]), order[part], axis=1) for part in "qkv"]
+    biases = [_take(np.ldexp(bias[part], -exponents[part]), half_split, axis=1) for part in "qk"]
+    biases.append(np.zeros_like(biases[0]))
+    qkv = np.stack(rows).reshape(3 * heads * wide, -1).T
     out = state[f"{name}.proj.weight"].T.reshape(heads, width, -1)  # (heads, D, H)
     moved = np.einsum("hd,hdo->o", bias["v"].astype(np.float64), out)
     proj_bias = (state[f"{name}.proj.bias"] + moved).astype(np.float32)
     e_out = plan.exponents(f"{name}.proj")
-    out = _take(np.ldexp(out, exponents["v"][..., None] - e_out), plain, axis=1).reshape(heads * wide, -1)
-    return AttentionWeights(
-        qkv.reshape(3 * heads * wide, -1).T, head("q"), head("k"), Linear(out, proj_bias, _scale(e_out))
-    )
+    out = _take(np.ldexp(out, exponents["v"][..., None] - e_out), plain, axis=1)  # (heads, D padded, H)
+    proj = Linear(out.reshape(heads * wide, -1), proj_bias, _scale(e_out))
+    return AttentionWeights(qkv, np.stack(biases)[:, :, None], head_norm("q"), head_norm("k"), proj)
 
 
 def mlp_weights(config: ModelConfig, state: State, block: int, plan: PrecisionPlan) -> MlpWeights:
