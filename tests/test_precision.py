@@ -19,7 +19,7 @@ from elf_rt.backends.rounding import rounded_graph
 from elf_rt.export.planner import plan_precision, search
 from elf_rt.export.precision import FP32, LIMIT, MARGIN, Item, Precision, PrecisionPlan
 from elf_rt.export.random_init import random_state
-from elf_rt.export.ranges import Ranges, watch
+from elf_rt.export.ranges import TORCH_TYPE, Ranges, watch
 from elf_rt.export.reference import ELF
 from elf_rt.params import ModelConfig
 
@@ -325,6 +325,22 @@ def demo(name: str, step: int, samples: int) -> tuple[ELF, tuple[torch.Tensor, t
         latents[row, : len(ids)] = torch.from_numpy(table[ids] / config.latent_std)
         mask[row, : len(ids)] = True
     return elf(config, state), (latents, mask)
+
+
+@pytest.mark.parametrize("precision", [Precision.FP16, Precision.BF16])
+@pytest.mark.parametrize(("name", "step"), [("spoken-to-written", 2500), ("shakespeare", 2300)])
+@torch.no_grad()
+def test_error_of_a_call_is_no_larger_than_that_of_autocast(
+    tmp_path: Path, name: str, step: int, precision: Precision
+) -> None:
+    """torch.autocast of the reference is how the official code runs in 16 bits."""
+    model, _ = demo(name, step, 0)
+    graphs = written(tmp_path, model.config, model.state_dict(), planned(precision, model))
+    call = random_call(model.config, 2, model.config.max_length, 0)
+    exact, _ = model(*call)
+    with torch.autocast("cpu", dtype=TORCH_TYPE[precision]):
+        autocast, _ = model(*call)
+    assert relative_error(graphs.denoise(call)[0], exact) <= relative_error(autocast.float(), exact)
 
 
 @pytest.mark.parametrize("steps", [8, 32])
