@@ -18,6 +18,7 @@ from elf_rt.export.encoder import check_tokenizer, find_tokenizer, write_encoder
 from elf_rt.export.graph import write_graphs
 from elf_rt.export.planner import plan_precision
 from elf_rt.export.precision import FP32, Precision
+from elf_rt.export.quantize import calibrate, write_int8
 from elf_rt.export.ranges import measure_ranges
 from elf_rt.export.reference import ELF
 from elf_rt.export.replay import plan_runs, record
@@ -86,14 +87,14 @@ def export_bundle(
 
         say("running the reference model")
         runs = plan_runs(checkpoint.config, presets, cond, mask, max_steps=REPLAY_STEPS, seed=0)
-        np.savez(folder / "replay.npz", **record(model, runs))
+        np.savez(folder / "replay.npz", **record(model, runs))  # type: ignore[arg-type]
 
         state = {name: tensor.numpy() for name, tensor in checkpoint.state.items()}
         say("writing the fp32 graphs")
         write_graphs(folder, checkpoint.config, state, FP32)
         manifest["variants"] = {"fp32": _files("")}
         manifest["precision"] = {}
-        lower = [Precision(name) for name in options.precisions if name != "fp32"]
+        lower = [Precision(name) for name in options.precisions if name not in ("fp32", "int8")]
         if lower:
             say("measuring activations")
             longer = plan_runs(checkpoint.config, presets, cond, mask, max_steps=RANGE_STEPS, seed=1)
@@ -105,6 +106,14 @@ def export_bundle(
             write_graphs(folder / precision.value, checkpoint.config, state, plan)
             manifest["variants"][precision.value] = _files(f"{precision.value}/")
             manifest["precision"][precision.value] = plan.to_json()
+        if "int8" in options.precisions:
+            say("measuring what int8 changes")
+            others = plan_runs(checkpoint.config, presets, cond, mask, max_steps=REPLAY_STEPS, seed=1)
+            calibration = calibrate(model, others)
+            (folder / "int8").mkdir()
+            write_int8(folder, folder / "int8", calibration)
+            manifest["variants"]["int8"] = _files("int8/")
+            manifest["precision"]["int8"] = calibration.to_json()
         write_manifest(folder, manifest)
         for name in manifest["variants"]:
             say(f"replaying the {name} bundle")

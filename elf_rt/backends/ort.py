@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 NAME = "onnxruntime"
-PRECISIONS = ("fp32", "fp16", "bf16")
+PRECISIONS = ("fp32", "int8", "fp16", "bf16")  # the last two are computed in float32 and rounded, to check them
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -52,7 +52,7 @@ class OrtBackend:
         self._threads = threads or cores()
         self._ort = ort
         files = bundle.variant(precision)
-        rounded = precision != "fp32"
+        rounded = precision in ("fp16", "bf16")
         self.denoiser = self._session(str(files["denoiser"]), rounded)
         self.discretizer = self._session(str(files["discretizer"]), rounded)
         self._encoder: onnxruntime.InferenceSession | None = None
@@ -116,7 +116,13 @@ class OrtNetwork:
         self._ids = np.zeros((rows, length), np.int64)
         self._backend = backend
         self._values: list[Any] = []  # an OrtValue over a numpy array shares its memory, and must outlive its binding
-        self._denoise = self._bind(backend.denoiser, self._inputs(), {"x": self.x, "hidden": hidden})
+        outputs = {"x": self.x, "hidden": hidden}
+        # int8 products take the range of their whole input: a call for each row keeps one text from changing another.
+        size = 1 if backend.precision == "int8" else rows
+        self._denoise = [
+            self._bind(backend.denoiser, _part(self._inputs(), part), _part(outputs, part))
+            for part in (slice(start, start + size) for start in range(0, rows, size))
+        ]
         tokens, ids = hidden.reshape(1, -1, config.hidden_size), self._ids.reshape(1, -1)
         self._discretize = [
             self._bind(backend.discretizer, {"hidden": tokens[:, part]}, {"ids": ids[:, part]})
@@ -142,7 +148,8 @@ class OrtNetwork:
         return {name: value for name, value in named.items() if value is not None}
 
     def denoise(self) -> None:
-        self._backend.denoiser.run_with_iobinding(self._denoise)
+        for part in self._denoise:
+            self._backend.denoiser.run_with_iobinding(part)
 
     def discretize(self) -> np.ndarray:
         for part in self._discretize:
@@ -150,6 +157,10 @@ class OrtNetwork:
         return self._ids.copy()
 
     def close(self) -> None:
-        for binding in (self._denoise, *self._discretize):
+        for binding in (*self._denoise, *self._discretize):
             binding.clear_binding_inputs()
             binding.clear_binding_outputs()
+
+
+def _part(arrays: Mapping[str, np.ndarray], rows: slice) -> dict[str, np.ndarray]:
+    return {name: array[rows] for name, array in arrays.items()}
