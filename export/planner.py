@@ -245,7 +245,8 @@ class _Fp16Planner:
         """Record an operation: FP16, or float32 because of `problem`."""
         precision = Precision.FP32 if problem else Precision.FP16
         reason = f"float32: {problem}" if problem else ""
-        self.items.append(Item(name, precision, (), *(tensor.extremes if tensor else (None, None)), reason))
+        measured, bound = tensor.extremes if tensor else (None, None)
+        self.items.append(Item(name, precision, (), measured, bound, reason))
 
 
 def search(needs: Sequence[np.ndarray], check: Check) -> tuple[np.ndarray, str]:

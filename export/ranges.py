@@ -142,7 +142,8 @@ def _hooks(model: ELF, ranges: Ranges) -> Iterator[tuple[nn.Module, Hook]]:
         """Watch the input of a layer, less `offset`."""
         return lambda _, inputs, __: ranges.include(name, inputs[0] - offset)
 
-    for i, block in enumerate(model.blocks):
+    blocks: Any = model.blocks  # nn.Module's attributes have no types
+    for i, block in enumerate(blocks):
         attn, mlp = f"blocks.{i}.attn", f"blocks.{i}.mlp"
         yield block.attn.qkv, on(f"{attn}.q", f"{attn}.k", f"{attn}.v")
         yield block.attn.q_norm, _norms(ranges, f"{attn}.q_norm")

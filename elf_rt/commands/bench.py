@@ -5,6 +5,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -203,13 +204,15 @@ def _torch_contenders(bundle: Bundle, state: Any, options: dict[str, Any]) -> li
             raise InputError(f"{bundle.folder} was not exported from {options['checkpoint']}: export it again")
         state = checkpoint.state
     threads = options["threads"] or machine.cores()
-    model_of = {
-        "torch-eager": lambda: TorchBackend(bundle.config, state, compiled=False, bf16=False, threads=threads),
-        "torch-compile": lambda: TorchBackend(
-            bundle.config, state, compiled=True, bf16=machine.has_bf16(), threads=threads
-        ),
-    }
-    return [Contender(name, lambda name=name: Model(bundle, model_of[name](), "asked for")) for name in options["vs"]]
+
+    def load(name: str) -> Model:
+        compiled = name == "torch-compile"
+        bf16 = compiled and machine.has_bf16()
+        return Model(
+            bundle, TorchBackend(bundle.config, state, compiled=compiled, bf16=bf16, threads=threads), "asked for"
+        )
+
+    return [Contender(name, partial(load, name)) for name in options["vs"]]
 
 
 def _write_random(folder: Path, size: str, wanted: Sequence[tuple[str, str]]) -> Any:
@@ -218,9 +221,11 @@ def _write_random(folder: Path, size: str, wanted: Sequence[tuple[str, str]]) ->
         from elf_rt.export.random_bundle import write_random_bundle
     except ImportError as error:
         raise BackendError(f"--random needs {error.name}: pip install 'elf-rt[export]'") from None
-    variants = {precision for name, precision in wanted if precision in ("fp16", "bf16") and name != "openvino"}
+    variants = {precision for name, precision in wanted if precision != "auto" and name != "openvino"} - {"fp32"}
+    if not wanted:
+        variants = {"int8"}
     with progress(f"writing random weights of {size}"):
-        return write_random_bundle(folder, RANDOM[size], ("fp32", *sorted(variants)))
+        return write_random_bundle(folder, RANDOM[size], sorted(variants))
 
 
 def _work(bundle: Bundle, options: dict[str, Any]) -> Work:

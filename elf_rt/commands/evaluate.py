@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from elf_rt import evaluation
 from elf_rt.bundle import Bundle
 from elf_rt.commands.generate import read_jsonl
 from elf_rt.commands.options import SAMPLING_NAMES, backend_options, sampling_options
-from elf_rt.console import note, progress
+from elf_rt.console import Ticker, note, progress
 from elf_rt.errors import InputError
 
 METRICS = ("fluency", "accuracy", "agreement", "self-bleu")
@@ -226,18 +227,22 @@ def _generated_runs(
         total = options["seeds"]
         ticker = stack.enter_context(progress("writing", total=total))
         for k in range(total):
-            seed = options["seed"] + k * options["n"]
+            seed = options["seed"] + k * options["n"] * len(prompts or [""])
             results = model.generate(
                 prompts,
                 options["n"],
                 seed=seed,
-                on_step=lambda done, all_, k=k: ticker.update(k + done / all_),
+                on_step=partial(_tick, ticker, k),
                 **sampling,
             )
             if any(result.text is None for result in results):
                 raise InputError(f"{bundle} has no tokenizer, so there is no text to evaluate: export with --tokenizer")
             texts = [str(result.text) for result in results]
             yield Run(seed, texts, [tokenize(text) for text in texts])
+
+
+def _tick(ticker: Ticker, k: int, done: int, total: int) -> None:
+    ticker.update(k + done / total)
 
 
 def _summary(results: list[dict[str, Any]], unit: str) -> dict[str, Any]:
