@@ -9,6 +9,7 @@ import torch
 from elf_rt.bundle import write_manifest
 from elf_rt.export.graph import write_graphs
 from elf_rt.export.precision import Precision, PrecisionPlan
+from elf_rt.export.quantize import Calibration, write_int8
 from elf_rt.export.random_init import random_state
 from elf_rt.params import ModelConfig, presets_for
 
@@ -20,10 +21,13 @@ def write_random_bundle(
     state = random_state(config, seed)
     arrays: dict[str, np.ndarray] = {name: tensor.numpy() for name, tensor in state.items()}
     variants = {}
-    for precision in precisions:
+    for precision in ("fp32", *(name for name in precisions if name != "fp32")):
         place = "" if precision == "fp32" else f"{precision}/"
         (folder / place).mkdir(exist_ok=True)
-        names = write_graphs(folder / place, config, arrays, PrecisionPlan(Precision(precision)))
+        if precision == "int8":
+            names = write_int8(folder, folder / place, Calibration())  # nothing measured: all layers in int8
+        else:
+            names = write_graphs(folder / place, config, arrays, PrecisionPlan(Precision(precision)))
         variants[precision] = {Path(name).stem: place + name for name in names}
     presets = {name: params.to_json() for name, params in presets_for(config).items()}
     write_manifest(
