@@ -136,18 +136,25 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(bundle, own_cache, monke
     assert call(backend, 1, 16)[1].shape == (1, 16)
 
 
-def test_bfloat16_where_there_is_none_is_float32_with_one_warning():
-    with pytest.warns(UserWarning, match="no bfloat16") as caught:
-        assert ov._supported("bf16", ["FP32", "INT8"]) == "fp32"
+@pytest.mark.parametrize(
+    ("asked", "capabilities", "given"),
+    [("bf16", ["FP32", "INT8"], "fp32"), ("fp16", ["FP32"], "fp32"), ("fp16", ["FP32", "BF16"], "bf16")],
+)
+def test_what_the_processor_has_not_is_the_nearest_with_one_warning(asked, capabilities, given):
+    with pytest.warns(UserWarning, match=f"no {asked} on this processor: {given} instead") as caught:
+        assert ov._supported(asked, capabilities) == given
     assert len(caught) == 1
+
+
+def test_what_the_processor_has_is_given_silently():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert ov._supported("bf16", ["FP32", "BF16"]) == "bf16"
-        assert ov._supported("fp32", ["FP32"]) == "fp32"
+        assert ov._supported("fp32", ["FP32", "BF16"]) == "fp32"
 
 
 def test_every_precision_that_is_offered_can_be_asked_for(bundle):
-    for precision in ("fp32", "bf16"):
+    for precision in ov.PRECISIONS:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             report = verify_folder(bundle("spoken-to-written"), backend="openvino", precision=precision)

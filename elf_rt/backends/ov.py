@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import openvino
 
 NAME = "openvino"
-PRECISIONS = ("bf16", "fp32") if has_bf16() else ("fp32", "bf16")
+PRECISIONS = ("bf16", "fp32", "fp16") if has_bf16() else ("fp32", "bf16", "fp16")  # what may be asked for, best first
 VARIANTS = {"bf16": "fp32"}  # OpenVINO rounds the float32 graphs itself
 HINTS = {"fp32": "f32", "bf16": "bf16"}
 
@@ -188,11 +188,13 @@ class OpenVinoNetwork:
 
 
 def _supported(precision: str, capabilities: list[str]) -> str:
-    """``precision``, or float32 with a warning where the processor has no bfloat16."""
-    if precision == "bf16" and "BF16" not in capabilities:
-        warnings.warn("this processor has no bfloat16 instructions: OpenVINO runs fp32 instead", stacklevel=4)
-        return "fp32"
-    return precision
+    """``precision``, or the nearest that the processor computes in, with a warning."""
+    bf16 = "BF16" in capabilities
+    if precision == "fp32" or (precision == "bf16" and bf16):
+        return precision
+    nearest = "bf16" if bf16 else "fp32"
+    warnings.warn(f"{NAME} has no {precision} on this processor: {nearest} instead", stacklevel=4)
+    return nearest
 
 
 def _fixed(shape: Any, length: int) -> list[Any]:
