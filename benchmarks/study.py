@@ -69,7 +69,7 @@ SHAKESPEARE = (
         "fast: s = 5, earlier quantile grid",
         (4, 8, 16),
         {"sampler": "ab2", "schedule": "quantile", "sc_cfg": 5.0, "x_prev_scale": 1.5, "grid_mean": -2.0},
-        only={4: {"grid_mean": -1.65}, 16: {"sampler": "sde", "gamma": 1.25, "grid_mean": -1.9}},
+        only={4: {"grid_mean": -1.65}, 16: {"sampler": "sde", "gamma": 1.0, "grid_mean": -1.9}},
     ),
 )
 
