@@ -9,7 +9,6 @@ import hashlib
 import importlib
 import logging
 import os
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from elf_rt.errors import BackendError
+from elf_rt.machine import user_cache
 from elf_rt.schedule import Row
 
 TYPES = ("float32", "float16", "bfloat16")  # of the network's tensors
@@ -144,13 +144,8 @@ def load_kernels(sm: int, cache: Path | None = None) -> dict[str, Any]:
 
 
 def default_cache() -> Path:
-    """The user's cache folder for compiled kernels, by the platform's custom."""
-    home = Path.home()
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
-    return base / "elf-rt" / "kernels"
+    """The user's cache folder for compiled kernels."""
+    return user_cache() / "kernels"
 
 
 @functools.cache
