@@ -8,7 +8,6 @@ import functools
 import hashlib
 import importlib
 import logging
-import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
