@@ -21,13 +21,13 @@ from elf_rt.export.precision import FP32, Precision
 from elf_rt.export.quantize import calibrate, write_int8
 from elf_rt.export.ranges import measure_ranges
 from elf_rt.export.reference import ELF
-from elf_rt.export.replay import plan_runs, record
+from elf_rt.export.replay import Run, plan_runs, record
 from elf_rt.params import SamplingParams, presets_for
 from elf_rt.text import EOS_ID, TextCodec
 
 REPLAY_SOURCES = 4  # texts that the replay of a conditional model runs on
 REPLAY_STEPS = 8  # more would amplify float32 rounding on an untrained model until nothing can be judged
-RANGE_STEPS = 32  # activations are measured on longer runs, with seeds of their own
+RANGE_STEPS = 16  # activations are measured on longer runs, with seeds of their own
 
 
 @dataclass(frozen=True)
@@ -89,35 +89,46 @@ def export_bundle(
         runs = plan_runs(checkpoint.config, presets, cond, mask, max_steps=REPLAY_STEPS, seed=0)
         np.savez(folder / "replay.npz", **record(model, runs))  # type: ignore[arg-type]
 
-        state = {name: tensor.numpy() for name, tensor in checkpoint.state.items()}
-        say("writing the fp32 graphs")
-        write_graphs(folder, checkpoint.config, state, FP32)
-        manifest["variants"] = {"fp32": _files("")}
-        manifest["precision"] = {}
-        lower = [Precision(name) for name in options.precisions if name not in ("fp32", "int8")]
-        if lower:
-            say("measuring activations")
-            longer = plan_runs(checkpoint.config, presets, cond, mask, max_steps=RANGE_STEPS, seed=1)
-            ranges = measure_ranges(model, longer)
-        for precision in lower:
-            say(f"writing the {precision.value} graphs")
-            plan = plan_precision(precision, checkpoint.config, state, ranges)
-            (folder / precision.value).mkdir()
-            write_graphs(folder / precision.value, checkpoint.config, state, plan)
-            manifest["variants"][precision.value] = _files(f"{precision.value}/")
-            manifest["precision"][precision.value] = plan.to_json()
-        if "int8" in options.precisions:
-            say("measuring what int8 changes")
-            others = plan_runs(checkpoint.config, presets, cond, mask, max_steps=REPLAY_STEPS, seed=1)
-            calibration = calibrate(model, others)
-            (folder / "int8").mkdir()
-            write_int8(folder, folder / "int8", calibration)
-            manifest["variants"]["int8"] = _files("int8/")
-            manifest["precision"]["int8"] = calibration.to_json()
+        def longer_runs(max_steps: int) -> list[Run]:
+            return plan_runs(checkpoint.config, presets, cond, mask, max_steps=max_steps, seed=1)
+
+        manifest |= _write_variants(folder, checkpoint, model, options.precisions, longer_runs, say)
         write_manifest(folder, manifest)
         for name in manifest["variants"]:
             say(f"replaying the {name} bundle")
             prove(folder, name)
+
+
+def _write_variants(
+    folder: Path,
+    checkpoint: Checkpoint,
+    model: ELF,
+    precisions: Sequence[str],
+    runs_of: Callable[[int], list[Run]],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """The graphs in every precision; their manifest entries. ``runs_of(max_steps)`` gives the runs to measure on."""
+    state = {name: tensor.numpy() for name, tensor in checkpoint.state.items()}
+    say("writing the fp32 graphs")
+    write_graphs(folder, checkpoint.config, state, FP32)
+    variants, plans = {"fp32": _files("")}, {}
+    lower = [Precision(name) for name in precisions if name not in ("fp32", "int8")]
+    if lower:
+        say("measuring activations")
+        ranges = measure_ranges(model, runs_of(RANGE_STEPS))
+    for precision in lower:
+        say(f"writing the {precision.value} graphs")
+        plan = plan_precision(precision, checkpoint.config, state, ranges)
+        (folder / precision.value).mkdir()
+        write_graphs(folder / precision.value, checkpoint.config, state, plan)
+        variants[precision.value], plans[precision.value] = _files(f"{precision.value}/"), plan.to_json()
+    if "int8" in precisions:
+        say("measuring what int8 changes")
+        calibration = calibrate(model, runs_of(REPLAY_STEPS))
+        (folder / "int8").mkdir()
+        write_int8(folder, folder / "int8", calibration)
+        variants["int8"], plans["int8"] = _files("int8/"), calibration.to_json()
+    return {"variants": variants, "precision": plans}
 
 
 def _describe(checkpoint: Checkpoint, options: ExportOptions, presets: dict[str, SamplingParams]) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def plan_runs(
     max_steps: int,
     seed: int,
 ) -> list[Run]:
-    """Runs over every preset, and one without a source where the model takes one.
+    """Runs of the official sampler at the guidance of every preset, and one without a source where the model takes one.
 
     cond (B, L, C) and mask (B, L) are source latents to run on. Steps and batch shrink for a large model.
     """
@@ -102,7 +102,13 @@ def plan_runs(
     for params in presets.values():
         cost = step_flop * (2 if params.guidance_scale != 1 else 1)
         batch = int(min(4, max(1, FLOP_BUDGET // (cost * max_steps))))
-        params = params.replace(steps=int(min(params.steps, max_steps, max(4, FLOP_BUDGET // (cost * batch)))))
+        params = SamplingParams(
+            steps=int(min(params.steps, max_steps, max(4, FLOP_BUDGET // (cost * batch)))),
+            sampler="sde" if params.sampler == "sde" else "ode",
+            guidance_scale=params.guidance_scale,
+            sc_cfg=params.sc_cfg,
+            gamma=params.gamma,
+        )
         if all(params != run.params for run in runs):
             runs.append(_draw(config, params, batch, generator, cond, mask))
     if cond is not None:
