@@ -86,11 +86,11 @@ def export_bundle(
         presets = {name: SamplingParams(**values) for name, values in manifest["presets"].items()}
 
         say("running the reference model")
-        runs = plan_runs(checkpoint.config, presets, cond, mask, max_steps=REPLAY_STEPS, seed=0)
+        runs = plan_runs(checkpoint.config, presets, cond, mask, max_steps=REPLAY_STEPS, batch=4, seed=0)
         np.savez(folder / "replay.npz", **record(model, runs))  # type: ignore[arg-type]
 
         def longer_runs(max_steps: int) -> list[Run]:
-            return plan_runs(checkpoint.config, presets, cond, mask, max_steps=max_steps, seed=1)
+            return plan_runs(checkpoint.config, presets, cond, mask, max_steps=max_steps, batch=2, seed=1)
 
         manifest |= _write_variants(folder, checkpoint, model, options.precisions, longer_runs, say)
         write_manifest(folder, manifest)

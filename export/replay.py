@@ -91,6 +91,7 @@ def plan_runs(
     *,
     max_steps: int,
     seed: int,
+    batch: int = 4,
 ) -> list[Run]:
     """Runs of the official sampler at the guidance of every preset, and one without a source where the model takes one.
 
@@ -101,7 +102,7 @@ def plan_runs(
     runs: list[Run] = []
     for params in presets.values():
         cost = step_flop * (2 if params.guidance_scale != 1 else 1)
-        batch = int(min(4, max(1, FLOP_BUDGET // (cost * max_steps))))
+        batch = int(min(batch, max(1, FLOP_BUDGET // (cost * max_steps))))
         params = SamplingParams(
             steps=int(min(params.steps, max_steps, max(4, FLOP_BUDGET // (cost * batch)))),
             sampler="sde" if params.sampler == "sde" else "ode",

@@ -60,7 +60,7 @@ def start_builder(bundle: Bundle, moment: str) -> "subprocess.Popen[str]":
     """A builder that has come to the moment."""
     pipe = subprocess.PIPE
     command = [sys.executable, "-c", BUILDER, str(bundle.folder), moment]
-    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, cwd=bundle.folder)
     assert process.stdout is not None
     if process.stdout.readline() != "there\n":
         pytest.fail(process.communicate()[1])

@@ -7,6 +7,7 @@ The residual stream, all statistics and what stands between two products are flo
 Letters: R rows, L text length, P prefix tokens, S = P + L, C latents, H hidden, D head width (padded), V vocabulary.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,10 +219,16 @@ def make_block(weights: GraphWeights, name: str, cos: Tensor, sin: Tensor, atten
     half = cos.shape[-1] // 2
     sign = torch.ones_like(cos[0])
     sign[:half] = -1
+    qkv = weights.linear(f"{name}.attn.qkv")
+    if qkv.bias is None:
+        biases = [weights.tensor(f"{name}.attn.{part}.bias")[:, 0] for part in "qk"]
+    else:  # a float32 product: one bias for all three, which is zero for v
+        biases = list(qkv.bias.view(3, -1, cos.shape[-1])[:2])
+        qkv = dataclasses.replace(qkv, bias=None)
     return Block(
         norm1=weights.tensor(f"{name}.norm1.weight"),
-        qkv=weights.linear(f"{name}.attn.qkv"),
-        head_bias=torch.stack([weights.tensor(f"{name}.attn.{part}_norm.bias")[:, 0] for part in "qk"]),
+        qkv=qkv,
+        head_bias=torch.stack(biases),
         eps=(weights.eps(f"{name}.attn.q_norm"), weights.eps(f"{name}.attn.k_norm")),
         cos=cos[:, None, None] * norms,
         sin=sign * sin[:, None, None] * norms.roll(half, -1),
