@@ -120,16 +120,16 @@ def _quantize(graph: Any, calibration: Calibration) -> None:
     """Narrow w3's input by the exponents, then replace the products of all layers but the kept ones."""
     weights = {tensor.name: tensor for tensor in graph.initializer}
 
-    def change(name: str, function: Callable[[np.ndarray], np.ndarray]) -> None:
-        weights[name] = numpy_helper.from_array(function(numpy_helper.to_array(weights[name])), name)
+    def shift(name: str, exponents: np.ndarray) -> None:
+        weights[name] = numpy_helper.from_array(np.ldexp(numpy_helper.to_array(weights[name]), exponents), name)
 
     for name, exponents in calibration.exponents.items():
         # The second half of w12's output is a factor of the product that w3 reads.
         divisor = np.concatenate([np.zeros_like(exponents), exponents])
         w12 = name.removesuffix("w3") + "w12"
-        change(f"{w12}.weight", lambda weight, divisor=divisor: np.ldexp(weight, -divisor))
-        change(f"{w12}.bias", lambda bias, divisor=divisor: np.ldexp(bias, -divisor))
-        change(f"{name}.weight", lambda weight, exponents=exponents: np.ldexp(weight, exponents[:, None]))
+        shift(f"{w12}.weight", -divisor)
+        shift(f"{w12}.bias", -divisor)
+        shift(f"{name}.weight", exponents[:, None])
     for node in graph.node:
         name = node.input[1].removesuffix(".weight") if node.op_type == "MatMul" else ""
         if not QUANTIZED.fullmatch(name) or name in calibration.kept:
