@@ -3,7 +3,8 @@
 It has the interface of the runtime's backends (elf_rt.backends.base), so that everything but the network is the same.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from elf_rt.errors import BackendError
 from elf_rt.export.reference import ELF, Attention, rotate
 from elf_rt.params import ModelConfig
 
@@ -45,8 +47,9 @@ class TorchBackend:
             block.attn = FusedAttention(config.hidden_size, config.num_heads, config.head_dim)
         self.model.load_state_dict(state)
         self.model.eval()
-        self.forward: Any = torch.compile(self.model, dynamic=False) if compiled else self.model
         self._threads = threads
+        with _clear_errors(self.name):
+            self.forward: Any = torch.compile(self.model, dynamic=False) if compiled else self.model
 
     def bind(self, rows: int, length: int) -> "TorchNetwork":
         return TorchNetwork(self, rows, length)
@@ -83,8 +86,9 @@ class TorchNetwork:
     def denoise(self) -> None:
         arrays = (self.z, self.x_prev, self.t, self.s, self.mode)
         call = [None if array is None else torch.from_numpy(array) for array in arrays]
-        with torch.autocast("cpu", torch.bfloat16, enabled=self._backend.precision == "bf16"):
-            x, self._hidden = self._backend.forward(*call)
+        backend = self._backend
+        with _clear_errors(backend.name), torch.autocast("cpu", torch.bfloat16, enabled=backend.precision == "bf16"):
+            x, self._hidden = backend.forward(*call)
         self.x[:] = x.float().numpy()
 
     @torch.inference_mode()
@@ -94,3 +98,13 @@ class TorchNetwork:
 
     def close(self) -> None:
         self._hidden = None
+
+
+@contextmanager
+def _clear_errors(name: str) -> Iterator[None]:
+    """torch.compile needs a C++ compiler and more; what it raises without them has no common base."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise BackendError(f"{name} does not work here: {reason[0]}") from error

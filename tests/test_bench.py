@@ -128,6 +128,21 @@ def test_what_cannot_be_opened_is_left_out_unless_asked_for(bundle, monkeypatch,
         command._run(contenders, work, (), strict=True)
 
 
+def test_a_torch_that_does_not_compile_is_one_line(monkeypatch):
+    import torch
+
+    from elf_rt.commands.bench import TINY
+    from elf_rt.export.random_init import random_state
+    from elf_rt.export.torch_cpu import TorchBackend
+
+    def no_compiler(*_, **__):
+        raise RuntimeError("no C++ compiler\nand more")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    with pytest.raises(BackendError, match="torch-compile does not work here: no C\\+\\+ compiler$"):
+        TorchBackend(TINY, random_state(TINY, 0), compiled=True, bf16=False, threads=1)
+
+
 def test_the_machine_is_told():
     assert machine.cores() >= 1
     assert machine.cpu_name()
