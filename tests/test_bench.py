@@ -139,7 +139,7 @@ def test_a_torch_that_does_not_compile_is_one_line(monkeypatch):
         raise RuntimeError("no C++ compiler\nand more")
 
     monkeypatch.setattr(torch, "compile", no_compiler)
-    with pytest.raises(BackendError, match="torch-compile does not work here: no C\\+\\+ compiler$"):
+    with pytest.raises(BackendError, match=r"torch-compile does not work here: no C\+\+ compiler$"):
         TorchBackend(TINY, random_state(TINY, 0), compiled=True, bf16=False, threads=1)
 
 

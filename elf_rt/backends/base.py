@@ -5,7 +5,7 @@ from typing import Protocol
 
 import numpy as np
 
-DISCRETIZED_TOKENS = 512  # positions whose logits, each V wide, are in memory at the same time
+DISCRETIZED_TOKENS = 256  # positions whose logits, each V wide, are in memory at the same time
 
 
 class BoundNetwork(Protocol):

@@ -60,10 +60,10 @@ class OpenVinoBackend:
 
         self._ov = openvino
         self._core = openvino.Core()
+        self._files = bundle.variant("fp32")
         self.config = bundle.config
         self.precision = _supported(precision, self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
         self._bundle = bundle
-        self._files = bundle.variant("fp32")
         self._threads = threads or cores()
         self._options: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
