@@ -39,7 +39,7 @@ def call(backend, rows, length, seed=0):
     return x, ids
 
 
-@pytest.mark.parametrize("name", [*CASES, "spoken-to-written"])
+@pytest.mark.parametrize("name", [*CASES, "t5", "spoken-to-written"])
 def test_replays_the_reference(bundle, name):
     report = verify_folder(bundle(name), backend="openvino", precision="fp32")
     assert report.passed, report
@@ -179,3 +179,15 @@ def test_writes_the_text_that_onnx_runtime_writes(bundle):
         with load(bundle("spoken-to-written"), backend, precision="fp32") as model:
             texts.append([result.text for result in model.generate(prompts, n=2, seed=3, steps=4)])
     assert texts[0] == texts[1]
+
+
+def test_the_text_encoder_runs_here_too(bundle):
+    opened = Bundle.open(bundle("t5"))
+    ids = np.array([[5, 9, 14, 1, 0, 0], [7, 3, 8, 22, 31, 1]])
+    mask = (ids != 0).astype(np.int64)
+    want = ort.open_backend(opened, "fp32", 1).encode(ids, mask)
+    backend = ov.open_backend(opened, "fp32", 1)
+    for _ in range(2):
+        found = backend.encode(ids, mask)
+        np.testing.assert_allclose(found[mask == 1], want[mask == 1], rtol=1e-4, atol=1e-5)
+    assert backend.encode(ids[:1, :4], mask[:1, :4]).shape == (1, 4, want.shape[-1])
