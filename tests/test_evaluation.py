@@ -192,7 +192,7 @@ def test_eval_by_generating(tmp_path: Path, bundle: Callable[[str], Path]) -> No
         assert run["exact_match"] == np.mean([t.text == r["output"] for t, r in zip(texts, records, strict=True)])
         assert run["texts"] == 12
     matches = [run["exact_match"] for run in summary["runs"]]
-    assert [run["seed"] for run in summary["runs"]] == [5, 6]
+    assert [run["seed"] for run in summary["runs"]] == [5, 5 + 12]  # text k of a run has seed + k: runs share none
     assert summary["mean"]["exact_match"] == pytest.approx(sum(matches) / 2)
     assert summary["deviation"]["exact_match"] == pytest.approx(abs(matches[0] - matches[1]) / math.sqrt(2))
 
