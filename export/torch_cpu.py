@@ -3,7 +3,7 @@
 It has the interface of the runtime's backends (elf_rt.backends.base), so that everything but the network is the same.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,6 +34,7 @@ class TorchBackend:
     """ELF on the CPU: eager float32, or compiled, in bfloat16 autocast where ``bf16`` says so."""
 
     device = "cpu"
+    encode: Callable[[np.ndarray, np.ndarray], np.ndarray]  # set by who opens it: the text encoder is no part of this
 
     def __init__(
         self, config: ModelConfig, state: dict[str, torch.Tensor], *, compiled: bool, bf16: bool, threads: int
@@ -53,9 +54,6 @@ class TorchBackend:
 
     def bind(self, rows: int, length: int) -> "TorchNetwork":
         return TorchNetwork(self, rows, length)
-
-    def encode(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        raise NotImplementedError("the bundle's encoder runs in ONNX Runtime")
 
     def describe(self) -> Mapping[str, str]:
         return {

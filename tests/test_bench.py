@@ -108,6 +108,17 @@ def test_clear_errors(run_cli, bundle, arguments, words):
     run_cli("bench", bundle("uncond"), *arguments).assert_clear_error(*words)
 
 
+def test_torch_beside_a_bundle_with_a_text_encoder(run_cli, bundle):
+    done = run_cli(
+        *("bench", bundle("t5"), "--vs", "torch-eager", "--checkpoint", GOLDEN / "t5", "--backends", "onnxruntime"),
+        *("--steps", "2", "--repeats", "1", "--json"),
+    )
+    assert done.code == 0, done.err
+    rows = {row["name"]: row for row in json.loads(done.out)["rows"]}
+    assert rows["torch-eager fp32"]["agreement"] == 1.0
+    assert rows["torch-eager fp32"]["text"] > 0
+
+
 def test_another_checkpoint_is_refused(run_cli, bundle):
     done = run_cli("bench", bundle("uncond"), "--vs", "torch-eager", "--checkpoint", GOLDEN / "cond")
     done.assert_clear_error("was not exported from")

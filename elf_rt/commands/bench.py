@@ -15,6 +15,7 @@ import numpy as np
 
 from elf_rt import machine
 from elf_rt.backends import MODULES, discover, open_backend
+from elf_rt.backends.cpu_encoder import CpuEncoder
 from elf_rt.bench import Contender, Opened, Report, Work, measure, open_contender
 from elf_rt.bench_report import describe_machine, draw, lines
 from elf_rt.bundle import Bundle, atomic_file, find_bundle
@@ -190,14 +191,14 @@ def _contender(bundle: Bundle, backend: str, precision: str, threads: int | None
 
 
 def _torch_contenders(bundle: Bundle, state: Any, options: dict[str, Any]) -> list[Contender]:
+    if state is None and options["checkpoint"] is None:
+        raise InputError("--vs needs the weights: give --checkpoint, from which the bundle was exported")
     try:
         from elf_rt.export.checkpoint import load_checkpoint
         from elf_rt.export.torch_cpu import TorchBackend
     except ImportError as error:
         raise BackendError(f"--vs needs {error.name}: pip install 'elf-rt[export]'") from None
     if state is None:
-        if options["checkpoint"] is None:
-            raise InputError("--vs needs the weights: give --checkpoint, from which the bundle was exported")
         source = bundle.manifest["source"]
         checkpoint = load_checkpoint(options["checkpoint"], raw=source["weights"] == "raw")
         if checkpoint.sha256 != source["sha256"]:
@@ -208,9 +209,9 @@ def _torch_contenders(bundle: Bundle, state: Any, options: dict[str, Any]) -> li
     def load(name: str) -> Model:
         compiled = name == "torch-compile"
         bf16 = compiled and machine.has_bf16()
-        return Model(
-            bundle, TorchBackend(bundle.config, state, compiled=compiled, bf16=bf16, threads=threads), "asked for"
-        )
+        backend = TorchBackend(bundle.config, state, compiled=compiled, bf16=bf16, threads=threads)
+        backend.encode = CpuEncoder(bundle)
+        return Model(bundle, backend, "asked for")
 
     return [Contender(name, partial(load, name)) for name in options["vs"]]
 
