@@ -20,7 +20,9 @@ from fake_cuda import FakeCuda
 from fake_trt_build import add_builder
 from fake_trt_run import add_runtime
 
-API: dict[str, dict[str, str]] = json.loads((Path(__file__).parent / "data" / "tensorrt_api.json").read_text())
+API: dict[str, dict[str, str]] = json.loads(
+    (Path(__file__).parent / "data" / "tensorrt_api.json").read_text(encoding="utf-8")
+)
 ENUMERATIONS = (
     "BuilderFlag",
     "ComputeCapability",

@@ -39,7 +39,7 @@ def golden(case: str) -> Golden:
 def official_checkpoint(weights: Path, settings: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
     """Sizes read off the tensors here, independently of elf_rt.export.checkpoint."""
     state = {k: v.float() for k, v in torch.load(weights, weights_only=True)["ema_params1"].items()}
-    yml = yaml.safe_load(settings.read_text())
+    yml = yaml.safe_load(settings.read_text(encoding="utf-8"))
     if not yml["self_cond_prob"]:  # the official code saves the projection all the same, and never calls it
         state = {name: value for name, value in state.items() if not name.startswith("self_cond_proj.")}
     hidden = state["blocks.0.norm1.weight"].numel()

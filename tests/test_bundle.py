@@ -21,7 +21,7 @@ def copy(bundle, tmp_path):
 
 def edit(folder, **changes):
     path = folder / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **changes}))
 
 
 def test_no_tensor_is_stored_twice(bundle):
@@ -94,7 +94,7 @@ def test_the_only_bundle_is_found(tmp_path, copy):
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError, SystemExit])
 def test_a_stopped_writer_leaves_the_old_one(tmp_path, copy, stop):
     before = sorted(p.name for p in tmp_path.iterdir())
-    manifest = (copy / "manifest.json").read_text()
+    manifest = (copy / "manifest.json").read_text(encoding="utf-8")
     with pytest.raises(stop), atomic_folder(copy) as work:
         (work / "manifest.json").write_text("half")
         raise stop
@@ -103,13 +103,13 @@ def test_a_stopped_writer_leaves_the_old_one(tmp_path, copy, stop):
         path.write_text("half")
         raise stop
     assert sorted(p.name for p in tmp_path.iterdir()) == before
-    assert (copy / "manifest.json").read_text() == manifest
+    assert (copy / "manifest.json").read_text(encoding="utf-8") == manifest
 
 
 def test_a_writer_replaces_a_bundle_but_nothing_else(tmp_path, copy):
     with atomic_folder(copy) as work:
         (work / "manifest.json").write_text("new")
-    assert (copy / "manifest.json").read_text() == "new"
+    assert (copy / "manifest.json").read_text(encoding="utf-8") == "new"
     (tmp_path / "photos").mkdir()
     with pytest.raises(BundleError, match="is not a bundle"), atomic_folder(tmp_path / "photos"):
         pass

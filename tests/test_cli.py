@@ -63,11 +63,11 @@ def test_generate_alone(run_cli, spoken):
 
 
 def test_jsonl_in_and_out(run_cli, spoken, tmp_path):
-    lines = (EXAMPLES / "spoken-to-written" / "test.jsonl").read_text().splitlines()[:3]
+    lines = (EXAMPLES / "spoken-to-written" / "test.jsonl").read_text(encoding="utf-8").splitlines()[:3]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     done = run_cli("generate", "--input", "in.jsonl", "--output", "out.jsonl", "--steps", "4", "--seed", "0", "-n", "2")
     assert done.code == 0, done.err
-    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
     sources = [json.loads(line) for line in lines]
     assert [r["input"] for r in records] == [s["input"] for s in sources for _ in range(2)]
     assert [r["output"] for r in records] == [s["output"] for s in sources for _ in range(2)]
@@ -90,7 +90,7 @@ def test_bad_jsonl(run_cli, spoken, tmp_path, content, words):
     (tmp_path / "in.jsonl").write_bytes(content)
     (tmp_path / "out.jsonl").write_text("kept")
     run_cli("generate", "--input", "in.jsonl", "--output", "out.jsonl").assert_clear_error(*words)
-    assert (tmp_path / "out.jsonl").read_text() == "kept"
+    assert (tmp_path / "out.jsonl").read_text(encoding="utf-8") == "kept"
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_export_over_something_else_is_refused(run_cli, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("dear")
     run_cli("export", GOLDEN / "uncond", "-o", "thesis").assert_clear_error("thesis exists and is not a bundle")
-    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "dear"
+    assert (tmp_path / "thesis" / "chapter.txt").read_text(encoding="utf-8") == "dear"
 
 
 @pytest.mark.parametrize("wait", [0.5, 2.0, 4.0])
@@ -159,7 +159,7 @@ def test_interrupted_export_leaves_nothing(tmp_path, wait):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_full_disk(spoken, tmp_path):
     command = [sys.executable, "-m", "elf_rt", "generate", "--prompt", SPOKEN, "--steps", "1", "--seed", "0"]
-    with open("/dev/full", "w") as full:
+    with open("/dev/full", "w", encoding="utf-8") as full:
         done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1
     assert "No space left" in done.stderr and "Traceback" not in done.stderr

@@ -50,12 +50,15 @@ def test_sizes_and_settings():
         "pad_token": "eos",
     }
     assert dataclasses.asdict(checkpoint.config) == expected
-    assert checkpoint.settings == yaml.safe_load((GOLDEN / "cond" / "config.yml").read_text())
+    assert checkpoint.settings == yaml.safe_load((GOLDEN / "cond" / "config.yml").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("case", ["cond", "head_dim_66", "no_sc_tokens", "no_self_cond", "t5", "uncond"])
 def test_golden_cases_load_as_their_config_says(case):
-    config, settings = load_checkpoint(GOLDEN / case).config, yaml.safe_load((GOLDEN / case / "config.yml").read_text())
+    config, settings = (
+        load_checkpoint(GOLDEN / case).config,
+        yaml.safe_load((GOLDEN / case / "config.yml").read_text(encoding="utf-8")),
+    )
     names = ("bottleneck_dim", "num_time_tokens", "num_self_cond_cfg_tokens", "num_model_mode_tokens", "latent_mean")
     assert [getattr(config, name) for name in names] == [settings[name] for name in names]
     assert config.self_cond == (settings["self_cond_prob"] > 0)
@@ -70,7 +73,7 @@ def test_unused_self_conditioning_is_left_out():
 
 def test_self_conditioning_needs_its_tensors(tmp_path, ema):
     torch.save({name: tensor for name, tensor in ema.items() if "self_cond_proj" not in name}, tmp_path / "model.pt")
-    settings = yaml.safe_load(CONFIG.read_text())
+    settings = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
     (tmp_path / "config.yml").write_text(yaml.safe_dump(settings))
     with pytest.raises(CheckpointError, match="self_cond_prob above 0, but the weights hold no self_cond_proj"):
         load_checkpoint(tmp_path)

@@ -161,7 +161,7 @@ def test_embedding_table(tmp_path, dtype, kept):
 def broken_t5(folder: Path, config=None, weights=None) -> Path:
     """The golden encoder with keys of its config.json and its weights replaced; None removes one."""
     shutil.copytree(ENCODER, folder)
-    merged = json.loads((ENCODER / "config.json").read_text()) | (config or {})
+    merged = json.loads((ENCODER / "config.json").read_text(encoding="utf-8")) | (config or {})
     (folder / "config.json").write_text(json.dumps({k: v for k, v in merged.items() if v is not None}))
     state = load_file(ENCODER / "model.safetensors") | (weights or {})
     save_file({k: v for k, v in state.items() if v is not None}, folder / "model.safetensors")
@@ -226,7 +226,7 @@ def test_bad_table(tmp_path, tensors, message):
 
 def test_check_tokenizer(tmp_path):
     tokens = check_tokenizer(GOLDEN / "tokenizer.json", 128)
-    assert tokens == len(json.loads((GOLDEN / "tokenizer.json").read_text())["model"]["vocab"])
+    assert tokens == len(json.loads((GOLDEN / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"])
     with pytest.raises(CheckpointError, match=f"has {tokens} tokens, the model's head {tokens - 1}"):
         check_tokenizer(GOLDEN / "tokenizer.json", tokens - 1)
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')

@@ -179,7 +179,7 @@ class TestKey:
 
 def test_record_names_this_machine_and_what_it_was_made_from(fresh: Bundle) -> None:
     record = build(rtx_spec(fresh, sms=(86, 89)))
-    values = json.loads((rtx_spec(fresh, sms=(86, 89)).target / RECORD).read_text())
+    values = json.loads((rtx_spec(fresh, sms=(86, 89)).target / RECORD).read_text(encoding="utf-8"))
     assert (values["format"], values["schema_version"]) == ("elf-rt-plan", 1)
     assert (values["library"], values["sms"], values["gpu"]) == ("tensorrt-rtx", [86, 89], None)
     assert values["graphs"]["denoiser"] == fresh.manifest["files"]["fp16/denoiser.onnx"]
@@ -285,12 +285,12 @@ class TestPlainTensorrt:
         assert spec.target.name.startswith(f"sm89-nvidia-geforce-rtx-4090-tensorrt-{version}-")
         assert (record.gpu, record.engines["denoiser"].scratch_bytes) == ("NVIDIA GeForce RTX 4090", 12345)
         assert record.engines["denoiser"].attention == ({} if opset == 20 else {"fused": 2})
-        plan = json.loads((spec.target / "denoiser.plan").read_text())
+        plan = json.loads((spec.target / "denoiser.plan").read_text(encoding="utf-8"))
         assert plan["profiles"][0]["z"] == [[1, 16, 32], [2, 16, 32], [4, 16, 32]]
         assert (plan["opt_level"], plan["tf32"]) == (2, True)
         exact = request_for(bundle, "fp32")
         assert build(exact).engines["denoiser"].attention == ({} if opset == 20 else {"open": 2})
-        assert json.loads((exact.target / "denoiser.plan").read_text())["tf32"] is False
+        assert json.loads((exact.target / "denoiser.plan").read_text(encoding="utf-8"))["tf32"] is False
 
     def test_timing_cache_is_read_and_written(
         self, version: str, tmp_path: Path, request_for: Callable[..., Any]
@@ -320,7 +320,9 @@ def test_released_sizes(model: str, tmp_path: Path) -> None:
     """On every GPU: little more than half the size of FP32, attention fused, and no L x L tensor in scratch memory."""
     script, table = Path(__file__).parents[1] / "benchmarks" / "engines.py", tmp_path / "table.json"
     subprocess.run([sys.executable, script, "--models", model, "--json", table], check=True)
-    rows = {row["sm"]: row for row in json.loads(table.read_text())["rows"] if row["precision"] == "fp16"}
+    rows = {
+        row["sm"]: row for row in json.loads(table.read_text(encoding="utf-8"))["rows"] if row["precision"] == "fp16"
+    }
     assert set(rows) == set(SMS)
     for row in rows.values():
         assert row["of_fp32"] <= 0.55

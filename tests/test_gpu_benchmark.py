@@ -38,7 +38,7 @@ def test_smoke_measures_what_runs_and_names_what_does_not(
     monkeypatch.setattr(benchmark, "SECONDS_EACH", 0.0)
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--smoke", "--output", str(tmp_path)])
     benchmark.main()
-    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))["rows"]
     measured = {(row["system"], row["batch"]) for row in rows if "p50_ms" in row}
     assert measured == {(name, batch) for name in ("elf-rt torch, graph", "torch eager bf16") for batch in (1, 2)}
     assert all(row["p95_ms"] >= row["p50_ms"] > row["ms_per_call"] > 0 for row in rows if "p50_ms" in row)
@@ -57,7 +57,7 @@ def test_a_system_that_fails_does_not_hide_the_others(
     monkeypatch.setattr(benchmark, "SECONDS_EACH", 0.0)
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--smoke", "--output", str(tmp_path)])
     benchmark.main()
-    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))["rows"]
     assert [row["reason"] for row in rows if row["system"] == "elf-rt torch, graph"] == ["RuntimeError: it broke"]
     assert any(row["system"] == "torch eager bf16" and "p50_ms" in row for row in rows)
 
@@ -67,7 +67,7 @@ def test_nothing_begins_after_the_deadline(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--smoke", "--minutes", "0", "--output", str(tmp_path)])
     benchmark.main()
-    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))["rows"]
     assert {row["reason"] for row in rows} == {"out of time", "needs a GPU"}
 
 

@@ -44,7 +44,7 @@ def with_int8(source: Path, target: Path, calibration: Calibration) -> Bundle:
     shutil.copytree(source, target)
     (target / "int8").mkdir()
     names = write_int8(target, target / "int8", calibration)
-    manifest = json.loads((target / "manifest.json").read_text())
+    manifest = json.loads((target / "manifest.json").read_text(encoding="utf-8"))
     manifest["variants"]["int8"] = {Path(name).stem: f"int8/{name}" for name in names}
     write_manifest(target, {name: value for name, value in manifest.items() if name != "files"})
     return Bundle.open(target)

@@ -317,7 +317,7 @@ def demo(name: str, step: int, samples: int) -> tuple[ELF, tuple[torch.Tensor, t
         return elf(config, state), None
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     table = load_file(folder / "encoder.safetensors")["embedding.weight"]
-    lines = (folder / "test.jsonl").read_text().splitlines()[:samples]
+    lines = (folder / "test.jsonl").read_text(encoding="utf-8").splitlines()[:samples]
     latents = torch.zeros(samples, config.max_length, config.latent_dim)
     mask = torch.zeros(samples, config.max_length, dtype=torch.bool)
     for row, line in enumerate(lines):

@@ -55,7 +55,7 @@ def test_weights_off_by_one_percent_fail(bundle, tmp_path):
             changed = (values * (1 + 0.01 * rng.standard_normal(values.shape))).astype(np.float32)
             tensor.CopyFrom(onnx.numpy_helper.from_array(changed, tensor.name))
     onnx.save(model, folder / "denoiser.onnx")
-    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     manifest["files"]["denoiser.onnx"] = sha256(folder / "denoiser.onnx")
     (folder / MANIFEST).write_text(json.dumps(manifest))
     report = verify_folder(folder, backend="onnxruntime")
