@@ -26,6 +26,7 @@ from elf_rt.params import ModelConfig, SamplingParams
 
 FORMAT = "elf-rt-bundle"
 SCHEMA_VERSION = 1
+MIN_AGREEMENT = 0.99  # share of float32's tokens that another precision must write to count as the same text
 SUFFIX = ".elfrt"
 MANIFEST = "manifest.json"
 
@@ -47,6 +48,7 @@ class Bundle:
             self.variants: dict[str, dict[str, str]] = manifest["variants"]
             self.tokenizer: dict[str, Any] = manifest["tokenizer"]
             self.encoder: dict[str, Any] | None = manifest["encoder"]
+            self.agreement: dict[str, float] = manifest.get("agreement", {})  # absent: not measured
             self._sha256: dict[str, str] = manifest["files"]
         except (KeyError, TypeError, AttributeError) as error:
             raise BundleError(f"{folder / MANIFEST} is incomplete ({error}): export the checkpoint again") from None

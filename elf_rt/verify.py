@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from elf_rt.bundle import MIN_AGREEMENT
 from elf_rt.errors import BundleError, InputError
 from elf_rt.evaluation import edit_distance
 from elf_rt.model import Model, load
 from elf_rt.params import SamplingParams
 
 MAX_LATENT_ERROR = 5e-5  # relative, float32
-MIN_TOKEN_AGREEMENT = 0.99  # other precisions
 MAX_EDIT_DISTANCE = 0.01
 
 
@@ -65,7 +65,7 @@ def verify(model: Model, replay: Path | None = None) -> Report:
         if model.backend.precision == "fp32":
             passed = error < MAX_LATENT_ERROR and agreement == 1.0
         else:
-            passed = agreement >= MIN_TOKEN_AGREEMENT and distance <= MAX_EDIT_DISTANCE
+            passed = agreement >= MIN_AGREEMENT and distance <= MAX_EDIT_DISTANCE
         checks.append(Check(name, error, agreement, distance, passed))
     if not checks:
         raise InputError(f"{replay or 'replay.npz'} holds no run to compare with")

@@ -13,12 +13,14 @@ import torch
 from elf_rt import __version__
 from elf_rt.bundle import SUFFIX, Bundle, atomic_folder, write_manifest
 from elf_rt.errors import CheckpointError
+from elf_rt.export.agreement import bf16_agreement
 from elf_rt.export.checkpoint import Checkpoint, load_checkpoint
 from elf_rt.export.encoder import check_tokenizer, find_tokenizer, write_encoder
 from elf_rt.export.graph import write_graphs
 from elf_rt.export.planner import plan_precision
 from elf_rt.export.precision import FP32, Precision
 from elf_rt.export.quantize import calibrate, write_int8
+from elf_rt.export.quantize_openvino import write_openvino_int8
 from elf_rt.export.ranges import measure_ranges
 from elf_rt.export.reference import ELF
 from elf_rt.export.replay import Run, plan_runs, record
@@ -28,6 +30,7 @@ from elf_rt.text import EOS_ID, TextCodec
 REPLAY_SOURCES = 4  # texts that the replay of a conditional model runs on
 REPLAY_STEPS = 8  # more would amplify float32 rounding on an untrained model until nothing can be judged
 RANGE_STEPS = 16  # activations are measured on longer runs, with seeds of their own
+RANGE_BATCH = 8  # smaller where the model is large
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def export_bundle(
         np.savez(folder / "replay.npz", **record(model, runs))  # type: ignore[arg-type]
 
         def longer_runs(max_steps: int) -> list[Run]:
-            return plan_runs(checkpoint.config, presets, cond, mask, max_steps=max_steps, batch=2, seed=1)
+            return plan_runs(checkpoint.config, presets, cond, mask, max_steps=max_steps, batch=RANGE_BATCH, seed=1)
 
         manifest |= _write_variants(folder, checkpoint, model, options.precisions, longer_runs, say)
         write_manifest(folder, manifest)
@@ -112,23 +115,33 @@ def _write_variants(
     say("writing the fp32 graphs")
     write_graphs(folder, checkpoint.config, state, FP32)
     variants, plans = {"fp32": _files("")}, {}
-    lower = [Precision(name) for name in precisions if name not in ("fp32", "int8")]
-    if lower:
-        say("measuring activations")
-        ranges = measure_ranges(model, runs_of(RANGE_STEPS))
-    for precision in lower:
+    runs = runs_of(RANGE_STEPS)
+    say("measuring activations")
+    ranges = measure_ranges(model, runs)
+    say("measuring what bf16 changes")
+    agreement = {"bf16": bf16_agreement(model, runs, ranges.ids)}
+    for precision in (Precision(name) for name in precisions if name in ("fp16", "bf16")):
         say(f"writing the {precision.value} graphs")
         plan = plan_precision(precision, checkpoint.config, state, ranges)
         (folder / precision.value).mkdir()
         write_graphs(folder / precision.value, checkpoint.config, state, plan)
         variants[precision.value], plans[precision.value] = _files(f"{precision.value}/"), plan.to_json()
-    if "int8" in precisions:
+    int8 = [name for name in precisions if name.startswith("int8")]
+    if int8:
         say("measuring what int8 changes")
         calibration = calibrate(model, runs_of(REPLAY_STEPS))
-        (folder / "int8").mkdir()
-        write_int8(folder, folder / "int8", calibration)
-        variants["int8"], plans["int8"] = _files("int8/"), calibration.to_json()
-    return {"variants": variants, "precision": plans}
+    for name in int8:
+        say(f"writing the {name} graphs")
+        (folder / name).mkdir()
+        if name == "int8":
+            write_int8(folder, folder / name, calibration)
+            variants[name] = _files(f"{name}/")
+        else:
+            written = write_openvino_int8(folder, folder / name, model, runs, list(calibration.kept))
+            denoiser, weights = (f"{name}/{file}" for file in written)
+            variants[name] = {"denoiser": denoiser, "weights": weights, "discretizer": variants["fp32"]["discretizer"]}
+        plans[name] = calibration.to_json()
+    return {"variants": variants, "precision": plans, "agreement": agreement}
 
 
 def _describe(checkpoint: Checkpoint, options: ExportOptions, presets: dict[str, SamplingParams]) -> dict[str, Any]:

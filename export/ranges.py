@@ -57,10 +57,12 @@ class Ranges:
 
     logits: largest sum of magnitudes of a logit's terms, over the decode calls. head_agreement: share of decoded
     tokens that stay the same when the unembedding alone runs in that type; empty when no decode call was seen.
+    ids: (B, L) what each run wrote.
     """
 
     tensors: dict[str, Range] = field(default_factory=dict)
     logits: float = 0.0
+    ids: list[Tensor] = field(default_factory=list)
     _head_hits: dict[Precision, int] = field(default_factory=dict)
     _head_tokens: int = 0
 
@@ -102,7 +104,7 @@ def measure_ranges(model: ELF, runs: Iterable[Run]) -> Ranges:
     """
     with watch(model) as ranges:
         for run in runs:
-            sample(model, run)
+            ranges.ids.append(sample(model, run)[1])
     for name, tensor in ranges.tensors.items():
         if not np.isfinite(tensor.maximum).all():
             raise CheckpointError(f"{name} overflows in float32: the checkpoint is broken, take an earlier one")

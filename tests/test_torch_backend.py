@@ -17,6 +17,7 @@ from elf_rt.backends.ort import OrtBackend
 from elf_rt.backends.torch_cuda import TorchBackend
 from elf_rt.bundle import Bundle
 from elf_rt.cudart import Gpu
+from elf_rt.device import kernels
 from elf_rt.errors import BackendError
 from elf_rt.export.graph import write_graphs
 from elf_rt.export.precision import Item, Precision, PrecisionPlan

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from elf_rt.backends.base import Backend
-from elf_rt.bundle import Bundle
+from elf_rt.bundle import MIN_AGREEMENT, Bundle
 from elf_rt.errors import BackendError, InputError
 
 # In the order in which "auto" tries them.
-# Each module has NAME, PRECISIONS (best first), unavailable() and open_backend(); VARIANTS names the graphs that it
+# Each module has NAME, PRECISIONS (best first), unavailable() and open_backend(). VARIANTS names the graphs that it
 # reads for a precision, where they are not those of the same name.
 MODULES: dict[str, str] = {
     "tensorrt": "elf_rt.backends.trt",
@@ -68,21 +68,53 @@ def open_backend(
             except BackendError as error:
                 reason = str(error).removeprefix(f"{candidate}: ")
             else:
-                why = f"{candidate} {backend.precision} is the fastest that works here"
+                why = f"{candidate} {backend.precision} is the fastest safe one here"
+                skipped += _passed_over(module, bundle, backend.precision)
                 return backend, why + (f" ({'; '.join(skipped)})" if skipped else "")
         skipped.append(f"{candidate}: {reason}")
     raise BackendError(f"no backend can run {bundle.folder} here: {'; '.join(skipped)}")
 
 
+def held_precisions(bundle: Bundle, name: str) -> list[str]:
+    """The precisions of a backend, best first, that the bundle has graphs for: float32, and others."""
+    module = _module(name)
+    return [p for p in module.PRECISIONS if _variant(module, p) in bundle.variants]
+
+
 def _precision(module: ModuleType, bundle: Bundle, precision: str) -> str:
-    """The precision asked for; for "auto", the module's best one that the bundle has graphs for."""
+    """The precision asked for; for "auto", the module's best safe one that the bundle has graphs for."""
     if precision == "auto":
-        variants = getattr(module, "VARIANTS", {})
-        held = (p for p in module.PRECISIONS if variants.get(p, p) in bundle.variants)
-        return str(next(held, module.PRECISIONS[0]))
+        return next(p for p in held_precisions(bundle, module.NAME) if _unsafe(module, bundle, p) is None)
     if precision not in module.PRECISIONS:
         raise InputError(f"precision of {module.NAME} must be one of auto, {', '.join(module.PRECISIONS)}")
     return precision
+
+
+def _variant(module: ModuleType, precision: str) -> str:
+    """The graphs of the bundle that a backend reads for a precision."""
+    return str(getattr(module, "VARIANTS", {}).get(precision, precision))
+
+
+def _passed_over(module: ModuleType, bundle: Bundle, chosen: str) -> list[str]:
+    """Why better precisions than the chosen one were not taken."""
+    if chosen not in module.PRECISIONS:
+        return []
+    better = module.PRECISIONS[: module.PRECISIONS.index(chosen)]
+    return [reason for p in better if (reason := _unsafe(module, bundle, p))]
+
+
+def _unsafe(module: ModuleType, bundle: Bundle, precision: str) -> str | None:
+    """Why the text in a precision does not count as float32's, or None.
+
+    Graphs of that precision were proven at export; of an engine that rounds the float32 graphs, export measured what
+    it changes.
+    """
+    if precision == "fp32" or _variant(module, precision) != "fp32":
+        return None
+    agreement = bundle.agreement.get(precision)
+    if agreement is None:
+        return f"{precision} was not measured at export"
+    return None if agreement >= MIN_AGREEMENT else f"{precision} would change {1 - agreement:.1%} of the tokens"
 
 
 def _module(name: str) -> ModuleType:

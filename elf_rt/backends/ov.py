@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     import openvino
 
 NAME = "openvino"
-PRECISIONS = ("bf16", "fp32", "fp16") if has_bf16() else ("fp32", "bf16", "fp16")  # what may be asked for, best first
-VARIANTS = {"bf16": "fp32"}  # OpenVINO rounds the float32 graphs itself
-HINTS = {"fp32": "f32", "bf16": "bf16"}
+# What may be asked for, best first of those whose text is float32's; int8's is not.
+PRECISIONS = ("bf16", "fp32", "fp16", "int8") if has_bf16() else ("fp32", "bf16", "fp16", "int8")
+VARIANTS = {"bf16": "fp32", "int8": "int8-openvino"}  # OpenVINO rounds the float32 graphs itself
 
 
 def unavailable() -> str | None:
@@ -60,21 +60,23 @@ class OpenVinoBackend:
 
         self._ov = openvino
         self._core = openvino.Core()
-        self._files = bundle.variant("fp32")
         self.config = bundle.config
-        self.precision = _supported(precision, self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+        bf16 = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        self.precision = _supported(precision, bf16)
+        variant = VARIANTS.get(self.precision, self.precision)
+        self._files = bundle.variant(variant)
         self._bundle = bundle
         self._threads = threads or cores()
         self._options: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": HINTS[self.precision],
+            "INFERENCE_PRECISION_HINT": "bf16" if bf16 and self.precision != "fp32" else "f32",
             "INFERENCE_NUM_THREADS": self._threads,
             "ENABLE_CPU_PINNING": threads is None,
         }
         self._lock = threading.Lock()
         self._any_length: openvino.CompiledModel | None = None
         self._encoder: openvino.CompiledModel | None = None
-        cache = self._cache_option()
+        cache = self._cache_option(variant)
         with ThreadPoolExecutor(2) as pool:  # most of a compilation is one thread's work
             denoiser = pool.submit(self._compile, self._files["denoiser"], self.config.max_length, cache)
             discretizer = pool.submit(self._compile, self._files["discretizer"], -1, cache)
@@ -124,10 +126,10 @@ class OpenVinoBackend:
         except RuntimeError as error:
             raise BackendError(f"{NAME} cannot load {path}: {str(error).strip().splitlines()[-1]}") from error
 
-    def _cache_option(self) -> dict[str, str]:
+    def _cache_option(self, variant: str) -> dict[str, str]:
         """OpenVINO keeps what it compiled in a folder of this bundle's own, and checks it against its own version."""
         files = self._bundle.manifest["files"]
-        key = hashlib.sha256("".join(files[name] for name in self._bundle.variants["fp32"].values()).encode())
+        key = hashlib.sha256("".join(files[name] for name in self._bundle.variants[variant].values()).encode())
         folder = user_cache() / "openvino" / key.hexdigest()[:16]
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -187,10 +189,9 @@ class OpenVinoNetwork:
         del self._denoise, self._discretize
 
 
-def _supported(precision: str, capabilities: list[str]) -> str:
-    """``precision``, or the nearest that the processor computes in, with a warning."""
-    bf16 = "BF16" in capabilities
-    if precision == "fp32" or (precision == "bf16" and bf16):
+def _supported(precision: str, bf16: bool) -> str:
+    """``precision``, or the nearest that the processor computes in, with a warning. bf16: whether it has that."""
+    if precision in ("fp32", "int8") or (precision == "bf16" and bf16):
         return precision
     nearest = "bf16" if bf16 else "fp32"
     warnings.warn(f"{NAME} has no {precision} on this processor: {nearest} instead", stacklevel=4)

@@ -14,7 +14,7 @@ import click
 import numpy as np
 
 from elf_rt import machine
-from elf_rt.backends import MODULES, discover, open_backend
+from elf_rt.backends import MODULES, discover, held_precisions, open_backend
 from elf_rt.backends.cpu_encoder import CpuEncoder
 from elf_rt.bench import Contender, Opened, Report, Work, measure, open_contender
 from elf_rt.bench_report import describe_machine, draw, lines
@@ -159,14 +159,12 @@ def _parse(name: str) -> tuple[str, str]:
 
 
 def _all_here(bundle: Bundle) -> list[tuple[str, str]]:
-    """Every backend that works here in its own precision and in float32, and int8 where the bundle has it."""
+    """Every backend that works here in its best precision, in float32, and in int8 where the bundle has it."""
     choices = []
     for backend in discover():
         if backend.reason is None:
-            precisions = _module(backend.name).PRECISIONS
-            choices += [(backend.name, "auto"), (backend.name, "fp32")]
-            if "int8" in precisions and "int8" in bundle.variants:
-                choices.append((backend.name, "int8"))
+            held = held_precisions(bundle, backend.name)
+            choices += [(backend.name, p) for p in held if p in (held[0], "fp32", "int8")]
     if not choices:
         raise BackendError("no backend works here: elf-rt doctor tells why")
     return choices

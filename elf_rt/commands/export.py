@@ -8,7 +8,7 @@ import click
 from elf_rt.console import note, progress
 from elf_rt.errors import BackendError, InputError
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-openvino")
 
 
 def _precisions(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
@@ -29,7 +29,9 @@ def _precisions(ctx: click.Context, param: click.Parameter, value: str) -> tuple
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="tokenizer.json.  [default: the one beside it]")
 @click.option("--encoder", help="Text encoder: safetensors table, T5 folder or Hub id.  [default: the one beside it]")
 @click.option("--append-eos/--no-append-eos", default=True, help="End each source text with EOS, as in training.")
-@click.option("--precision", default="fp32,fp16", callback=_precisions, help="Graphs to write: fp32, fp16, bf16, int8.")
+@click.option(
+    "--precision", default="fp32,fp16", callback=_precisions, help=f"Graphs to write: {', '.join(PRECISIONS)}."
+)
 @click.option(
     "--prompts", type=click.Path(path_type=Path), help="JSONL of sources to measure and replay with.  [default: random]"
 )
@@ -72,8 +74,9 @@ def command(
     changes: list[str] = []
 
     def prove(folder: Path, name: str) -> None:
-        report = verify_folder(folder, backend="onnxruntime", precision=name)
-        if name == "int8":  # no proof is claimed: it is never chosen unless asked for
+        precision, _, engine = name.partition("-")
+        report = verify_folder(folder, backend=engine or "onnxruntime", precision=precision)
+        if precision == "int8":  # no proof is claimed: it is never chosen unless asked for
             changes.append(report.summary)
             return
         if not report.passed:

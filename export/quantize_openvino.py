@@ -1,0 +1,73 @@
+"""The int8 variant for OpenVINO, quantised by NNCF (https://github.com/openvinotoolkit/nncf).
+
+The products of the blocks' linear layers run in int8, with ranges of activations fixed beforehand: measured on real
+trajectories, narrowed by SmoothQuant. Attention stays in bfloat16, and so does all that `quantize` leaves in float32
+for ONNX Runtime: embedders, input and output projections, and layers that int8 hurts, by name.
+"""
+
+import contextlib
+import io
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from elf_rt.errors import BackendError
+from elf_rt.export.quantize import QUANTIZED
+from elf_rt.export.reference import ELF
+from elf_rt.export.replay import Call, Run, sample
+
+CALLS = 64  # measured at most, spread over all runs
+INPUTS = ("z", "x_prev", "t", "s", "mode")
+
+
+def write_openvino_int8(source: Path, folder: Path, model: ELF, runs: Sequence[Run], kept: Sequence[str]) -> list[str]:
+    """Quantise the float32 denoiser in `source` into denoiser.xml and denoiser.bin in `folder`; returns their names.
+
+    kept: layers that stay out of it. Raises BackendError: OpenVINO or NNCF is not installed.
+    """
+    try:
+        import nncf
+        import openvino
+    except ImportError as error:
+        raise BackendError(f"int8 for OpenVINO needs {error.name}: pip install 'elf-rt[int8]'") from None
+    logging.getLogger("nncf").setLevel(logging.ERROR)  # else it tells of every product left out
+    network = openvino.Core().read_model(source / "denoiser.onnx")
+    calls = _calls(model, runs, {port.get_any_name() for port in network.inputs})
+    with contextlib.redirect_stdout(io.StringIO()):  # NNCF draws bars of its own
+        quantized = nncf.quantize(
+            network,
+            nncf.Dataset(calls),
+            subset_size=len(calls),
+            model_type=nncf.ModelType.TRANSFORMER,
+            ignored_scope=nncf.IgnoredScope(names=_left_out(network, kept), types=["ScaledDotProductAttention"]),
+        )
+    openvino.save_model(quantized, folder / "denoiser.xml", compress_to_fp16=False)
+    return ["denoiser.xml", "denoiser.bin"]
+
+
+def _left_out(network: Any, kept: Sequence[str]) -> list[str]:
+    """Names of the products that stay as they are."""
+    products = {op.get_friendly_name(): _weight(op) for op in network.get_ops() if op.get_type_name() == "MatMul"}
+    return [name for name, layer in products.items() if not QUANTIZED.fullmatch(layer) or layer in kept]
+
+
+def _weight(product: Any) -> str:
+    """The layer whose weight a product multiplies by."""
+    return str(product.input_value(1).get_node().get_friendly_name()).removesuffix(".weight")
+
+
+def _calls(model: ELF, runs: Sequence[Run], names: set[str]) -> list[dict[str, np.ndarray]]:
+    """Inputs of network calls on the runs' trajectories, of one text each."""
+    seen: list[dict[str, np.ndarray]] = []
+
+    def keep(call: Call) -> None:
+        row = len(seen) % len(call[0])
+        arrays = zip(INPUTS, call, strict=True)
+        seen.append({name: value[row : row + 1].numpy().copy() for name, value in arrays if name in names})
+
+    for run in runs:
+        sample(model, run, keep)
+    return [seen[i] for i in np.linspace(0, len(seen) - 1, min(CALLS, len(seen))).astype(int)]
