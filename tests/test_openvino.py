@@ -9,7 +9,8 @@ import torch
 from golden_cases import CASES
 from onnx_run import random_call
 
-from elf_rt.backends import base, ort, ov
+from elf_rt import machine
+from elf_rt.backends import MODULES, base, open_backend, ort, ov
 from elf_rt.bundle import Bundle
 from elf_rt.errors import BackendError
 from elf_rt.model import load
@@ -137,24 +138,24 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(bundle, own_cache, monke
 
 
 @pytest.mark.parametrize(
-    ("asked", "capabilities", "given"),
-    [("bf16", ["FP32", "INT8"], "fp32"), ("fp16", ["FP32"], "fp32"), ("fp16", ["FP32", "BF16"], "bf16")],
+    ("asked", "bf16", "given"), [("bf16", False, "fp32"), ("fp16", False, "fp32"), ("fp16", True, "bf16")]
 )
-def test_what_the_processor_has_not_is_the_nearest_with_one_warning(asked, capabilities, given):
+def test_what_the_processor_has_not_is_the_nearest_with_one_warning(asked, bf16, given):
     with pytest.warns(UserWarning, match=f"no {asked} on this processor: {given} instead") as caught:
-        assert ov._supported(asked, capabilities) == given
+        assert ov._supported(asked, bf16) == given
     assert len(caught) == 1
 
 
 def test_what_the_processor_has_is_given_silently():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert ov._supported("bf16", ["FP32", "BF16"]) == "bf16"
-        assert ov._supported("fp32", ["FP32", "BF16"]) == "fp32"
+        assert ov._supported("bf16", True) == "bf16"
+        assert ov._supported("fp32", True) == "fp32"
+        assert ov._supported("int8", False) == "int8"
 
 
-def test_every_precision_that_is_offered_can_be_asked_for(bundle):
-    for precision in ov.PRECISIONS:
+def test_every_precision_of_the_float32_text_can_be_asked_for(bundle):
+    for precision in set(ov.PRECISIONS) - {"int8"}:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             report = verify_folder(bundle("spoken-to-written"), backend="openvino", precision=precision)
@@ -191,3 +192,49 @@ def test_the_text_encoder_runs_here_too(bundle):
         found = backend.encode(ids, mask)
         np.testing.assert_allclose(found[mask == 1], want[mask == 1], rtol=1e-4, atol=1e-5)
     assert backend.encode(ids[:1, :4], mask[:1, :4]).shape == (1, 4, want.shape[-1])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_text_does_not_depend_on_its_batch(bundle, precision):
+    """Alone, in 8, and in 64. On a processor without bfloat16 the second is the first again."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = load(bundle("shakespeare"), "openvino", precision=precision)
+    with model:
+        texts = [result.text for result in model.generate(n=64, seed=10, steps=2)]
+        assert [result.text for result in model.generate(n=8, seed=20, steps=2)] == texts[10:18]
+        assert model.generate(seed=25, steps=2)[0].text == texts[15]
+
+
+@pytest.mark.parametrize(
+    ("agreement", "chosen", "why"),
+    [
+        ({"bf16": 0.995}, "bf16", "openvino bf16 is the fastest safe one here"),
+        ({"bf16": 0.969}, "fp32", "bf16 would change 3.1% of the tokens"),
+        ({}, "fp32", "bf16 was not measured at export"),
+    ],
+)
+def test_auto_takes_bf16_only_where_the_text_stays(bundle, monkeypatch, agreement, chosen, why):
+    monkeypatch.setattr(ov, "PRECISIONS", ("bf16", "fp32", "fp16", "int8"))
+    monkeypatch.setattr(ov, "_supported", lambda precision, bf16: precision)
+    for name in ("tensorrt", "tensorrt-rtx", "torch", "onnxruntime-cuda"):
+        monkeypatch.delitem(MODULES, name)
+    opened = Bundle.open(bundle("cond"))
+    opened.agreement = agreement
+    backend, reason = open_backend(opened)
+    assert backend.precision == chosen
+    assert why in reason
+    assert open_backend(opened, "openvino", "bf16")[0].precision == "bf16"
+
+
+def test_export_measures_what_bf16_changes(bundle):
+    """Against OpenVINO itself, where the processor has bfloat16: both say safe, or both say not."""
+    measured = Bundle.open(bundle("shakespeare")).agreement["bf16"]
+    assert 0.93 < measured < 0.99
+    if not machine.has_bf16():
+        pytest.skip("this processor has no bfloat16")
+    ids = {}
+    for precision in ("fp32", "bf16"):
+        with load(bundle("shakespeare"), "openvino", precision=precision) as model:
+            ids[precision] = np.stack([result.ids for result in model.generate(n=16, seed=0, steps=16)])
+    assert abs(np.mean(ids["fp32"] == ids["bf16"]) - measured) < 0.02
