@@ -13,7 +13,7 @@ import torch
 from elf_rt import __version__
 from elf_rt.bundle import SUFFIX, Bundle, atomic_folder, write_manifest
 from elf_rt.errors import CheckpointError
-from elf_rt.export.agreement import bf16_agreement
+from elf_rt.export.bf16 import engine_agreement, operations_to_keep
 from elf_rt.export.checkpoint import Checkpoint, load_checkpoint
 from elf_rt.export.encoder import check_tokenizer, find_tokenizer, write_encoder
 from elf_rt.export.graph import write_graphs
@@ -119,10 +119,11 @@ def _write_variants(
     say("measuring activations")
     ranges = measure_ranges(model, runs)
     say("measuring what bf16 changes")
-    agreement = {"bf16": bf16_agreement(model, runs, ranges.ids)}
+    agreement = {"bf16": engine_agreement(model, runs, ranges.ids)}
     for precision in (Precision(name) for name in precisions if name in ("fp16", "bf16")):
         say(f"writing the {precision.value} graphs")
-        plan = plan_precision(precision, checkpoint.config, state, ranges)
+        kept = operations_to_keep(model, runs, ranges.ids) if precision is Precision.BF16 else {}
+        plan = plan_precision(precision, checkpoint.config, state, ranges, kept)
         (folder / precision.value).mkdir()
         write_graphs(folder / precision.value, checkpoint.config, state, plan)
         variants[precision.value], plans[precision.value] = _files(f"{precision.value}/"), plan.to_json()

@@ -31,16 +31,23 @@ State = Mapping[str, np.ndarray]
 Check = Callable[[np.ndarray], str]  # exponents -> what is wrong with them, or ""
 
 
-def plan_precision(precision: Precision, config: ModelConfig, state: State, ranges: Ranges) -> PrecisionPlan:
+def plan_precision(
+    precision: Precision, config: ModelConfig, state: State, ranges: Ranges, kept: Mapping[str, float] | None = None
+) -> PrecisionPlan:
     """What runs in `precision`, which is scaled, and what stays float32, for weights and ranges of one model.
 
-    `state` holds float32 arrays under the official names; `ranges` comes from `measure_ranges` on the same weights.
+    `state` holds float32 arrays under the official names; `ranges` comes from `measure_ranges` on the same weights;
+    `kept`, of layers that stay float32 although nothing overflows, from `elf_rt.export.bf16`.
     """
     if precision is Precision.FP32:
         return FP32
     items = [
         Item(name, Precision.FP32, reason="float32, as in the official run") for name in sorted(KEPT_IN_FP32[precision])
     ]
+    for name, error in (kept or {}).items():
+        items.append(
+            Item(name, Precision.FP32, reason=f"float32: {precision.value} alone would change x by {error:.2%}")
+        )
     if precision is Precision.FP16:
         items += _Fp16Planner(config, state, ranges).plan()
     return PrecisionPlan(precision, (*items, _unembedding(precision, ranges)))

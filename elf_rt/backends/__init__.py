@@ -84,7 +84,8 @@ def held_precisions(bundle: Bundle, name: str) -> list[str]:
 def _precision(module: ModuleType, bundle: Bundle, precision: str) -> str:
     """The precision asked for; for "auto", the module's best safe one that the bundle has graphs for."""
     if precision == "auto":
-        return next(p for p in held_precisions(bundle, module.NAME) if _unsafe(module, bundle, p) is None)
+        held = held_precisions(bundle, module.NAME)
+        return next((p for p in held if _unsafe(module, bundle, p) is None), "fp32")
     if precision not in module.PRECISIONS:
         raise InputError(f"precision of {module.NAME} must be one of auto, {', '.join(module.PRECISIONS)}")
     return precision

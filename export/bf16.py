@@ -1,0 +1,118 @@
+"""What bfloat16 does to the text, and which operations leave it again so that the text stays.
+
+Bfloat16 overflows nowhere, so there is nothing to scale: an operation either may be rounded to 8 bits or may not. How
+much the rounding changes x tells which operation to blame; how many have to leave is found by writing texts.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from elf_rt.export.reference import ELF, Block, RMSNorm
+from elf_rt.export.replay import Call, Run, sample
+from elf_rt.text import EOS_ID
+
+OPERATIONS = ("attn", "attn.qkv", "attn.proj", "mlp.w12", "mlp.w3")
+KEPT_AGREEMENT = 0.9975  # of tokens must stay the same: a proof, on few texts, then finds the 0.99 that verify asks for
+RANKING_CALLS = 4
+
+
+def engine_agreement(model: ELF, runs: Sequence[Run], ids: Sequence[Tensor]) -> float:
+    """Share of tokens that stay the same when an engine rounds the float32 graphs by itself, as OpenVINO does.
+
+    No graph of the bundle tells what such an engine computes, so nothing can be proven by replaying one; here the
+    reference rounds as it does: every weight, the inputs of every product, what norms write, the residual.
+    ids: what the runs write in float32.
+    """
+    with _rounding(module for module in model.modules() if isinstance(module, (nn.Linear, RMSNorm, Block))):
+        return _agreement(model, runs, ids)
+
+
+def operations_to_keep(model: ELF, runs: Sequence[Run], ids: Sequence[Tensor]) -> dict[str, float]:
+    """Operations of the blocks that stay float32 in the bfloat16 graphs; how much each alone would change x.
+
+    The fewest, worst first, with which KEPT_AGREEMENT of the tokens stay the same.
+    """
+    names = [f"blocks.{block}.{operation}" for block in range(model.config.depth) for operation in OPERATIONS]
+
+    def stays(kept: Sequence[str]) -> bool:
+        with _rounding(module for name in names if name not in kept for module in _modules(model, name)):
+            return _agreement(model, runs, ids) >= KEPT_AGREEMENT
+
+    if stays(()):
+        return {}
+    errors = dict(zip(names, _errors(model, names, runs), strict=True))
+    worst_first = sorted(errors, key=lambda name: -errors[name])
+    enough, too_few = len(names), 0
+    while enough - too_few > 1:
+        tried = (enough + too_few) // 2
+        enough, too_few = (tried, too_few) if stays(worst_first[:tried]) else (enough, tried)
+    return {name: errors[name] for name in worst_first[:enough]}
+
+
+def _modules(model: ELF, operation: str) -> list[nn.Module]:
+    """What is rounded where an operation runs in bfloat16: a linear layer, or what attention multiplies."""
+    module = model.get_submodule(operation)
+    return (
+        [module] if isinstance(module, nn.Linear) else [module.get_submodule("q_norm"), module.get_submodule("k_norm")]
+    )
+
+
+def _agreement(model: ELF, runs: Sequence[Run], ids: Sequence[Tensor]) -> float:
+    """In the run where it is least. Without a source a conditional model has nothing to say, so such runs count only
+    where all are."""
+    conditional = any(run.cond is not None for run in runs)
+    counted = [pair for pair in zip(runs, ids, strict=True) if not conditional or pair[0].cond is not None]
+    return min(float((_text(sample(model, run)[1], run) == _text(exact, run)).float().mean()) for run, exact in counted)
+
+
+def _text(ids: Tensor, run: Run) -> Tensor:
+    """ids (B, L) without what is not read: the source, and everything from the first EOS on."""
+    free = torch.ones_like(ids, dtype=torch.bool) if run.mask is None else ~run.mask
+    ended = ((ids == EOS_ID) & free).cumsum(1) > 0
+    return torch.where(free & ~ended, ids, 0)
+
+
+@torch.no_grad()
+def _errors(model: ELF, operations: Sequence[str], runs: Sequence[Run]) -> list[float]:
+    """How much the rounding of each operation alone changes x, relative, over calls of the first run."""
+    seen: list[Call] = []
+    sample(model, runs[0], seen.append)
+    chosen = [seen[i] for i in np.linspace(0, len(seen) - 2, RANKING_CALLS).astype(int)]  # the last one decodes
+    calls = [tuple(tensor[:1] for tensor in call) for call in chosen]
+    exact = [model(*call)[0] for call in calls]
+    errors = []
+    for operation in operations:
+        with _rounding(_modules(model, operation)):
+            changes = [float((model(*call)[0] - x).norm() / x.norm()) for call, x in zip(calls, exact, strict=True)]
+        errors.append(float(np.sqrt(np.mean(np.square(changes)))))
+    return errors
+
+
+@contextmanager
+def _rounding(modules: Iterable[Any]) -> Iterator[None]:
+    """Inside the context the outputs of the modules are bfloat16, and of linear layers weights and inputs too."""
+    with ExitStack() as stack:
+        for module in modules:
+            if isinstance(module, nn.Linear):
+                stack.callback(setattr, module.weight, "data", module.weight.data)
+                module.weight.data = _round(module.weight.data)
+                stack.callback(module.register_forward_pre_hook(_round_input).remove)
+            stack.callback(module.register_forward_hook(_round_output).remove)
+        yield
+
+
+def _round_input(module: Any, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    return (_round(inputs[0]),)
+
+
+def _round_output(module: Any, inputs: Any, output: Tensor) -> Tensor:
+    return _round(output)
+
+
+def _round(x: Tensor) -> Tensor:
+    return x.bfloat16().float()
