@@ -133,14 +133,12 @@ def _write_variants(
         calibration = calibrate(model, runs_of(REPLAY_STEPS))
     for name in int8:
         say(f"writing the {name} graphs")
-        (folder / name).mkdir()
         if name == "int8":
+            (folder / name).mkdir()
             write_int8(folder, folder / name, calibration)
             variants[name] = _files(f"{name}/")
         else:
-            written = write_openvino_int8(folder, folder / name, model, runs, list(calibration.kept))
-            denoiser, weights = (f"{name}/{file}" for file in written)
-            variants[name] = {"denoiser": denoiser, "weights": weights, "discretizer": variants["fp32"]["discretizer"]}
+            variants[name] = write_openvino_int8(folder, model, runs, list(calibration.kept))
         plans[name] = calibration.to_json()
     return {"variants": variants, "precision": plans, "agreement": agreement}
 

@@ -19,14 +19,17 @@ from elf_rt.export.quantize import QUANTIZED
 from elf_rt.export.reference import ELF
 from elf_rt.export.replay import Call, Run, sample
 
+VARIANT = "int8-openvino"
 CALLS = 64  # measured at most, spread over all runs
 INPUTS = ("z", "x_prev", "t", "s", "mode")
 
 
-def write_openvino_int8(source: Path, folder: Path, model: ELF, runs: Sequence[Run], kept: Sequence[str]) -> list[str]:
-    """Quantise the float32 denoiser in `source` into denoiser.xml and denoiser.bin in `folder`; returns their names.
+def write_openvino_int8(bundle: Path, model: ELF, runs: Sequence[Run], kept: Sequence[str]) -> dict[str, str]:
+    """Quantise the float32 denoiser of a bundle into its folder `int8-openvino`; returns the variant's files.
 
-    kept: layers that stay out of it. Raises BackendError: OpenVINO or NNCF is not installed.
+    The token head is the float32 one. kept: layers that stay out of it.
+
+    Raises BackendError: OpenVINO or NNCF is not installed.
     """
     try:
         import nncf
@@ -34,7 +37,7 @@ def write_openvino_int8(source: Path, folder: Path, model: ELF, runs: Sequence[R
     except ImportError as error:
         raise BackendError(f"int8 for OpenVINO needs {error.name}: pip install 'elf-rt[int8]'") from None
     logging.getLogger("nncf").setLevel(logging.ERROR)  # else it tells of every product left out
-    network = openvino.Core().read_model(source / "denoiser.onnx")
+    network = openvino.Core().read_model(bundle / "denoiser.onnx")
     calls = _calls(model, runs, {port.get_any_name() for port in network.inputs})
     with contextlib.redirect_stdout(io.StringIO()):  # NNCF draws bars of its own
         quantized = nncf.quantize(
@@ -44,8 +47,13 @@ def write_openvino_int8(source: Path, folder: Path, model: ELF, runs: Sequence[R
             model_type=nncf.ModelType.TRANSFORMER,
             ignored_scope=nncf.IgnoredScope(names=_left_out(network, kept), types=["ScaledDotProductAttention"]),
         )
-    openvino.save_model(quantized, folder / "denoiser.xml", compress_to_fp16=False)
-    return ["denoiser.xml", "denoiser.bin"]
+    (bundle / VARIANT).mkdir()
+    openvino.save_model(quantized, bundle / VARIANT / "denoiser.xml", compress_to_fp16=False)
+    return {
+        "denoiser": f"{VARIANT}/denoiser.xml",
+        "weights": f"{VARIANT}/denoiser.bin",
+        "discretizer": "discretizer.onnx",
+    }
 
 
 def _left_out(network: Any, kept: Sequence[str]) -> list[str]:

@@ -10,8 +10,13 @@ from elf_rt.bundle import write_manifest
 from elf_rt.export.graph import write_graphs
 from elf_rt.export.precision import Precision, PrecisionPlan
 from elf_rt.export.quantize import Calibration, write_int8
+from elf_rt.export.quantize_openvino import write_openvino_int8
 from elf_rt.export.random_init import random_state
+from elf_rt.export.reference import ELF
+from elf_rt.export.replay import plan_runs
 from elf_rt.params import ModelConfig, presets_for
+
+RANDOM_STEPS = 4  # of the run that int8 is measured on
 
 
 def write_random_bundle(
@@ -22,6 +27,12 @@ def write_random_bundle(
     arrays: dict[str, np.ndarray] = {name: tensor.numpy() for name, tensor in state.items()}
     variants = {}
     for precision in ("fp32", *(name for name in precisions if name != "fp32")):
+        if precision == "int8-openvino":
+            model = ELF(config)
+            model.load_state_dict(state)
+            runs = plan_runs(config, presets_for(config), None, None, max_steps=RANDOM_STEPS, batch=1, seed=seed)
+            variants[precision] = write_openvino_int8(folder, model.eval(), runs, [])
+            continue
         place = "" if precision == "fp32" else f"{precision}/"
         (folder / place).mkdir(exist_ok=True)
         if precision == "int8":

@@ -39,6 +39,18 @@ def calls(backend, rows, length, seed=0):
     return network.x.copy(), network.discretize()
 
 
+def assert_rows_are_apart(backend, x, ids):
+    """x and ids of `calls(backend, 4, 16)`, bit by bit, from a call for each row."""
+    inputs = random_call(backend.config, 4, 16, 0, mode=1.0)
+    alone = backend.bind(1, 16)
+    for row in range(4):
+        for name, values in zip(("z", "x_prev", "t", "s", "mode"), inputs, strict=True):
+            getattr(alone, name)[:] = values[row : row + 1].numpy()
+        alone.denoise()
+        assert np.array_equal(alone.x[0], x[row])
+        assert np.array_equal(alone.discretize()[0], ids[row])
+
+
 def with_int8(source: Path, target: Path, calibration: Calibration) -> Bundle:
     """A copy of a bundle with an int8 variant."""
     shutil.copytree(source, target)
@@ -116,14 +128,7 @@ def test_int8_is_near_float32_and_a_row_does_not_touch_another(bundle, tmp_path,
     backend = ort.open_backend(opened, "int8", 1)
     x, ids = calls(backend, 4, 16)
     assert 1e-4 < relative_error(x, exact) < 0.15
-    inputs = random_call(backend.config, 4, 16, 0, mode=1.0)
-    alone = backend.bind(1, 16)
-    for row in range(4):
-        for name, values in zip(("z", "x_prev", "t", "s", "mode"), inputs, strict=True):
-            getattr(alone, name)[:] = values[row : row + 1].numpy()
-        alone.denoise()
-        assert np.array_equal(alone.x[0], x[row])
-        assert np.array_equal(alone.discretize()[0], ids[row])
+    assert_rows_are_apart(backend, x, ids)
 
 
 def test_narrowing_alone_changes_no_bit(bundle, tmp_path, calibration):

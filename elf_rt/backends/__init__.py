@@ -77,8 +77,12 @@ def open_backend(
 
 def held_precisions(bundle: Bundle, name: str) -> list[str]:
     """The precisions of a backend, best first, that the bundle has graphs for: float32, and others."""
-    module = _module(name)
-    return [p for p in module.PRECISIONS if _variant(module, p) in bundle.variants]
+    return [p for p in _module(name).PRECISIONS if variant_of(name, p) in bundle.variants]
+
+
+def variant_of(name: str, precision: str) -> str:
+    """The graphs of a bundle that a backend reads for a precision."""
+    return str(getattr(_module(name), "VARIANTS", {}).get(precision, precision))
 
 
 def _precision(module: ModuleType, bundle: Bundle, precision: str) -> str:
@@ -89,11 +93,6 @@ def _precision(module: ModuleType, bundle: Bundle, precision: str) -> str:
     if precision not in module.PRECISIONS:
         raise InputError(f"precision of {module.NAME} must be one of auto, {', '.join(module.PRECISIONS)}")
     return precision
-
-
-def _variant(module: ModuleType, precision: str) -> str:
-    """The graphs of the bundle that a backend reads for a precision."""
-    return str(getattr(module, "VARIANTS", {}).get(precision, precision))
 
 
 def _passed_over(module: ModuleType, bundle: Bundle, chosen: str) -> list[str]:
@@ -110,7 +109,7 @@ def _unsafe(module: ModuleType, bundle: Bundle, precision: str) -> str | None:
     Graphs of that precision were proven at export; of an engine that rounds the float32 graphs, export measured what
     it changes.
     """
-    if precision == "fp32" or _variant(module, precision) != "fp32":
+    if precision == "fp32" or variant_of(module.NAME, precision) != "fp32":
         return None
     agreement = bundle.agreement.get(precision)
     if agreement is None:

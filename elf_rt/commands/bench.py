@@ -1,6 +1,7 @@
 """``elf-rt bench``: how fast engines are on this machine, and whether their text is the float32 one."""
 
 import importlib
+import importlib.util
 import json
 import tempfile
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import click
 import numpy as np
 
 from elf_rt import machine
-from elf_rt.backends import MODULES, discover, held_precisions, open_backend
+from elf_rt.backends import MODULES, discover, held_precisions, open_backend, variant_of
 from elf_rt.backends.cpu_encoder import CpuEncoder
 from elf_rt.bench import Contender, Opened, Report, Work, measure, open_contender
 from elf_rt.bench_report import describe_machine, draw, lines
@@ -220,9 +221,9 @@ def _write_random(folder: Path, size: str, wanted: Sequence[tuple[str, str]]) ->
         from elf_rt.export.random_bundle import write_random_bundle
     except ImportError as error:
         raise BackendError(f"--random needs {error.name}: pip install 'elf-rt[export]'") from None
-    variants = {precision for name, precision in wanted if precision != "auto" and name != "openvino"} - {"fp32"}
+    variants = {variant_of(*choice) for choice in wanted if choice[1] != "auto"}
     if not wanted:
-        variants = {"int8"}
+        variants = {"int8", "int8-openvino"} if importlib.util.find_spec("nncf") else {"int8"}
     with progress(f"writing random weights of {size}"):
         return write_random_bundle(folder, RANDOM[size], sorted(variants))
 
