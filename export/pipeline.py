@@ -16,7 +16,7 @@ from elf_rt.errors import CheckpointError
 from elf_rt.export.bf16 import engine_agreement, operations_to_keep
 from elf_rt.export.checkpoint import Checkpoint, load_checkpoint
 from elf_rt.export.encoder import check_tokenizer, find_tokenizer, write_encoder
-from elf_rt.export.graph import write_graphs
+from elf_rt.export.graph import FUSED_OPSET, write_graphs
 from elf_rt.export.planner import plan_precision
 from elf_rt.export.precision import FP32, Precision
 from elf_rt.export.quantize import calibrate, write_int8
@@ -39,6 +39,7 @@ class ExportOptions:
 
     config: the YAML, where it is not beside the weights. raw: the weights without moving average.
     tokenizer, encoder: files, folders or Hub ids; looked for beside the checkpoint by default.
+    opset: of ONNX; 20 for engines older than its operators Attention and RMSNormalization, such as TensorRT 10.3.
     prompts: texts to record the replay and measure activations with, for conditional models.
     presets: named sampling parameters that replace the official ones.
     """
@@ -49,6 +50,7 @@ class ExportOptions:
     encoder: str | None = None
     append_eos: bool = True
     precisions: Sequence[str] = ("fp32", "fp16")
+    opset: int = FUSED_OPSET
     prompts: Sequence[str] = ()
     presets: dict[str, SamplingParams] = field(default_factory=dict)
 
@@ -95,7 +97,7 @@ def export_bundle(
         def longer_runs(max_steps: int) -> list[Run]:
             return plan_runs(checkpoint.config, presets, cond, mask, max_steps=max_steps, batch=RANGE_BATCH, seed=1)
 
-        manifest |= _write_variants(folder, checkpoint, model, options.precisions, longer_runs, say)
+        manifest |= _write_variants(folder, checkpoint, model, options, longer_runs, say)
         write_manifest(folder, manifest)
         for name in manifest["variants"]:
             say(f"replaying the {name} bundle")
@@ -106,28 +108,28 @@ def _write_variants(
     folder: Path,
     checkpoint: Checkpoint,
     model: ELF,
-    precisions: Sequence[str],
+    options: ExportOptions,
     runs_of: Callable[[int], list[Run]],
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """The graphs in every precision; their manifest entries. ``runs_of(max_steps)`` gives the runs to measure on."""
     state = {name: tensor.numpy() for name, tensor in checkpoint.state.items()}
     say("writing the fp32 graphs")
-    write_graphs(folder, checkpoint.config, state, FP32)
+    write_graphs(folder, checkpoint.config, state, FP32, options.opset)
     variants, plans = {"fp32": _files("")}, {}
     runs = runs_of(RANGE_STEPS)
     say("measuring activations")
     ranges = measure_ranges(model, runs)
     say("measuring what bf16 changes")
     agreement = {"bf16": engine_agreement(model, runs, ranges.ids)}
-    for precision in (Precision(name) for name in precisions if name in ("fp16", "bf16")):
+    for precision in (Precision(name) for name in options.precisions if name in ("fp16", "bf16")):
         say(f"writing the {precision.value} graphs")
         kept = operations_to_keep(model, runs, ranges.ids) if precision is Precision.BF16 else {}
         plan = plan_precision(precision, checkpoint.config, state, ranges, kept)
         (folder / precision.value).mkdir()
-        write_graphs(folder / precision.value, checkpoint.config, state, plan)
+        write_graphs(folder / precision.value, checkpoint.config, state, plan, options.opset)
         variants[precision.value], plans[precision.value] = _files(f"{precision.value}/"), plan.to_json()
-    int8 = [name for name in precisions if name.startswith("int8")]
+    int8 = [name for name in options.precisions if name.startswith("int8")]
     if int8:
         say("measuring what int8 changes")
         calibration = calibrate(model, runs_of(REPLAY_STEPS))

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import onnx
 import pytest
 
 from elf_rt.cli import COMMANDS
@@ -50,6 +51,18 @@ def test_export_names_the_bundle_after_the_checkpoint(run_cli, tmp_path):
     assert "proven: latent error" in done.err and "no tokenizer.json found" in done.err
     assert run_cli("verify").code == 0
     assert "2 heads of" in run_cli("info").out or "heads of" in run_cli("info").out
+
+
+def test_older_engines_get_older_operators(run_cli, tmp_path):
+    """As TensorRT 10.3 needs them; here ONNX Runtime proves the graphs and TensorRT-RTX builds them."""
+    done = run_cli("export", GOLDEN / "uncond", "-o", "old.elfrt", "--precision", "fp16,int8", "--opset", "20")
+    assert done.code == 0, done.err
+    for graph in (tmp_path / "old.elfrt").rglob("*.onnx"):
+        model = onnx.load(graph, load_external_data=False)
+        assert {o.domain: o.version for o in model.opset_import}[""] == 20
+        assert not {node.op_type for node in model.graph.node} & {"Attention", "RMSNormalization", "RotaryEmbedding"}
+    built = run_cli("build-engine", "old.elfrt", "--fp16", "--target", "tensorrt-rtx", "--sm", "89")
+    assert built.code == 0, built.err
 
 
 def test_generate_alone(run_cli, spoken):

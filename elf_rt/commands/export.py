@@ -33,6 +33,12 @@ def _precisions(ctx: click.Context, param: click.Parameter, value: str) -> tuple
     "--precision", default="fp32,fp16", callback=_precisions, help=f"Graphs to write: {', '.join(PRECISIONS)}."
 )
 @click.option(
+    "--opset",
+    type=click.Choice(("23", "20")),
+    default="23",
+    help="Of the ONNX graphs; 20 for engines that lack fused operators, such as TensorRT 10.3 on JetPack 6.",
+)
+@click.option(
     "--prompts", type=click.Path(path_type=Path), help="JSONL of sources to measure and replay with.  [default: random]"
 )
 @click.option("--presets", type=click.Path(path_type=Path), help="JSON of named sampling parameters to add.")
@@ -45,6 +51,7 @@ def command(
     encoder: str | None,
     append_eos: bool,
     precision: tuple[str, ...],
+    opset: str,
     prompts: Path | None,
     presets: Path | None,
 ) -> None:
@@ -67,6 +74,7 @@ def command(
         encoder=encoder,
         append_eos=append_eos,
         precisions=precision,
+        opset=int(opset),
         prompts=[record["input"] for record in read_jsonl(prompts)] if prompts else (),
         presets=read_presets(presets) if presets else {},
     )
