@@ -8,9 +8,11 @@ Letters: R rows, L text length, P prefix tokens, S = P + L, C latents, H hidden,
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -28,6 +30,7 @@ TYPES: dict[int, torch.dtype] = {
     TensorProto.BFLOAT16: torch.bfloat16,
 }
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+VARIANTS = 64  # of one compiled function: shapes, types, absent scales
 DECODED_AT_ONCE = 4096  # tokens whose logits are in memory together: about 1 GB for 32100 ids
 
 
@@ -45,9 +48,13 @@ class Linear:
         """x (..., inputs) -> (..., outputs) in the weight's type, without scale and bias."""
         return F.linear(x.to(self.type), self.weight)
 
+    def unfinished(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The product, the scale and the bias, for what ``finished`` is fused into."""
+        return self.product(x), self.scale, self.bias
+
     def __call__(self, x: Tensor) -> Tensor:
         """The whole layer, float32."""
-        return finished(self.product(x), self.scale, self.bias)
+        return finished(*self.unfinished(x))
 
 
 @dataclass(frozen=True)
@@ -123,15 +130,30 @@ class GraphWeights:
 class Pointwise:
     """What stands between the products, as functions that a compiler may fuse into one kernel each."""
 
+    text_input: Callable[..., Tensor]
+    angles: Callable[..., Tensor]
+    activated: Callable[..., Tensor]
+    tokens: Callable[..., Tensor]
+    finished: Callable[..., Tensor]
     norm: Callable[..., Tensor]
     rotated_heads: Callable[..., Tensor]
     gate: Callable[..., Tensor]
-    added: Callable[..., Tensor]
+    added_norm: Callable[..., tuple[Tensor, Tensor]]
+
+    @classmethod
+    def eager(cls) -> "Pointwise":
+        return cls(text_input, angles, activated, tokens, finished, norm, rotated_heads, gate, added_norm)
 
     @classmethod
     def compiled(cls) -> "Pointwise":
-        """By torch.compile: fewer launches, less memory traffic. It needs Triton on a GPU, and seconds at the start."""
-        return cls(*(torch.compile(function, dynamic=True) for function in (norm, rotated_heads, gate, added)))
+        """By torch.compile: fewer launches, less memory traffic. It needs Triton on a GPU, and seconds at the start.
+        Sizes that differ between calls, R and S, become variables; the others stay constants of the kernels."""
+        options: dict[str, Any] = {}
+        if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # torch 2.13
+            options = {"recompile_limit": VARIANTS, "isolate_recompiles": True}
+        else:  # counted for all models of the process together
+            torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
+        return cls(*(torch.compile(function, **options) for function in vars(cls.eager()).values()))
 
 
 class Network:
@@ -139,7 +161,7 @@ class Network:
 
     def __init__(self, bundle: Bundle, precision: str, device: str) -> None:
         self.config = config = bundle.config
-        self.pointwise = Pointwise(norm, rotated_heads, gate, added)
+        self.pointwise = Pointwise.eager()
         weights = GraphWeights(bundle, precision, device)
         items = bundle.manifest.get("precision", {}).get(precision, {}).get("items", [])
         exceptions = {item["name"]: item["precision"] for item in items}
@@ -166,13 +188,16 @@ class Network:
         self, z: Tensor, x_prev: Tensor | None, t: Tensor, s: Tensor | None, mode: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """z, x_prev (R, L, C), t, s, mode (R,) float32 -> x (R, L, C), hidden (R, L, H) float32."""
-        text = z if x_prev is None else torch.cat([z, x_prev], -1)
-        text = self._proj2(self._proj1(text))  # (R, L, H)
+        do, first = self.pointwise, self._blocks[0]
+        text = do.finished(*self._proj1.unfinished(do.text_input(z, x_prev, self._proj1.type)), self._proj2.type)
+        text = do.finished(*self._proj2.unfinished(text))  # (R, L, H)
         h = torch.cat([*self._prefix(t, s, mode), text], 1)  # (R, S, H)
-        for block in self._blocks:
-            h = self._after(block, h)
-        hidden = h[:, self.config.num_prefix_tokens :]
-        return self._final(norm(hidden, self._norm_final, self._eps, torch.float32)), hidden
+        x = do.norm(h, first.norm1, self._eps, first.qkv.type)
+        readers = [(block.norm1, block.qkv.type) for block in self._blocks[1:]]
+        for block, reader in zip(self._blocks, [*readers, (self._norm_final, self._final.type)], strict=True):
+            h, x = self._after(block, h, x, *reader)
+        h, x = (tensor[:, self.config.num_prefix_tokens :] for tensor in (h, x))
+        return self._final(x.contiguous()), h
 
     def discretize(self, hidden: Tensor) -> Tensor:
         """hidden (R, L, H) -> ids (R, L): the lowest of the ids with the largest logit."""
@@ -182,19 +207,20 @@ class Network:
             parts.append(self._unembed(features).argmax(-1))  # of (tokens, V)
         return torch.cat(parts).view(hidden.shape[:2])
 
-    def _after(self, block: Block, h: Tensor) -> Tensor:
-        """The residual (R, S, H) float32 after one block."""
+    def _after(self, block: Block, h: Tensor, x: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The residual h (R, S, H) float32 and its norm x -> both after one block; `weight` and the type are those of
+        the norm that comes next."""
         (rows, size, _), do = h.shape, self.pointwise
-        qkv = block.qkv.product(do.norm(h, block.norm1, self._eps, block.qkv.type))
+        qkv = block.qkv.product(x)
         qkv = qkv.view(rows, size, 3, self.config.num_heads, -1)  # (R, S, 3, heads, D)
         cos, sin = block.cos[:size], block.sin[:size]
         qk = do.rotated_heads(qkv[:, :, :2], block.head_bias, cos, sin, *block.eps, block.attention_type)
         q, k, v = (x.transpose(1, 2) for x in (qk[:, :, 0], qk[:, :, 1], qkv[:, :, 2].to(block.attention_type)))
         mixed = F.scaled_dot_product_attention(q, k, v, scale=self.config.head_dim**-0.5)  # (R, heads, S, D)
-        h = do.added(h, block.proj.product(mixed.transpose(1, 2).flatten(2)), block.proj.scale, block.proj.bias)
-        ab = block.w12.product(do.norm(h, block.norm2, self._eps, block.w12.type))
-        product = do.gate(ab, block.w12.scale, block.w12.bias, block.w3.type)  # (R, S, inner)
-        return do.added(h, block.w3.product(product), block.w3.scale, block.w3.bias)
+        proj = block.proj.unfinished(mixed.transpose(1, 2).flatten(2))
+        h, x = do.added_norm(h, *proj, block.norm2, self._eps, block.w12.type)
+        gated = do.gate(*block.w12.unfinished(x), block.w3.type)  # (R, S, inner)
+        return do.added_norm(h, *block.w3.unfinished(gated), weight, self._eps, dtype)
 
     def _prefix(self, t: Tensor, s: Tensor | None, mode: Tensor | None) -> list[Tensor]:
         """(R, tokens, H) each: time, self-conditioning scale, mode."""
@@ -206,10 +232,9 @@ class Network:
         return tokens
 
     def _scalar_tokens(self, embedder: str, tokens: str, scalar: Tensor) -> Tensor:
-        angles = scalar[:, None] * self._frequencies  # (R, 128)
-        first, second = self._embedders[embedder]
-        embedding = second(F.silu(first(torch.cat([angles.cos(), angles.sin()], -1))))  # (R, H)
-        return self._tokens[tokens] + embedding[:, None]
+        do, (first, second) = self.pointwise, self._embedders[embedder]
+        x = do.activated(*first.unfinished(do.angles(scalar, self._frequencies, first.type)), second.type)  # (R, H)
+        return do.tokens(self._tokens[tokens], *second.unfinished(x))
 
 
 def make_block(weights: GraphWeights, name: str, cos: Tensor, sin: Tensor, attention_type: torch.dtype) -> Block:
@@ -240,13 +265,34 @@ def make_block(weights: GraphWeights, name: str, cos: Tensor, sin: Tensor, atten
     )
 
 
-def finished(product: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    """A product of any type -> float32, times the scale, plus the bias."""
-    if scale is not None and bias is not None:
-        return torch.addcmul(bias, product, scale)
-    if scale is not None:
-        return product * scale
-    return product.float() if bias is None else product + bias
+def text_input(z: Tensor, x_prev: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """z, x_prev (R, L, C) side by side, in the type of the product that reads them."""
+    return (z if x_prev is None else torch.cat([z, x_prev], -1)).to(dtype)
+
+
+def angles(scalar: Tensor, frequencies: Tensor, dtype: torch.dtype) -> Tensor:
+    """scalar (R,) -> its cosines and sines (R, 2 frequencies), in the type of the product that reads them."""
+    x = scalar[:, None] * frequencies
+    return torch.cat([x.cos(), x.sin()], -1).to(dtype)
+
+
+def activated(product: Tensor, scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """SiLU, in the type of the product that reads it."""
+    return F.silu(finished(product, scale, bias)).to(dtype)
+
+
+def tokens(table: Tensor, product: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """table (tokens, H) plus the embedding (R, H) of a scalar -> (R, tokens, H)."""
+    return table + finished(product, scale, bias)[:, None]
+
+
+def finished(product: Tensor, scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A product of any type, in float32 times the scale plus the bias; in the type of the product that reads it."""
+    if scale is None:
+        x = product.float() if bias is None else product + bias
+    else:
+        x = product * scale if bias is None else torch.addcmul(bias, product, scale)
+    return x.to(dtype)
 
 
 def norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
@@ -272,5 +318,15 @@ def gate(ab: Tensor, scale: Tensor | None, bias: Tensor | None, dtype: torch.dty
     return (F.silu(a) * b).to(dtype)
 
 
-def added(h: Tensor, product: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    return h + finished(product, scale, bias)
+def added_norm(
+    h: Tensor,
+    product: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The residual with a branch added, and the norm of it that comes next."""
+    h = h + finished(product, scale, bias)
+    return h, norm(h, weight, eps, dtype)
