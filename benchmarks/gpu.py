@@ -110,8 +110,12 @@ def ours(config: ModelConfig, setting: Setting, *, backend: str) -> Iterator[Sam
             model = Model(bundle, TorchBackend(bundle, "fp16", "cpu"), "to see that the script runs")
         else:
             model = elf_rt.load(bundle.folder, backend, precision="fp16")
+
+        def sample(batch: int, seed: int) -> object:
+            return model.sample(seeds=np.arange(batch) + seed, params=setting.params, latents=False).ids
+
         with model:
-            yield lambda batch, seed: model.sample(seeds=np.arange(batch) + seed, params=setting.params).ids
+            yield sample
 
 
 def make_bundle(folder: Path, config: ModelConfig) -> Bundle:
@@ -178,38 +182,36 @@ def measure(sample: Sample, batch: int, setting: Setting) -> dict[str, float]:
     }
 
 
-def run(setting: Setting) -> list[dict[str, Any]]:
+def run(setting: Setting) -> Iterator[dict[str, Any]]:
     """One row for each system, model and batch; those that could not be measured have a `reason`."""
-    rows: list[dict[str, Any]] = []
     integrator = {batch: _integrator(batch, setting) for batch in setting.batches}
     for name, (opened, options, reason) in systems(setting.device).items():
         if reason:
             print(f"{name}: {reason}", flush=True)
-            rows.append({"system": name, "reason": reason})
+            yield {"system": name, "reason": reason}
             continue
         for model, config in setting.models.items():
             try:
-                rows += _run_model(name, model, config, opened(config, setting, **options), integrator, setting)
+                yield from _run_model(name, model, config, opened(config, setting, **options), integrator, setting)
             except Exception as error:  # one system that fails must not hide the others
                 reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
                 print(f"{model} {name}: {reason}", flush=True)
-                rows.append({"model": model, "system": name, "reason": reason})
+                yield {"model": model, "system": name, "reason": reason}
             _free_memory(setting.device)
-    return rows
 
 
 def _run_model(
     name: str, model: str, config: ModelConfig, opened: Any, integrator: dict[int, dict[str, float]], setting: Setting
-) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
+) -> Iterator[dict[str, Any]]:
     if time.monotonic() > setting.deadline:
         print(f"{model} {name}: out of time", flush=True)
-        return [{"model": model, "system": name, "reason": "out of time"}]
+        yield {"model": model, "system": name, "reason": "out of time"}
+        return
     with opened as sample:
         for batch in setting.batches:
             row: dict[str, Any] = {"model": model, "batch": batch, "system": name}
             if time.monotonic() > setting.deadline:
-                rows.append(row | {"reason": "out of time"})
+                yield row | {"reason": "out of time"}
                 continue
             row |= measure(sample, batch, setting)
             seconds, steps = row["p50_ms"] / 1e3, setting.params.steps
@@ -219,8 +221,7 @@ def _run_model(
                 row["integrator_share"] = integrator[batch]["step_ms"] * (steps + 2) / row["p50_ms"]
                 row["integrator"] = integrator[batch]
             print("  ".join(f"{row.get(key, float('nan')):{form}}" for key, form in COLUMNS.items()), flush=True)
-            rows.append(row)
-    return rows
+            yield row
 
 
 def _integrator(batch: int, setting: Setting) -> dict[str, float]:
@@ -308,10 +309,12 @@ def main() -> None:
     )
     machine = f"{platform.system()} {platform.machine()}" if isinstance(gpu, str) else gpu.name
     print("  ".join(f"{name:>{form.partition('.')[0]}}" for name, form in COLUMNS.items()))
-    rows = run(setting)
-    study = {"machine": machine, "params": params.to_json(), "seconds": time.monotonic() - begun, "rows": rows}
     arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "gpu.json").write_text(json.dumps(study, indent=1) + "\n")
+    rows: list[dict[str, Any]] = []
+    for row in run(setting):
+        rows.append(row)  # and written at once: a run that is cut short keeps what it measured
+        study = {"machine": machine, "params": params.to_json(), "seconds": time.monotonic() - begun, "rows": rows}
+        (arguments.output / "gpu.json").write_text(json.dumps(study, indent=1) + "\n")
     if not any("p50_ms" in row for row in rows):
         return
     draw(rows, f"{machine}: SDE, {params.steps} steps, {models[next(iter(models))].max_length} tokens",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from elf_rt.errors import BackendError
+from elf_rt.errors import BackendError, GpuMemoryError
 
 MODULE = "cuda.bindings.runtime"
 
@@ -44,20 +44,17 @@ def call(function: str, *arguments: Any) -> Any:
     """Call one CUDA runtime function and return its result, if it has one.
 
     Raises:
-        BackendError: the call failed; names it and CUDA's reason.
+        BackendError: the call failed; names it and CUDA's reason. GpuMemoryError where that is a lack of memory.
     """
     cudart = _module()
     error, *result = getattr(cudart, function)(*arguments)
     if error:
         _, reason = cudart.cudaGetErrorString(error)
-        raise BackendError(f"CUDA: {function} failed: {reason.decode()}{_advice(cudart, error)}")
+        message = f"CUDA: {function} failed: {reason.decode()}"
+        if error == cudart.cudaError_t.cudaErrorMemoryAllocation:
+            raise GpuMemoryError(f"{message}: use a smaller batch, or a GPU with more free memory")
+        raise BackendError(message)
     return result[0] if result else None
-
-
-def _advice(cudart: ModuleType, error: Any) -> str:
-    if error == cudart.cudaError_t.cudaErrorMemoryAllocation:
-        return ": use a smaller batch, or a GPU with more free memory"
-    return ""
 
 
 def _module() -> ModuleType:
@@ -71,6 +68,7 @@ class DeviceMemory:
         self.num_bytes = num_bytes
         self.pointer = int(call("cudaMalloc", max(1, num_bytes)))
         call("cudaMemset", self.pointer, 0, num_bytes)
+        synchronize(0)  # zeroed on the default stream, for which the others do not wait
 
     def close(self) -> None:
         pointer, self.pointer = self.pointer, 0

@@ -17,5 +17,14 @@ class BackendError(ElfError):
     """An engine library is absent, or refused the model."""
 
 
+class GpuMemoryError(BackendError):
+    """GPU memory ran out: the same may work with less in it."""
+
+
 class InputError(ElfError, ValueError):
     """A value given by the caller is out of range; the message names the valid ones."""
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, in one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

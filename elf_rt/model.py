@@ -162,6 +162,7 @@ class Model:
         seeds: Sequence[int] | np.ndarray = (0,),
         params: SamplingParams | None = None,
         length: int | None = None,
+        latents: bool = True,
     ) -> Outcome:
         """The sampler with everything given, below text: what ``elf-rt verify`` replays.
 
@@ -170,6 +171,7 @@ class Model:
             grid: (N + 1,) or (B, N + 1) times from 0 to 1; drawn from ``seeds`` when None.
             eps: (N, B, L, C) unit noise of each SDE step (the last is never used); drawn from ``seeds`` when None.
             source, mask: (B, L, C) normalised source latents and (B, L) where they stand.
+            latents: False where only the ids are of use: it saves a copy from the GPU.
 
         Returns:
             latents (B, L, C) at t = 1 and ids (B, L) as the decoding call gave them, with timings.
@@ -185,7 +187,7 @@ class Model:
         grid = np.broadcast_to(schedule.check_grid(grid), (batch, np.shape(grid)[-1]))
         table = schedule.make_table(params, self.config, grid, conditional=source is not None)
         mask = None if mask is None else np.asarray(mask, bool)
-        job = Job(table, length, seeds, params.sc_cfg, source, mask, z0, eps)
+        job = Job(table, length, seeds, params.sc_cfg, source, mask, z0, eps, latents=latents)
         return next(event for event in self._sampler.run(job) if isinstance(event, Outcome))
 
     def close(self) -> None:

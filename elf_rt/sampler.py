@@ -22,6 +22,7 @@ class Job:
 
     seeds: (B,) uint64. source: (B, L, C) float32 clean latents and mask: (B, L) bool where they stand, or None.
     z0: (B, L, C) a given start instead of noise. eps: (N, B, L, C) given noise, eps[i] for step i, instead of Philox.
+    latents: whether the Outcome must hold them, which from a GPU takes a copy.
     """
 
     table: Table
@@ -33,11 +34,13 @@ class Job:
     z0: np.ndarray | None = None
     eps: np.ndarray | None = None
     drafts_every: int = 0  # 0: no drafts
+    latents: bool = False
 
 
 @dataclass
 class Outcome:
-    """latents: (B, L, C) z at t = 1. ids: (B, L) int64, as the network gave them. Seconds are wall time."""
+    """latents: (B, L, C) z at t = 1, or () where the job did not ask for them. ids: (B, L) int64, as the network gave
+    them. Seconds are wall time."""
 
     latents: np.ndarray
     ids: np.ndarray

@@ -44,7 +44,9 @@ class FakeCuda:
     def __init__(self, sm: int = 89, name: bytes = b"NVIDIA GeForce RTX 4090", memory: int = 1 << 30) -> None:
         self._sm, self._name, self._free = sm, name, memory
         self._blocks: dict[int, tuple[Any, int, str]] = {}  # address -> (owner, bytes, "device" or "host")
-        self._streams: dict[int, list[Callable[[], None]]] = {}
+        self._streams: dict[int, list[Callable[[], None]]] = {
+            0: []
+        }  # the default one, for which the others do not wait
         self.events: list[str] = []
 
     # What the fake TensorRT and the tests use.
@@ -68,7 +70,7 @@ class FakeCuda:
 
     @property
     def num_streams(self) -> int:
-        return len(self._streams)
+        return len(self._streams) - 1
 
     # The CUDA runtime.
 
@@ -99,7 +101,7 @@ class FakeCuda:
 
     def cudaMemset(self, pointer: int, value: int, count: int) -> tuple[int]:
         self.check_device(pointer, count)
-        ctypes.memset(pointer, value, count)
+        self.enqueue(0, lambda: ctypes.memset(pointer, value, count))
         return (cudaError_t.cudaSuccess,)
 
     def cudaStreamCreateWithFlags(self, flags: int) -> tuple[int, int]:
@@ -112,7 +114,7 @@ class FakeCuda:
 
     def cudaStreamSynchronize(self, stream: int) -> tuple[int]:
         self.events.append("sync")
-        queue = self._streams[int(stream)]
+        queue = self._streams[int(stream or 0)]
         while queue:
             queue.pop(0)()
         return (cudaError_t.cudaSuccess,)

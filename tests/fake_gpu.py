@@ -1,7 +1,8 @@
 """A whole GPU without a GPU: the fake CUDA runtime with graphs, and cuda.core launching the real kernels on the host.
 
-What real hardware forbids is an error here. A wait or an allocation while a stream is being captured breaks the
-capture, as in CUDA; copies need page-locked memory; kernels may only touch live device memory; a closed stream is gone.
+What real hardware forbids is an error here. A wait or an allocation by a thread that captures breaks the capture, as in
+CUDA, and so does a wait for the whole GPU in any thread; copies need page-locked memory; kernels may only touch live
+device memory; a closed stream is gone.
 """
 
 import ctypes
@@ -52,6 +53,7 @@ class FakeGpu(fake_cuda.FakeCuda):
         self.current: set[int] = set()  # threads with a current device
         self.graphs: dict[int, list[Callable[[], None]]] = {}
         self._recording: dict[int, list[Callable[[], None]]] = {}
+        self._recorder = 0  # the thread that captures
         self._broken = False
 
     def enqueue(self, stream: int, work: Callable[[], None]) -> None:
@@ -63,14 +65,16 @@ class FakeGpu(fake_cuda.FakeCuda):
     def is_capturing(self, stream: int) -> bool:
         return int(stream) in self._recording
 
-    def forbidden(self) -> int:
-        """The error of a call that capture forbids, which also breaks the capture; 0 outside of one."""
-        self._broken = bool(self._recording)
-        return CAPTURE_UNSUPPORTED if self._recording else 0
+    def forbidden(self, anywhere: bool = False) -> int:
+        """The error of a call that a capture forbids to its thread, or to all, and that breaks it; 0 without."""
+        if not self._recording or not (anywhere or self._recorder == threading.get_ident()):
+            return 0
+        self._broken = True
+        return CAPTURE_UNSUPPORTED
 
     def cudaStreamBeginCapture(self, stream: int, mode: int) -> tuple[int]:
-        assert not self._recording
-        self._broken = self.refuses_capture
+        assert not self._recording, "torch captures one graph at a time"
+        self._recorder, self._broken = threading.get_ident(), self.refuses_capture
         self._recording[int(stream)] = []
         return (0,)
 
@@ -89,7 +93,7 @@ class FakeGpu(fake_cuda.FakeCuda):
         return (0,)
 
     def cudaGraphLaunch(self, executable: int, stream: int) -> tuple[int]:
-        assert not self._recording
+        assert not self.is_capturing(stream)
         self.launches["graph"] += 1
         for work in self.graphs[executable]:
             super().enqueue(stream, work)
@@ -116,7 +120,7 @@ class FakeGpu(fake_cuda.FakeCuda):
         return 0, self._free - self.allocated(), self._free
 
     def cudaDeviceSynchronize(self) -> tuple[int]:
-        if error := self.forbidden():
+        if error := self.forbidden(anywhere=True):
             return (error,)
         for stream in self._streams:
             super().cudaStreamSynchronize(stream)
@@ -220,7 +224,8 @@ class FakeNetwork:
     def __init__(self, backend: FakeBackend, rows: int, length: int, stream: int) -> None:
         config = backend.config
         self.rows, self.length, self.closed = rows, length, False
-        self._backend, self._stream, self._ran = backend, stream, False
+        self._backend, self._stream = backend, stream
+        self._ran = threading.local()
         self._inputs = [i.name for i in backend.denoiser.get_inputs()]
         latents = (rows, length, config.latent_dim)
         shapes = {name: latents if name in ("z", "x_prev") else (rows,) for name in self._inputs}
@@ -255,8 +260,8 @@ class FakeNetwork:
         gpu = self._backend.gpu
         assert stream == self._stream, "enqueued on another stream than the network was made for"
         assert not self.closed
-        if not self._ran:  # engines set themselves up in a first run, which waits
-            self._ran = not gpu.forbidden()
+        if not hasattr(self._ran, "here") and not gpu.forbidden():  # a thread's first run sets engines up
+            self._ran.here = True
         gpu.launches["network"] += not gpu.is_capturing(stream)
 
         def run() -> None:

@@ -1,84 +1,31 @@
 """The device sampler end to end on a fake GPU that runs the real kernels, against the host's and the golden runs."""
 
-import threading
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from device_jobs import assert_same, golden_bundles, make_job, outcome_of
 from fake_gpu import FakeBackend, FakeGpu, install_gpu
 from golden_cases import CASES
-from plan_bundles import golden_bundle
 
 from elf_rt.backends import ort_cuda
 from elf_rt.backends.ort import OrtBackend
 from elf_rt.backends.ort_cuda import OrtCudaBackend
-from elf_rt.bundle import Bundle
 from elf_rt.device import sampler as device_sampler
 from elf_rt.device import workspace
 from elf_rt.device.sampler import DeviceSampler
 from elf_rt.errors import BackendError
 from elf_rt.model import Model
-from elf_rt.params import ModelConfig, SamplingParams
-from elf_rt.sampler import HostSampler, Job, Outcome, StepDone
-from elf_rt.schedule import make_grid, make_table
+from elf_rt.params import ModelConfig
+from elf_rt.sampler import HostSampler, StepDone
 from elf_rt.verify import verify
 
-SOURCE_LENGTHS = (3, 1, 5, 2)
-
-
-@pytest.fixture(autouse=True)
-def no_slow_path():
-    """A refused capture warns; where a test does not expect it, it is an error."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
-
-
-@pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
-    folder, made = tmp_path_factory.mktemp("bundles"), {}
-
-    def bundle(case: str) -> Bundle:
-        if case not in made:
-            made[case] = golden_bundle(folder / f"{case}.elfrt", case, ("fp32",))
-        return made[case]
-
-    return bundle
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
-    return install_gpu(monkeypatch)
-
-
-def make_job(
-    config: ModelConfig, seeds: list[int], *, drafts_every: int = 0, source_seed: int | None = None, **params: Any
-) -> Job:
-    """A job of the public API, without text: sources are random latents of different lengths."""
-    sampling, all_seeds = SamplingParams(**{"steps": 6} | params), np.array(seeds, np.uint64)
-    source = mask = None
-    if config.max_input_length:
-        shape = (len(seeds), config.max_length, config.latent_dim)
-        source = np.random.default_rng(source_seed or 0).standard_normal(shape).astype(np.float32)
-        mask = np.arange(config.max_length) < np.resize(SOURCE_LENGTHS, len(seeds))[:, None]
-    table = make_table(sampling, config, make_grid(sampling, config, all_seeds), conditional=source is not None)
-    return Job(table, config.max_length, all_seeds, sampling.sc_cfg, source, mask, drafts_every=drafts_every)
-
-
-def outcome_of(events: Any) -> Outcome:
-    *_, last = events
-    assert isinstance(last, Outcome)
-    return last
-
-
-def assert_same(device: Outcome, host: Outcome) -> None:
-    np.testing.assert_array_equal(device.latents, host.latents)
-    np.testing.assert_array_equal(device.ids, host.ids)
-    assert device.calls == host.calls
+pytestmark = pytest.mark.filterwarnings("error")  # a refused capture warns
+gpu = pytest.fixture(install_gpu)
+bundles = pytest.fixture(golden_bundles, scope="module")
 
 
 # ---- results
@@ -163,9 +110,10 @@ def test_one_launch_from_noise_to_ids(bundles: Any, gpu: FakeGpu) -> None:
     list(sampler.run(make_job(bundle.config, [1])))
     gpu.launches = dict.fromkeys(gpu.launches, 0)
     gpu.events.clear()
-    list(sampler.run(make_job(bundle.config, [2])))
+    outcome = outcome_of(sampler.run(replace(make_job(bundle.config, [2]), latents=False)))
     assert gpu.launches == {"graph": 1, "kernel": 0, "network": 0}
-    assert gpu.events == ["upload", "download", "download", "sync"]  # tables; latents and ids; nothing in between
+    assert gpu.events == ["upload", "download", "sync"]  # tables; ids; nothing in between
+    assert not outcome.latents.size
 
 
 def test_only_the_shape_captures_anew(bundles: Any, gpu: FakeGpu) -> None:
@@ -229,58 +177,6 @@ def test_a_refused_capture_warns_once_and_changes_nothing(bundles: Any, gpu: Fak
     )
 
 
-# ---- life of a job
-
-
-def test_cancel_between_chunks(bundles: Any, gpu: FakeGpu) -> None:
-    bundle = bundles("uncond")
-    sampler = DeviceSampler(FakeBackend(bundle, gpu), bundle.config)
-    host = HostSampler(OrtBackend(bundle, "fp32", 2), bundle.config.latent_dim)
-    job = make_job(bundle.config, [1], steps=8, drafts_every=2)
-    list(sampler.run(job))
-    before = gpu.launches["graph"]
-    events = sampler.run(job)
-    while next(events).draft is None:
-        pass
-    events.close()
-    assert gpu.launches["graph"] == before + 2  # one chunk, one draft
-    assert_same(outcome_of(sampler.run(job)), outcome_of(host.run(job)))
-
-
-def test_streams_may_interleave(bundles: Any, gpu: FakeGpu) -> None:
-    """Also in one thread: a reader that holds a stream of drafts open does not lock out other jobs."""
-    bundle = bundles("uncond")
-    sampler = DeviceSampler(FakeBackend(bundle, gpu), bundle.config)
-    host = HostSampler(OrtBackend(bundle, "fp32", 2), bundle.config.latent_dim)
-    jobs = [make_job(bundle.config, [seed], drafts_every=2) for seed in (1, 2)]
-    streams = [sampler.run(job) for job in jobs]
-    last: dict[int, Any] = {}
-    for _ in range(jobs[0].table.num_steps + 1):
-        for i, stream in enumerate(streams):
-            last[i] = next(stream)
-    for i, job in enumerate(jobs):
-        assert_same(last[i], outcome_of(host.run(job)))
-
-
-def test_threads_share_a_sampler(bundles: Any, gpu: FakeGpu) -> None:
-    bundle = bundles("uncond")
-    sampler = DeviceSampler(FakeBackend(bundle, gpu), bundle.config)
-    host = HostSampler(OrtBackend(bundle, "fp32", 2), bundle.config.latent_dim)
-    jobs = [make_job(bundle.config, [seed], steps=3, drafts_every=seed % 2) for seed in range(4)]
-    results: dict[int, Outcome] = {}
-
-    def work(i: int) -> None:
-        results[i] = outcome_of(sampler.run(jobs[i]))
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(jobs))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    for i, job in enumerate(jobs):
-        assert_same(results[i], outcome_of(host.run(job)))
-
-
 def test_given_noise_and_start(bundles: Any, gpu: FakeGpu) -> None:
     """Noise without a start, a start without noise: golden runs give both or only the start."""
     bundle = bundles("uncond")
@@ -297,62 +193,6 @@ def test_given_noise_and_start(bundles: Any, gpu: FakeGpu) -> None:
         assert_same(outcome, outcome_of(host.run(changed)))
         assert not np.array_equal(outcome.latents, plain.latents)
     assert_same(outcome_of(sampler.run(job)), plain)
-
-
-def test_a_failed_job_frees_its_workspace(bundles: Any, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    bundle = bundles("uncond")
-    backend = FakeBackend(bundle, gpu)
-    sampler = DeviceSampler(backend, bundle.config)
-    job = make_job(bundle.config, [1])
-    expected = outcome_of(sampler.run(job))
-    monkeypatch.setattr(gpu, "cudaGraphLaunch", lambda graph, stream: (2,))
-    with pytest.raises(BackendError, match="cudaGraphLaunch failed"):
-        list(sampler.run(job))
-    assert all(network.closed for network in backend.networks)
-    assert gpu.allocated() == 0
-    monkeypatch.undo()
-    monkeypatch.setitem(__import__("sys").modules, "cuda.bindings.runtime", gpu)
-    assert_same(outcome_of(sampler.run(job)), expected)
-
-
-def test_a_closed_sampler_says_so(bundles: Any, gpu: FakeGpu) -> None:
-    bundle = bundles("uncond")
-    sampler = DeviceSampler(FakeBackend(bundle, gpu), bundle.config)
-    sampler.close()
-    sampler.close()
-    with pytest.raises(BackendError, match="closed"):
-        list(sampler.run(make_job(bundle.config, [1])))
-
-
-# ---- bad input
-
-
-def test_out_of_memory_names_sizes_and_leaves_the_model_usable(bundles: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = install_gpu(monkeypatch, memory=2**20)
-    bundle = bundles("uncond")
-    sampler = DeviceSampler(FakeBackend(bundle, gpu), bundle.config)
-    small = make_job(bundle.config, [1])
-    expected = outcome_of(sampler.run(small))
-    length = bundle.config.max_length
-    with pytest.raises(
-        BackendError, match=rf"100 samples x 1 guidance rows x {length} tokens.*MiB free.*smaller batch"
-    ):
-        list(sampler.run(make_job(bundle.config, list(range(100)))))
-    assert gpu.allocated() == 0  # the idle workspaces gave way, and nothing of the attempt stayed
-    assert_same(outcome_of(sampler.run(small)), expected)
-
-
-def test_idle_workspaces_give_way(bundles: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    bundle = bundles("uncond")
-    job = make_job(bundle.config, [1, 2, 3, 4, 5, 6])
-    probe = install_gpu(monkeypatch)
-    sampler = DeviceSampler(FakeBackend(bundle, probe), bundle.config)
-    list(sampler.run(job))
-    gpu = install_gpu(monkeypatch, memory=probe.allocated() + 1024)
-    sampler = DeviceSampler(FakeBackend(bundle, gpu), bundle.config)
-    list(sampler.run(make_job(bundle.config, [1, 2])))
-    list(sampler.run(job))
-    assert gpu.allocated() == probe.allocated()
 
 
 # ---- ONNX Runtime's CUDA backend, with its CPU provider over the fake GPU's memory

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -62,6 +63,21 @@ def test_a_system_that_fails_does_not_hide_the_others(
     assert any(row["system"] == "torch eager bf16" and "p50_ms" in row for row in rows)
 
 
+def test_what_was_measured_is_kept_when_the_run_is_cut_short(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def cut_short(setting: object) -> Iterator[dict[str, object]]:
+        yield {"system": "first", "p50_ms": 1.0}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(benchmark, "run", cut_short)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--smoke", "--output", str(tmp_path)])
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.main()
+    rows = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))["rows"]
+    assert [row["system"] for row in rows] == ["first"]
+
+
 def test_nothing_begins_after_the_deadline(
     benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -74,6 +90,6 @@ def test_nothing_begins_after_the_deadline(
 def test_bandwidth_times_the_samplers_own_graph(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = install_gpu(monkeypatch)
     measured = benchmark.integrator_bandwidth(batch=2, length=3, width=8)
-    assert gpu.launches["graph"] == 40  # 20 samples and 20 rounds of copies
+    assert gpu.launches["graph"] == 60  # 20 samples, 20 rounds of copies, and as many before them
     assert measured["share_of_copy"] == pytest.approx(measured["gb_per_s"] / measured["copy_gb_per_s"])
     assert gpu.allocated() == gpu.allocated("host") == gpu.num_streams == 0

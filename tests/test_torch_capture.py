@@ -8,7 +8,7 @@ import ctypes
 import inspect
 import math
 from collections.abc import Iterator
-from types import TracebackType
+from types import SimpleNamespace, TracebackType
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from plan_bundles import golden_bundle
 
 from elf_rt.backends.torch_cuda import TorchBackend, TorchNetwork
 from elf_rt.bundle import Bundle
-from elf_rt.errors import BackendError
+from elf_rt.errors import BackendError, GpuMemoryError
 from elf_rt.model import Model
 from elf_rt.verify import verify
 
@@ -34,9 +34,12 @@ class FakeTorchCuda:
     def __init__(self, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
         self.gpu = gpu
         self.current: list[int] = []  # streams, innermost last
+        self.workspace = ""  # of cuBLAS: "graphs" or "shared", which of torch's pools it was taken from
         for name in ("CUDAGraph", "ExternalStream", "stream", "graph"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
         monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=lambda: None))
+        monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", self.clear_workspace, raising=False)
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "fake")
         monkeypatch.setattr(torch, "zeros", self.zeros)
@@ -53,6 +56,9 @@ class FakeTorchCuda:
                 with torch.inference_mode():
                     work(network)
 
+            pool = "graphs" if self.current and self.gpu.is_capturing(self.current[-1]) else "shared"
+            self.workspace = self.workspace or pool
+            assert self.workspace == pool, "memory that goes with another graph"
             if self.current:
                 self.gpu.enqueue(self.current[-1], run)
             else:
@@ -65,9 +71,12 @@ class FakeTorchCuda:
 
     @contextlib.contextmanager
     def stream(self, stream: int) -> Iterator[None]:
+        before = list(self.current)
         self.current.append(stream)
-        yield
-        self.current.pop()
+        try:
+            yield
+        finally:
+            self.current[:] = before
 
     def CUDAGraph(self) -> "FakeGraph":
         return FakeGraph(self)
@@ -76,6 +85,9 @@ class FakeTorchCuda:
         bound = GRAPH_SIGNATURE.bind(*args, **options)  # as the real one would take it
         assert bound.arguments["capture_error_mode"] == "thread_local"
         return FakeCapture(self, bound.arguments["cuda_graph"], bound.arguments["stream"])
+
+    def clear_workspace(self) -> None:
+        self.workspace = ""
 
     def synchronize(self) -> None:
         if self.gpu.cudaDeviceSynchronize()[0]:
@@ -114,10 +126,10 @@ class FakeCapture:
         self._cuda.gpu.cudaStreamBeginCapture(self._stream, 1)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._cuda.current.pop()
         failed, graph = self._cuda.gpu.cudaStreamEndCapture(self._stream)
         if failed:
             raise RuntimeError("CUDA error: operation failed due to a previous error during capture\nmore lines")
+        self._cuda.current.pop()
         assert graph is not None
         self._graph.executable = graph
 
@@ -133,14 +145,18 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
 
 
 @pytest.fixture
-def backend(bundle: Bundle, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> TorchBackend:
-    backend = TorchBackend(bundle, "fp32", "cpu")
-    FakeTorchCuda(gpu, monkeypatch)
+def fake(backend: TorchBackend, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> FakeTorchCuda:
     backend.device = "cuda"
-    return backend
+    return FakeTorchCuda(gpu, monkeypatch)
 
 
-def test_golden_runs(bundle: Bundle, backend: TorchBackend, gpu: FakeGpu) -> None:
+@pytest.fixture
+def backend(bundle: Bundle) -> TorchBackend:
+    """Made before torch is faked."""
+    return TorchBackend(bundle, "fp32", "cpu")
+
+
+def test_golden_runs(bundle: Bundle, backend: TorchBackend, gpu: FakeGpu, fake: FakeTorchCuda) -> None:
     with Model(bundle, backend, "test") as model:
         report = verify(model, GOLDEN / CASE / "golden.npz")
         assert report.passed, report
@@ -152,13 +168,52 @@ def test_golden_runs(bundle: Bundle, backend: TorchBackend, gpu: FakeGpu) -> Non
     assert not gpu.graphs
 
 
-def test_a_refused_capture_falls_back(bundle: Bundle, backend: TorchBackend, gpu: FakeGpu) -> None:
+def test_a_refused_capture_falls_back(bundle: Bundle, backend: TorchBackend, gpu: FakeGpu, fake: FakeTorchCuda) -> None:
     with Model(bundle, backend, "test") as model:
         captured = model.sample(seeds=[1], params=model.params(steps=4))
         gpu.refuses_capture = True
         with pytest.warns(UserWarning, match=r"torch cannot be captured.*slower: torch: .* during capture$"):
             enqueued = model.sample(seeds=[1, 2], params=model.params(steps=4))
+        assert not fake.current
     np.testing.assert_array_equal(enqueued.ids[0], captured.ids[0])
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_out_of_memory_in_a_capture_is_no_refusal(
+    breaks: bool, bundle: Bundle, backend: TorchBackend, gpu: FakeGpu, fake: FakeTorchCuda, monkeypatch: Any
+) -> None:
+    """Also where the capture cannot be ended after it, which is then the error that torch raises."""
+
+    def scarce(network: TorchNetwork) -> None:
+        if gpu.is_capturing(fake.current[-1]):
+            gpu.refuses_capture = gpu._broken = breaks
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore lines")
+
+    with Model(bundle, backend, "test") as model:
+        with monkeypatch.context() as patch:
+            patch.setattr(TorchNetwork, "discretize", scarce)
+            with pytest.raises(
+                GpuMemoryError, match=r"^torch: no GPU memory for a network call of 1 rows of \d+ tokens"
+            ):
+                model.sample(seeds=[1], params=model.params(steps=4))
+        gpu.refuses_capture = False
+        model.sample(seeds=[1], params=model.params(steps=4))
+        assert gpu.launches["graph"] == 1
+
+
+def test_what_torch_refuses_is_a_backend_error(
+    bundle: Bundle, backend: TorchBackend, fake: FakeTorchCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore lines")
+
+    with Model(bundle, backend, "test") as model:
+        monkeypatch.setattr(FakeGraph, "replay", refuse)
+        with pytest.raises(BackendError, match=r"^torch: CUDA error: an illegal memory access was encountered$"):
+            model.sample(seeds=[1], params=model.params(steps=4))
+        monkeypatch.setattr(TorchNetwork, "denoise", refuse)
+        with pytest.raises(BackendError, match=r"^torch: CUDA error: an illegal memory access was encountered$"):
+            model.sample(seeds=[1], params=model.params(steps=4))
 
 
 def test_out_of_memory_leaves_the_model_usable(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ as long as the network, and whose addresses the kernels are given.
 """
 
 import importlib.util
+import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,9 @@ import numpy as np
 from elf_rt import device
 from elf_rt.backends.cpu_encoder import CpuEncoder
 from elf_rt.bundle import Bundle
+from elf_rt.device import setup_lock
 from elf_rt.device.network import Launchable
-from elf_rt.errors import BackendError
+from elf_rt.errors import BackendError, GpuMemoryError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -68,21 +70,22 @@ class TorchBackend:
         self.config = bundle.config
         self._torch = torch
         self.encode = CpuEncoder(bundle)
-        try:
-            self.network: Network = Network(bundle, precision, device)
-        except torch.OutOfMemoryError as error:
-            raise out_of_memory("the weights", error) from error
         self._pool = None
         self.fused = False
-        if device == "cuda":
-            self._pool = torch.cuda.graph_pool_handle()
-            self.fuse()
+        with setup_lock:
+            try:
+                self.network: Network = Network(bundle, precision, device)
+            except torch.OutOfMemoryError as error:
+                raise out_of_memory(torch, "the weights", error) from error
+            if device == "cuda":
+                self._pool = torch.cuda.graph_pool_handle()
+                self.fuse()
 
     def fuse(self) -> None:
         """Let torch.compile fuse what stands between the matrix products; keep torch's own kernels where it cannot."""
         eager, self.network.pointwise = self.network.pointwise, type(self.network.pointwise).compiled()
         try:
-            network = self.bind(2, min(8, self.config.max_length))
+            network = self.bind(3, min(8, self.config.max_length))
             network.denoise()
             network.close()
             self.fused = True
@@ -101,14 +104,26 @@ class TorchBackend:
         return TorchNetwork(self, rows, length)
 
     def capture(self, stream: int, body: Callable[[], None]) -> Launchable:
-        """See ``elf_rt.device.network.Capturing``. All graphs share one pool: nothing in it outlives a launch."""
+        """See ``elf_rt.device.network.Capturing``. All graphs share one pool: nothing in it outlives a launch.
+
+        cuBLAS keeps one workspace for each stream, which torch frees with the first graph of the stream that goes. So
+        each capture makes its own, in the pool, and leaves none behind.
+        """
         torch = self._torch
         graph, external = torch.cuda.CUDAGraph(), torch.cuda.ExternalStream(stream)
+        clear_workspaces(torch)
         try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=external, capture_error_mode="thread_local"):
+            with (
+                torch.cuda.stream(external),  # the capture leaves it current when it fails
+                torch.cuda.graph(graph, pool=self._pool, stream=external, capture_error_mode="thread_local"),
+            ):
                 body()
         except RuntimeError as error:  # torch's own CUDA errors are RuntimeErrors
-            raise BackendError(f"{NAME}: {first_line(error)}") from error
+            if isinstance(error.__context__, BackendError):  # for which the capture could not be ended
+                raise error.__context__ from None
+            raise failure("a graph", error) from error
+        finally:
+            clear_workspaces(torch)
         return TorchGraph(torch, graph, external)
 
     def describe(self) -> Mapping[str, str]:
@@ -119,9 +134,11 @@ class TorchBackend:
         return {"library": f"torch {torch.__version__}", "precision": self.precision, "fused": fused, **properties}
 
     def close(self) -> None:
-        del self.network
-        if self.device == "cuda":
-            self._torch.cuda.empty_cache()
+        with setup_lock:
+            del self.network
+            if self.device == "cuda":
+                clear_workspaces(self._torch)
+                self._torch.cuda.empty_cache()
 
 
 class TorchNetwork:
@@ -146,9 +163,9 @@ class TorchNetwork:
                 for name, shape in shapes.items()
             }
         except torch.OutOfMemoryError as error:
-            raise out_of_memory(f"{rows} rows of {length} tokens", error) from error
+            raise out_of_memory(torch, f"{rows} rows of {length} tokens", error) from error
         if self._on_gpu:
-            torch.cuda.synchronize()  # zeroed on torch's stream, used on the sampler's
+            torch.cuda.current_stream().synchronize()  # zeroed on torch's stream, used on the sampler's
         self.buffers = {name: tensor.data_ptr() for name, tensor in self.tensors.items()}
 
     def enqueue_denoise(self, stream: int) -> None:
@@ -179,8 +196,8 @@ class TorchNetwork:
         try:
             with torch.inference_mode(), torch.cuda.stream(torch.cuda.ExternalStream(stream)):
                 body()
-        except torch.OutOfMemoryError as error:
-            raise out_of_memory(f"a network call of {self.rows} rows of {self.length} tokens", error) from error
+        except RuntimeError as error:
+            raise failure(f"a network call of {self.rows} rows of {self.length} tokens", error) from error
 
 
 class TorchHostNetwork:
@@ -217,16 +234,31 @@ class TorchGraph:
         self._torch, self._graph, self._stream = torch, graph, stream
 
     def launch(self) -> None:
-        with self._torch.cuda.stream(self._stream):  # a replay goes to torch's current stream
-            self._graph.replay()
+        try:
+            with self._torch.cuda.stream(self._stream):  # a replay goes to torch's current stream
+                self._graph.replay()
+        except RuntimeError as error:
+            raise failure("a graph", error) from error
 
     def close(self) -> None:
         self._graph.reset()
 
 
-def out_of_memory(what: str, error: Exception) -> BackendError:
-    return BackendError(f"{NAME}: no GPU memory for {what}: use a smaller batch ({first_line(error)})")
+def failure(what: str, error: RuntimeError) -> BackendError:
+    """One of torch's errors in a line; it holds on to no memory."""
+    traceback.clear_frames(error.__traceback__)
+    if "out of memory" in str(error):
+        return GpuMemoryError(f"{NAME}: no GPU memory for {what}: use a smaller batch ({first_line(error)})")
+    return BackendError(f"{NAME}: {first_line(error)}")
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def out_of_memory(torch: Any, what: str, error: RuntimeError) -> BackendError:
+    """The same for what is kept; what torch has left of it goes back to CUDA, for others."""
+    refused = failure(what, error)
+    torch.cuda.empty_cache()
+    return refused
+
+
+def clear_workspaces(torch: Any) -> None:
+    """Let cuBLAS forget its workspaces."""
+    getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)()  # absent from builds without CUDA

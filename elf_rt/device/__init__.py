@@ -1,9 +1,15 @@
 """The GPU side: static buffers, NVRTC kernels, and a sampler that is one CUDA graph."""
 
 import importlib
+import threading
 
 from elf_rt.cudart import find_gpu
 from elf_rt.errors import BackendError
+
+# Held by whatever allocates, compiles or captures, for all models of the process: a capture must not meet a wait for
+# the whole GPU in any thread, which torch's set-up makes, and torch captures one graph at a time. Taken after a
+# sampler's own lock, never before it.
+setup_lock = threading.RLock()
 
 
 def unavailable() -> str | None:

@@ -6,6 +6,7 @@ only the plain functions say which of these steps failed.
 """
 
 import ctypes
+import functools
 import importlib
 import math
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import numpy as np
 from elf_rt import cudart
 from elf_rt.cudart import DeviceMemory, PinnedMemory, Stream
 from elf_rt.device.kernels import load_kernels, threads
-from elf_rt.errors import BackendError
+from elf_rt.errors import BackendError, first_line
 
 
 class Graph:
@@ -65,6 +66,7 @@ class Cuda:
             raise BackendError("cuda-core is not installed: pip install 'cuda-core>=1.0,<2'") from error
         self.activate()
         self._kernels = load_kernels(gpu.sm)
+        self._core_stream = functools.cache(self._core.Stream.from_handle)  # which makes a class for each one
 
     def activate(self) -> None:
         """Make the GPU current in the calling thread; each thread that uses it needs this once."""
@@ -87,9 +89,16 @@ class Cuda:
         cudart.call("cudaDeviceSynchronize")
 
     def launch(self, stream: int, name: str, grid: tuple[int, int, int], *arguments: int | np.int32) -> None:
-        """Enqueue a kernel of ``elf_rt.device.kernels``: Python integers pass as 64 bits, np.int32 as 32."""
-        config = self._core.LaunchConfig(grid=grid, block=threads(name))
-        self._core.launch(self._core.Stream.from_handle(stream), config, self._kernels[name], *arguments)
+        """Enqueue a kernel of ``elf_rt.device.kernels``: Python integers pass as 64 bits, np.int32 as 32.
+
+        Raises:
+            BackendError: CUDA refused it, as it refuses grids of more than 65535 samples.
+        """
+        try:
+            config = self._core.LaunchConfig(grid=grid, block=threads(name))
+            self._core.launch(self._core_stream(stream), config, self._kernels[name], *arguments)
+        except Exception as error:  # cuda.core raises CUDAError, which is not public in every version
+            raise BackendError(f"CUDA: could not launch {name}: {first_line(error)}") from error
 
     def capture(self, stream: int, body: Callable[[], None]) -> Graph:
         """Record what ``body`` enqueues on the stream; nothing of it runs.

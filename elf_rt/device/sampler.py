@@ -4,19 +4,22 @@ import contextlib
 import threading
 import time
 import warnings
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import numpy as np
 
 from elf_rt.device.cuda import Cuda
 from elf_rt.device.network import Capturing, DeviceBackend, Enqueued, Launchable
 from elf_rt.device.workspace import DRAFT, Piece, Shape, Workspace
-from elf_rt.errors import BackendError
+from elf_rt.errors import BackendError, GpuMemoryError
 from elf_rt.params import ModelConfig
 from elf_rt.sampler import Job, Outcome, StepDone
 
-MAX_IDLE_WORKSPACES = 4
+T = TypeVar("T")
+
+MAX_IDLE_WORKSPACES = 16  # each number of samples is a shape of its own; where memory runs out they go
 
 
 class DeviceSampler:
@@ -28,7 +31,8 @@ class DeviceSampler:
     Every guidance row is computed in every step, also where the table gives it no weight: a graph's shape is fixed.
 
     Safe to share between threads: one lock guards the stream, and each job has a workspace of its own, so a reader who
-    is slow to ask for the next draft holds up nobody.
+    is slow to ask for the next draft holds up nobody. A job's generator may be finalised anywhere, also by the garbage
+    collector in the thread that holds the lock, so a job that ends never waits for it.
     """
 
     def __init__(self, backend: DeviceBackend, config: ModelConfig, driver: Cuda | None = None) -> None:
@@ -39,6 +43,7 @@ class DeviceSampler:
         self._stream = self._driver.stream()
         self._lock = threading.Lock()
         self._idle: OrderedDict[Workspace, Shape] = OrderedDict()
+        self._returned: deque[tuple[Workspace, bool]] = deque()  # of jobs that ended, and whether they are sound
         self._captures = True
         self._closed = False
 
@@ -74,6 +79,7 @@ class DeviceSampler:
             while self._idle:
                 self._idle.popitem()[0].close()
             self._stream.close()
+        self._collect()
 
     def _draft(self, workspace: Workspace, job: Job, piece: Piece) -> tuple[np.ndarray, float]:
         """Run a piece and decode the estimate that it ends with: ids (B, L), seconds."""
@@ -82,14 +88,16 @@ class DeviceSampler:
             return workspace.fetch_ids(), time.perf_counter() - begun
 
     def _finish(self, workspace: Workspace, job: Job, piece: Piece) -> tuple[np.ndarray, np.ndarray, float]:
-        """Run the last piece: latents (B, L, C), ids (B, L), seconds."""
+        """Run the last piece: latents (B, L, C) or (), ids (B, L), seconds."""
         with self._gpu():
             begun = self._launch(workspace, job, piece)
-            return *workspace.fetch(), time.perf_counter() - begun
+            ids = workspace.fetch_ids()
+            latents = workspace.fetch_latents() if job.latents else np.empty(0, np.float32)
+            return latents, ids, time.perf_counter() - begun
 
     def _launch(self, workspace: Workspace, job: Job, *pieces: Piece) -> float:
         """Put pieces on the stream, after the job's own data if the first one starts it; returns when."""
-        launchables = [workspace.launchable(piece, job) for piece in pieces]
+        launchables = self._with_room(lambda: [workspace.launchable(piece, job) for piece in pieces])
         if pieces[0].start:
             workspace.load(job)
         begun = time.perf_counter()
@@ -100,11 +108,14 @@ class DeviceSampler:
     @contextlib.contextmanager
     def _gpu(self) -> Iterator[None]:
         """Exclusive use of the stream by this thread."""
-        with self._lock:
-            if self._closed:
-                raise BackendError("the model is closed")
-            self._driver.activate()
-            yield
+        try:
+            with self._lock:
+                if self._closed:
+                    raise BackendError("the model is closed")
+                self._driver.activate()
+                yield
+        finally:
+            self._collect()
 
     @contextlib.contextmanager
     def _workspace(self, job: Job) -> Iterator[Workspace]:
@@ -119,22 +130,36 @@ class DeviceSampler:
             sound = True
             raise
         finally:
-            with self._lock:
+            self._returned.append((workspace, sound))
+            self._collect()
+
+    def _collect(self) -> None:
+        """Take returned workspaces back, unless the lock is held: then its holder does, after it."""
+        while self._returned and self._lock.acquire(blocking=False):
+            try:
                 self._driver.activate()
-                self._give_back(workspace, keep=sound and not self._closed)
+                while self._returned:
+                    workspace, sound = self._returned.popleft()
+                    self._give_back(workspace, keep=sound and not self._closed)
+            finally:
+                self._lock.release()
 
     def _take(self, shape: Shape) -> Workspace:
         for workspace, has in reversed(self._idle.items()):
             if has == shape:
                 del self._idle[workspace]
                 return workspace
+        return self._with_room(lambda: self._make(shape))
+
+    def _with_room(self, make: Callable[[], T]) -> T:
+        """What ``make`` returns, if need be without the idle workspaces: their memory may be what it lacked."""
         try:
-            return self._make(shape)
+            return make()
         except BackendError:
             if not self._idle:
                 raise
-        self._evict(0)  # their memory may be what it lacked
-        return self._make(shape)
+        self._evict(0)
+        return make()
 
     def _make(self, shape: Shape) -> Workspace:
         try:
@@ -148,10 +173,8 @@ class DeviceSampler:
             self._idle[workspace] = workspace.shape
             self._evict(MAX_IDLE_WORKSPACES)
             return
-        with contextlib.suppress(
-            BackendError
-        ):  # what made the job fail is raised; after it CUDA may refuse to free too
-            workspace.close()
+        with contextlib.suppress(BackendError, RuntimeError):  # torch's are RuntimeErrors
+            workspace.close()  # what made the job fail is raised; after it CUDA may refuse to free too
 
     def _evict(self, keep: int) -> None:
         while len(self._idle) > keep:
@@ -163,6 +186,8 @@ class DeviceSampler:
         if self._captures:
             try:
                 return capture(self._stream.handle, body)
+            except GpuMemoryError:
+                raise
             except BackendError as error:
                 self._captures = False
                 warnings.warn(

@@ -5,6 +5,7 @@ source and the number of the step are data, which ``load`` sends before a launch
 """
 
 import math
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from elf_rt.cudart import Stream
-from elf_rt.device import kernels
+from elf_rt.device import kernels, setup_lock
 from elf_rt.device.cuda import Cuda
 from elf_rt.device.kernels import StepArguments
 from elf_rt.device.memory import Fields, StagedArrays
@@ -90,8 +91,9 @@ class Workspace:
         self._capture = capture
         self._graphs: OrderedDict[Piece, Launchable] = OrderedDict()
         self._warm = False
+        self._here = threading.local()  # its `warm` is set in threads that have run the networks
         full = (shape.batch, shape.length, latent_dim)
-        with ExitStack() as stack:
+        with setup_lock, ExitStack() as stack:
             own = _Owner(stack)
             self._inputs = own(StagedArrays(driver, _input_fields(shape, full)))
             self._state = own(StagedArrays(driver, {"z": (full, np.float32)}))
@@ -104,7 +106,6 @@ class Workspace:
             self._decoder = self._network
             if apart:
                 self._decoder = own(backend.device_network(shape.batch, shape.length, stream.handle))
-            driver.synchronize()
             self._resources = stack.pop_all()
         self._grid = kernels.grid(shape.batch, shape.length, latent_dim, TYPE)
         self._arguments = self._step_arguments(full)
@@ -134,18 +135,12 @@ class Workspace:
         inputs.upload(self._stream)
 
     def launchable(self, piece: Piece, job: Job) -> Launchable:
-        """The piece as a graph, captured on first use. Call it before ``load``: the first call of all runs the networks
-        once on the job's own data, because engines set themselves up in a first run, which cannot be captured."""
-        if not self._warm:
-            self.load(job)
-            self._enqueue(Piece(True, 1, True))
-            self._enqueue(DRAFT)
-            self._advance(0)
-            self._stream.synchronize()
-            self._warm = True
+        """The piece as a graph, captured on first use. Call it before ``load`` and between launches."""
         if piece in self._graphs:
             self._graphs.move_to_end(piece)
-        else:
+            return self._graphs[piece]
+        with setup_lock:
+            self._warm_up(job)
             if len(self._graphs) >= MAX_GRAPHS:
                 self._graphs.popitem(last=False)[1].close()
             self._graphs[piece] = self._capture(lambda: self._enqueue(piece))
@@ -157,20 +152,39 @@ class Workspace:
         self._stream.synchronize()
         return self._ids.array.copy()
 
-    def fetch(self) -> tuple[np.ndarray, np.ndarray]:
-        """(z (B, L, C) float32, ids (B, L) int64); waits for them."""
+    def fetch_latents(self) -> np.ndarray:
+        """(B, L, C) float32 z; waits for it."""
         self._state.download(self._stream)
-        ids = self.fetch_ids()
-        return self._state["z"].copy(), ids
+        self._stream.synchronize()
+        return self._state["z"].copy()
 
     def close(self) -> None:
         """Wait for the stream, then free everything."""
-        try:
-            self._stream.synchronize()
-        finally:
-            while self._graphs:
-                self._graphs.popitem()[1].close()
-            self._resources.close()
+        with setup_lock:
+            try:
+                self._stream.synchronize()
+            finally:
+                while self._graphs:
+                    self._graphs.popitem()[1].close()
+                self._resources.close()
+
+    def _warm_up(self, job: Job) -> None:
+        """Engines set themselves up in a first run, which cannot be captured: everything runs once on the job's own
+        data. Some set up something for each thread: in another one the networks run again, on the inputs that they
+        have, with which they are called next anyway."""
+        if getattr(self._here, "warm", False):
+            return
+        if self._warm:
+            for network in {self._network, self._decoder}:
+                network.enqueue_denoise(self._stream.handle)
+            self._decoder.enqueue_discretize(self._stream.handle)
+        else:
+            self.load(job)
+            self._enqueue(Piece(True, 1, True))
+            self._enqueue(DRAFT)
+            self._advance(0)
+        self._stream.synchronize()
+        self._warm = self._here.warm = True
 
     def _enqueue(self, piece: Piece) -> None:
         """Put a piece on the stream."""
