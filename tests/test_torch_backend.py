@@ -1,6 +1,8 @@
 """The torch backend: its network, on the CPU, against ONNX Runtime on the same graphs; and what it refuses."""
 
+import functools
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from elf_rt.backends.torch_cuda import TorchBackend
 from elf_rt.bundle import Bundle
 from elf_rt.cudart import Gpu
 from elf_rt.device import kernels
-from elf_rt.errors import BackendError
+from elf_rt.errors import BackendError, GpuMemoryError
 from elf_rt.export.graph import write_graphs
 from elf_rt.export.precision import Item, Precision, PrecisionPlan
 from elf_rt.model import Model
@@ -128,6 +130,48 @@ def test_compiled_is_the_same(precision: str, bundles: Any) -> None:
         fused_x, fused_ids = call(backend, rows, bundle.config.max_length, 1.0)
         assert relative_error(fused_x, x) < (2e-6 if precision == "fp32" else 1e-3)
         assert np.mean(fused_ids == ids) >= (1.0 if precision == "fp32" else 0.99)
+
+
+def test_only_rows_and_length_become_variables(bundles: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels know all widths: compiled for a second shape they take R, L and S as they come; a third compiles none."""
+    sizes: list[int | torch.SymInt] = []
+
+    def note(module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        values = [node.meta["example_value"] for node in module.graph.nodes if node.op == "placeholder"]
+        sizes.extend(size for value in values if isinstance(value, torch.Tensor) for size in value.shape)
+        return module
+
+    bundle, compile_it = bundles("cond"), torch.compile
+    monkeypatch.setattr(torch, "compile", functools.wraps(compile_it)(functools.partial(compile_it, backend=note)))
+    backend = TorchBackend(bundle, "fp32", "cpu")
+    backend.fuse()
+    assert backend.fused and sizes and not any(isinstance(size, torch.SymInt) for size in sizes)
+    sizes.clear()
+    rows, length = 5, bundle.config.max_length
+    call(backend, rows, length, 0.0)
+    variable = {int(size) for size in sizes if isinstance(size, torch.SymInt)}
+    assert variable == {rows, length, bundle.config.num_prefix_tokens + length}
+    sizes.clear()
+    call(backend, rows - 1, length - 1, 0.0)
+    assert not sizes
+
+
+def test_a_failed_call_holds_on_to_no_memory(bundles: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though its error is kept: it names the call, and not what was computed before."""
+    computed: list[weakref.ref[torch.Tensor]] = []
+
+    def refuse(*arguments: Any) -> None:
+        activation = torch.zeros(3)
+        computed.append(weakref.ref(activation))
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle: None)
+    backend = TorchBackend(bundles("uncond"), "fp32", "cpu")
+    network = backend.device_network(1, 8, 1)
+    monkeypatch.setattr(backend.network, "denoise", refuse)
+    with pytest.raises(GpuMemoryError, match="no GPU memory for a network call of 1 rows of 8 tokens"):
+        network.enqueue_denoise(1)
+    assert computed[0]() is None
 
 
 def test_without_a_compiler_it_says_so_and_runs(bundles: Any, monkeypatch: pytest.MonkeyPatch) -> None:

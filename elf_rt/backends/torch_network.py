@@ -128,13 +128,15 @@ class GraphWeights:
 
 @dataclass(frozen=True)
 class Pointwise:
-    """What stands between the products, as functions that a compiler may fuse into one kernel each."""
+    """What stands between the products, as functions that a compiler may fuse into one kernel each. A function that is
+    used on one width alone has it as a constant."""
 
     text_input: Callable[..., Tensor]
     angles: Callable[..., Tensor]
     activated: Callable[..., Tensor]
     tokens: Callable[..., Tensor]
     finished: Callable[..., Tensor]
+    residual: Callable[..., Tensor]
     norm: Callable[..., Tensor]
     rotated_heads: Callable[..., Tensor]
     gate: Callable[..., Tensor]
@@ -142,12 +144,12 @@ class Pointwise:
 
     @classmethod
     def eager(cls) -> "Pointwise":
-        return cls(text_input, angles, activated, tokens, finished, norm, rotated_heads, gate, added_norm)
+        return cls(text_input, angles, activated, tokens, finished, residual, norm, rotated_heads, gate, added_norm)
 
     @classmethod
     def compiled(cls) -> "Pointwise":
         """By torch.compile: fewer launches, less memory traffic. It needs Triton on a GPU, and seconds at the start.
-        Sizes that differ between calls, R and S, become variables; the others stay constants of the kernels."""
+        Sizes that differ between calls become variables: R, L and S."""
         options: dict[str, Any] = {}
         if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # torch 2.13
             options = {"recompile_limit": VARIANTS, "isolate_recompiles": True}
@@ -190,8 +192,7 @@ class Network:
         """z, x_prev (R, L, C), t, s, mode (R,) float32 -> x (R, L, C), hidden (R, L, H) float32."""
         do, first = self.pointwise, self._blocks[0]
         text = do.finished(*self._proj1.unfinished(do.text_input(z, x_prev, self._proj1.type)), self._proj2.type)
-        text = do.finished(*self._proj2.unfinished(text))  # (R, L, H)
-        h = torch.cat([*self._prefix(t, s, mode), text], 1)  # (R, S, H)
+        h = do.residual(self._prefix(t, s, mode), *self._proj2.unfinished(text))
         x = do.norm(h, first.norm1, self._eps, first.qkv.type)
         readers = [(block.norm1, block.qkv.type) for block in self._blocks[1:]]
         for block, reader in zip(self._blocks, [*readers, (self._norm_final, self._final.type)], strict=True):
@@ -293,6 +294,11 @@ def finished(product: Tensor, scale: Tensor | None, bias: Tensor | None, dtype: 
     else:
         x = product * scale if bias is None else torch.addcmul(bias, product, scale)
     return x.to(dtype)
+
+
+def residual(prefix: list[Tensor], product: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """The prefix tokens, (R, tokens, H) each, and the text (R, L, H) after them -> h (R, S, H) float32."""
+    return torch.cat([*prefix, finished(product, scale, bias)], 1)
 
 
 def norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
