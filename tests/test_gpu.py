@@ -106,11 +106,17 @@ def test_a_text_does_not_depend_on_its_batch(spoken: Path, opened: Any) -> None:
 
 
 def test_out_of_memory_names_sizes_and_leaves_the_model_usable(spoken: Path, opened: Any) -> None:
+    import torch
+
     model = opened(spoken)
     expected = model.sample(seeds=[1])
-    too_many = np.arange(2**20)
+    torch.cuda.empty_cache()
+    ballast = torch.empty(torch.cuda.mem_get_info()[0] - 2**30, dtype=torch.uint8, device="cuda")
+    too_many = np.arange(2**14)
     with pytest.raises(BackendError, match=f"{len(too_many)} samples.*MiB free.*smaller batch"):
         model.sample(seeds=too_many)
+    del ballast
+    torch.cuda.empty_cache()
     np.testing.assert_array_equal(model.sample(seeds=[1]).ids, expected.ids)
 
 

@@ -69,6 +69,7 @@ def test_one_enqueue_can_be_captured_in_a_cuda_graph(library: str, tmp_path: Pat
         array = np.ascontiguousarray(value.numpy(), np.float32)
         kind = cudart._module().cudaMemcpyKind.cudaMemcpyHostToDevice
         cudart.call("cudaMemcpy", network.buffers[name], array.ctypes.data, array.nbytes, kind)
+    cudart.synchronize(0)  # the network's stream does not wait for the default one
 
     def result() -> np.ndarray:
         x = np.zeros(data.arrays["fwd_x"].shape, np.float32)
@@ -80,6 +81,7 @@ def test_one_enqueue_can_be_captured_in_a_cuda_graph(library: str, tmp_path: Pat
     network.enqueue_denoise(stream.handle)
     plain = result()
     cudart.call("cudaMemset", network.buffers["x"], 0, plain.nbytes)
+    cudart.synchronize(0)
     mode = cudart._module().cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
     cudart.call("cudaStreamBeginCapture", stream.handle, mode)
     network.enqueue_denoise(stream.handle)
