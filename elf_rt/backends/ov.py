@@ -9,7 +9,6 @@ import hashlib
 import threading
 import warnings
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +26,9 @@ NAME = "openvino"
 # What may be asked for, best first of those whose text is float32's; int8's is not.
 PRECISIONS = ("bf16", "fp32", "fp16", "int8") if has_bf16() else ("fp32", "bf16", "fp16", "int8")
 VARIANTS = {"bf16": "fp32", "int8": "int8-openvino"}  # OpenVINO rounds the float32 graphs itself
+# OpenVINO sets the process's locale to "C" while it reads a cached network, and back. Of two threads that do so at the
+# same time, one may put back what the other had set, and Python's open() then takes every file for ASCII.
+_COMPILING = threading.Lock()
 
 
 def unavailable() -> str | None:
@@ -77,10 +79,8 @@ class OpenVinoBackend:
         self._any_length: openvino.CompiledModel | None = None
         self._encoder: openvino.CompiledModel | None = None
         cache = self._cache_option(variant)
-        with ThreadPoolExecutor(2) as pool:  # most of a compilation is one thread's work
-            denoiser = pool.submit(self._compile, self._files["denoiser"], self.config.max_length, cache)
-            discretizer = pool.submit(self._compile, self._files["discretizer"], -1, cache)
-            self._trained_length, self.discretizer = denoiser.result(), discretizer.result()
+        self._trained_length = self._compile(self._files["denoiser"], self.config.max_length, cache)
+        self.discretizer = self._compile(self._files["discretizer"], -1, cache)
 
     def denoiser(self, length: int) -> "openvino.CompiledModel":
         """The network for texts of this length and any number of them."""
@@ -119,10 +119,11 @@ class OpenVinoBackend:
     ) -> "openvino.CompiledModel":
         """``length``: of the text axis; -1 for any; None leaves all axes as they are in the file."""
         try:
-            model = self._core.read_model(path)
-            if length is not None:
-                model.reshape({port: _fixed(port.get_partial_shape(), length) for port in model.inputs})
-            return self._core.compile_model(model, "CPU", self._options | dict(options or {}))
+            with _COMPILING:
+                model = self._core.read_model(path)
+                if length is not None:
+                    model.reshape({port: _fixed(port.get_partial_shape(), length) for port in model.inputs})
+                return self._core.compile_model(model, "CPU", self._options | dict(options or {}))
         except RuntimeError as error:
             raise BackendError(f"{NAME} cannot load {path}: {str(error).strip().splitlines()[-1]}") from error
 
