@@ -169,9 +169,9 @@ def test_a_failed_call_holds_on_to_no_memory(bundles: Any, monkeypatch: pytest.M
     backend = TorchBackend(bundles("uncond"), "fp32", "cpu")
     network = backend.device_network(1, 8, 1)
     monkeypatch.setattr(backend.network, "denoise", refuse)
-    with pytest.raises(GpuMemoryError, match="no GPU memory for a network call of 1 rows of 8 tokens"):
+    with pytest.raises(GpuMemoryError, match="no GPU memory for a network call of 1 rows of 8 tokens") as kept:
         network.enqueue_denoise(1)
-    assert computed[0]() is None
+    assert kept.value.__cause__ is not None and computed[0]() is None
 
 
 def test_without_a_compiler_it_says_so_and_runs(bundles: Any, monkeypatch: pytest.MonkeyPatch) -> None:
