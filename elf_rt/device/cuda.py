@@ -85,7 +85,7 @@ class Cuda:
         return int(cudart.call("cudaMemGetInfo"))
 
     def synchronize(self) -> None:
-        """Wait for all streams: memory is zeroed on another one than the sampler's."""
+        """Wait for all streams."""
         cudart.call("cudaDeviceSynchronize")
 
     def launch(self, stream: int, name: str, grid: tuple[int, int, int], *arguments: int | np.int32) -> None:
