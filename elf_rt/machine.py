@@ -1,10 +1,12 @@
 """What this machine is: processor, vector instructions, memory in use, and where caches go."""
 
+import importlib
 import os
 import platform
 import sys
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 # Linux's names of the instructions that decide how fast a network runs, slowest first.
 ISA_FLAGS = (
@@ -77,6 +79,21 @@ def reset_peak_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:
         return  # then "peak" is that of the whole process
+
+
+def import_without_telemetry(name: str) -> ModuleType:
+    """Import OpenVINO or NNCF, which otherwise tell a web service so, from a process of their own.
+
+    Both take a stub in place of openvino_telemetry where that is not installed.
+    """
+    hide = "openvino_telemetry" not in sys.modules
+    if hide:
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+    try:
+        return importlib.import_module(name)
+    finally:
+        if hide:
+            del sys.modules["openvino_telemetry"]
 
 
 @cache

@@ -18,6 +18,7 @@ from elf_rt.errors import BackendError
 from elf_rt.export.quantize import QUANTIZED
 from elf_rt.export.reference import ELF
 from elf_rt.export.replay import Call, Run, sample
+from elf_rt.machine import import_without_telemetry
 
 VARIANT = "int8-openvino"
 CALLS = 64  # measured at most, spread over all runs
@@ -32,8 +33,8 @@ def write_openvino_int8(bundle: Path, model: ELF, runs: Sequence[Run], kept: Seq
     Raises BackendError: OpenVINO or NNCF is not installed.
     """
     try:
-        import nncf
-        import openvino
+        openvino = import_without_telemetry("openvino")
+        nncf = import_without_telemetry("nncf")
     except ImportError as error:
         raise BackendError(f"int8 for OpenVINO needs {error.name}: pip install 'elf-rt[int8]'") from None
     logging.getLogger("nncf").setLevel(logging.ERROR)  # else it tells of every product left out

@@ -1,6 +1,8 @@
 """The OpenVINO backend against the golden runs and ONNX Runtime; its fusions, buffers and cache."""
 
 import locale
+import subprocess
+import sys
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -255,3 +257,17 @@ def test_loading_in_several_threads_leaves_the_locale_alone(bundle):
                 assert locale.setlocale(locale.LC_ALL) == before
     finally:
         locale.setlocale(locale.LC_ALL, before)
+
+
+def test_loading_tells_no_web_service(bundle, tmp_path):
+    """Importing OpenVINO looks its telemetry's host up from a process of its own, unless that is hidden from it."""
+    code = f"""
+import multiprocessing.process, socket, sys
+def refuse(*args, **options): raise SystemExit("telemetry")
+socket.getaddrinfo = multiprocessing.process.BaseProcess.start = refuse
+import elf_rt
+elf_rt.load({str(bundle("uncond"))!r}, "openvino", precision="fp32").close()
+assert "openvino_telemetry" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr

@@ -17,7 +17,7 @@ import numpy as np
 from elf_rt.backends.base import token_slices
 from elf_rt.bundle import Bundle
 from elf_rt.errors import BackendError
-from elf_rt.machine import cores, has_bf16, user_cache
+from elf_rt.machine import cores, has_bf16, import_without_telemetry, user_cache
 
 if TYPE_CHECKING:
     import openvino
@@ -34,7 +34,7 @@ _COMPILING = threading.Lock()
 def unavailable() -> str | None:
     """Why this backend cannot be used here, or None."""
     try:
-        import openvino
+        openvino = import_without_telemetry("openvino")
     except ImportError:
         return "not installed: pip install 'elf-rt[openvino]'"
     return None if hasattr(openvino, "Core") else "openvino is a broken install: reinstall it"
@@ -58,8 +58,7 @@ class OpenVinoBackend:
     device = "cpu"
 
     def __init__(self, bundle: Bundle, precision: str, threads: int | None) -> None:
-        import openvino
-
+        openvino = import_without_telemetry("openvino")
         self._ov = openvino
         self._core = openvino.Core()
         self.config = bundle.config
