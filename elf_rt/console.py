@@ -60,6 +60,15 @@ class Ticker:
         if self._shown is not None:
             self._shown.update(self._task, completed=done, total=total)
 
+    @contextmanager
+    def hidden(self) -> Iterator[None]:
+        """Inside the context the bar is off the screen, so that results can be printed there."""
+        if self._shown is not None:
+            self._shown.stop()
+        yield
+        if self._shown is not None:
+            self._shown.start()
+
     def describe(self, description: str) -> None:
         if self._shown is not None:
             self._shown.update(self._task, description=description)

@@ -82,6 +82,10 @@ def verify_folder(
 ) -> Report:
     """Open a bundle and ``verify`` it."""
     with load(folder, backend, precision=precision, threads=threads) as model:
+        if precision not in ("auto", model.backend.precision):
+            raise InputError(
+                f"{model.backend.name} runs {model.backend.precision} here, so {precision} is not verified"
+            )
         return verify(model, replay)
 
 

@@ -119,7 +119,7 @@ def test_bad_jsonl(run_cli, spoken, tmp_path, content, words):
         (["--input", "missing.jsonl"], ("missing.jsonl",)),
         (["--output", "a-folder"], ("a-folder is a folder",)),
         (["--output", "no/where.jsonl"], ("does not exist",)),
-        (["--backend", "jax"], ("backend must be one of",)),
+        (["--backend", "jax"], ("not one of 'auto'",)),
         (["other.elfrt"], ("no bundle at other.elfrt",)),
         (["a-folder"], ("not a bundle",)),
     ],

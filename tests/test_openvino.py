@@ -271,3 +271,26 @@ assert "openvino_telemetry" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_precision_is_given_by_a_backend_that_has_it(bundle, monkeypatch):
+    """Not by the nearest of a faster one; where none has it, by the best one with one warning."""
+    monkeypatch.setattr(ov, "PRECISIONS", ("fp32", "int8"))
+    for name in ("tensorrt", "tensorrt-rtx", "torch", "onnxruntime-cuda"):
+        monkeypatch.delitem(MODULES, name)
+    opened = Bundle.open(bundle("cond"))
+    opened.variants["int8"] = opened.variants["fp16"] = opened.variants["fp32"]
+    for precision in ("fp16", "int8"):
+        backend, reason = open_backend(opened, precision=precision)
+        assert (backend.name, backend.precision, reason) == (
+            "onnxruntime",
+            precision,
+            f"onnxruntime {precision}, as asked",
+        )
+    with pytest.warns(
+        UserWarning, match=r"nothing here runs bf16 \(openvino: runs no bf16; .* no bf16 graphs\): openvino fp32"
+    ):
+        assert open_backend(opened, precision="bf16")[0].precision == "fp32"
+    del opened.variants["int8"]
+    with pytest.raises(BackendError, match=r"in int8 here: .*the bundle has no int8-openvino graphs.* no int8 graphs"):
+        open_backend(opened, precision="int8")

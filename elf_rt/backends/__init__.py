@@ -1,6 +1,7 @@
 """Engine libraries, best first. A backend's library is imported only when that backend is asked for."""
 
 import importlib
+import warnings
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -10,7 +11,8 @@ from elf_rt.errors import BackendError, InputError
 
 # In the order in which "auto" tries them.
 # Each module has NAME, PRECISIONS (best first), unavailable() and open_backend(). VARIANTS names the graphs that it
-# reads for a precision, where they are not those of the same name.
+# reads for a precision, where they are not those of the same name; ACCEPTED, what may be asked for where that is more
+# than PRECISIONS, and gives the nearest one with a warning.
 MODULES: dict[str, str] = {
     "tensorrt": "elf_rt.backends.trt",
     "tensorrt-rtx": "elf_rt.backends.trt_rtx",
@@ -19,6 +21,9 @@ MODULES: dict[str, str] = {
     "openvino": "elf_rt.backends.ov",
     "onnxruntime": "elf_rt.backends.ort",
 }
+
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8")  # what may be asked for
 
 
 @dataclass(frozen=True)
@@ -49,30 +54,51 @@ def open_backend(
     Raises:
         BackendError: the library is absent or cannot run the model; for "auto", none can.
     """
-    if name != "auto":
-        if name not in MODULES:
-            raise InputError(f"backend must be one of auto, {', '.join(MODULES)}, got {name!r}")
-        module = _module(name)
-        if reason := module.unavailable():
-            raise BackendError(f"{name}: {reason}")
-        return module.open_backend(bundle, _precision(module, bundle, precision), threads), f"{name}, as asked"
-    skipped: list[str] = []
+    if precision not in PRECISIONS:
+        raise InputError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if name == "auto":
+        return _open_best(bundle, precision, threads)
+    if name not in MODULES:
+        raise InputError(f"backend must be one of auto, {', '.join(MODULES)}, got {name!r}")
+    module = _module(name)
+    if reason := module.unavailable():
+        raise BackendError(f"{name}: {reason}")
+    accepted = getattr(module, "ACCEPTED", module.PRECISIONS)
+    if precision not in ("auto", *accepted):
+        raise InputError(f"precision of {name} must be one of auto, {', '.join(accepted)}, got {precision!r}")
+    backend = module.open_backend(bundle, _precision(module, bundle, precision), threads)
+    return backend, f"{name} {backend.precision}, as asked"
+
+
+def _open_best(bundle: Bundle, precision: str, threads: int | None) -> tuple[Backend, str]:
+    """The first backend that works here and runs this precision; a 16-bit one that none runs gives way to the best."""
+    absent: list[str] = []
+    refused: list[str] = []
     for candidate in MODULES:
         module = _module(candidate)
-        reason = module.unavailable()
-        if reason is None and precision not in ("auto", *module.PRECISIONS):
-            reason = f"does not run {precision}"
-        if reason is None:
-            try:
-                backend = module.open_backend(bundle, _precision(module, bundle, precision), threads)
-            except BackendError as error:
-                reason = str(error).removeprefix(f"{candidate}: ")
-            else:
-                why = f"{candidate} {backend.precision} is the fastest safe one here"
-                skipped += _passed_over(module, bundle, backend.precision)
-                return backend, why + (f" ({'; '.join(skipped)})" if skipped else "")
-        skipped.append(f"{candidate}: {reason}")
-    raise BackendError(f"no backend can run {bundle.folder} here: {'; '.join(skipped)}")
+        if reason := module.unavailable():
+            absent.append(f"{candidate}: {reason}")
+            continue
+        if precision != "auto" and precision not in held_precisions(bundle, candidate):
+            runs = precision in module.PRECISIONS
+            lacks = f"the bundle has no {variant_of(candidate, precision)} graphs" if runs else f"runs no {precision}"
+            refused.append(f"{candidate}: {lacks}")
+            continue
+        try:
+            backend = module.open_backend(bundle, _precision(module, bundle, precision), threads)
+        except BackendError as error:
+            refused.append(f"{candidate}: {str(error).removeprefix(f'{candidate}: ')}")
+            continue
+        if precision != "auto":
+            return backend, f"{candidate} {backend.precision}, as asked"
+        refused += _passed_over(module, bundle, backend.precision)
+        why = f"{candidate} {backend.precision} is the fastest safe one here"
+        return backend, why + (f" ({'; '.join(refused)})" if refused else "")
+    if precision in ("fp16", "bf16"):
+        backend, why = _open_best(bundle, "auto", threads)
+        warnings.warn(f"nothing here runs {precision} ({'; '.join(refused)}): {why}", stacklevel=5)
+        return backend, why
+    raise BackendError(f"no backend can run {bundle.folder} in {precision} here: {'; '.join(absent + refused)}")
 
 
 def held_precisions(bundle: Bundle, name: str) -> list[str]:
@@ -90,8 +116,6 @@ def _precision(module: ModuleType, bundle: Bundle, precision: str) -> str:
     if precision == "auto":
         held = held_precisions(bundle, module.NAME)
         return next((p for p in held if _unsafe(module, bundle, p) is None), "fp32")
-    if precision not in module.PRECISIONS:
-        raise InputError(f"precision of {module.NAME} must be one of auto, {', '.join(module.PRECISIONS)}")
     return precision
 
 

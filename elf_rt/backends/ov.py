@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     import openvino
 
 NAME = "openvino"
-# What may be asked for, best first of those whose text is float32's; int8's is not.
-PRECISIONS = ("bf16", "fp32", "fp16", "int8") if has_bf16() else ("fp32", "bf16", "fp16", "int8")
+# Best first of those whose text can be float32's; int8's is not.
+PRECISIONS = ("bf16", "fp32", "int8") if has_bf16() else ("fp32", "int8")
+ACCEPTED = ("fp32", "bf16", "fp16", "int8")
 VARIANTS = {"bf16": "fp32", "int8": "int8-openvino"}  # OpenVINO rounds the float32 graphs itself
 # OpenVINO sets the process's locale to "C" while it reads a cached network, and back. Of two threads that do so at the
 # same time, one may put back what the other had set, and Python's open() then takes every file for ASCII.

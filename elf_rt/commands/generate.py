@@ -78,7 +78,7 @@ def command(
                 reference = records[written // n].get("output") if records else None
                 sink(_record(result, reference), single=total == 1)
                 written += 1
-        if seed is None and not as_json and written:
+        if not as_json and written:
             note(f"seed {results[-1].seed - (total - 1)}, {params.steps} steps, {model.backend_reason}")
 
 
@@ -89,7 +89,8 @@ def _wait(model: Any, arguments: dict[str, Any], total: int) -> Iterator[list[An
         for event in model.stream(drafts_every=0, **arguments):
             if isinstance(event, list):
                 done += len(event)
-                yield event
+                with ticker.hidden():
+                    yield event
             else:
                 ticker.update(done + event.step / event.steps)
 
@@ -101,15 +102,20 @@ def _watch(model: Any, arguments: dict[str, Any], total: int) -> Iterator[list[A
     from rich.panel import Panel
     from rich.text import Text
 
-    text = ""
-    with Live(console=Console(stderr=True), transient=True, refresh_per_second=20) as live:
-        for event in model.stream(drafts_every=1, **arguments):
-            if isinstance(event, list):
-                yield event
-                continue
-            if event.texts is not None:
-                text = event.texts[0] or ""
-            live.update(Panel(Text(text), title=f"step {event.step} of {event.steps}, t = {event.t:.3f}"))
+    events = model.stream(drafts_every=1, **arguments)
+    results: list[Any] | None = []
+    while results is not None:
+        text, results = "", None
+        with Live(console=Console(stderr=True), transient=True, refresh_per_second=20) as live:
+            for event in events:
+                if isinstance(event, list):
+                    results = event
+                    break
+                if event.texts is not None:
+                    text = event.texts[0] or ""
+                live.update(Panel(Text(text), title=f"step {event.step} of {event.steps}, t = {event.t:.3f}"))
+        if results is not None:  # printed where the view was
+            yield results
 
 
 class _sink:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
+from elf_rt.backends import MODULES, PRECISIONS
 from elf_rt.bundle import find_bundle
 from elf_rt.params import SAMPLERS, SCHEDULES, SamplingParams
 
@@ -26,8 +27,10 @@ def backend_options(command: F) -> F:
     """--backend, --precision, --threads."""
     for option in reversed(
         [
-            click.option("--backend", default="auto", help="Engine library; elf-rt doctor lists them."),
-            click.option("--precision", default="auto", help="auto, fp32, bf16, fp16 or int8."),
+            click.option(
+                "--backend", type=click.Choice(("auto", *MODULES)), default="auto", help="Engine library; see doctor."
+            ),
+            click.option("--precision", type=click.Choice(PRECISIONS), default="auto", help="Of the large products."),
             click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all cores]"),
         ]
     ):
