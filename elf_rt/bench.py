@@ -74,7 +74,7 @@ class Row:
     """A contender at one setting. Milliseconds: of a step (one network call of the batch and what comes with it), of a
     request divided by its texts, and of all cores together for that. speed: how many times faster a step is than that
     of ``Report.baseline``. Shares of the request's time add up to 1. agreement: share of equal token ids, exact: of
-    equal texts, against the reference."""
+    equal texts, against the reference, over so many texts."""
 
     name: str
     steps: int
@@ -92,6 +92,7 @@ class Row:
     text: float
     agreement: float
     exact: float
+    texts: int
 
 
 @dataclass(frozen=True)
@@ -206,6 +207,7 @@ def _rows(runs: dict[str, list[Run]], steps: int, batch: int, reference: str, ba
             text=text,
             agreement=float(same.mean()),
             exact=float(same.all(axis=1).mean()),
+            texts=len(same),
         )
 
 

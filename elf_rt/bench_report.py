@@ -52,6 +52,7 @@ def lines(result: dict[str, Any], report: Report) -> Iterator[str]:
             "speed": lambda row: f"{row.speed:.2f}x",
             "agree": lambda row: f"{row.agreement:.4f}",
             "exact": lambda row: f"{row.exact:.3f}",
+            "of texts": lambda row: str(row.texts),
             "network": lambda row: f"{row.network:.1%}",
             "integrator": lambda row: f"{row.integrator:.1%}",
             "host": lambda row: f"{row.host:.1%}",

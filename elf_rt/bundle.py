@@ -15,7 +15,9 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,7 +53,9 @@ class Bundle:
             self.agreement: dict[str, float] = manifest.get("agreement", {})  # absent: not measured
             self._sha256: dict[str, str] = manifest["files"]
         except (KeyError, TypeError, AttributeError) as error:
-            raise BundleError(f"{folder / MANIFEST} is incomplete ({error}): export the checkpoint again") from None
+            raise BundleError(
+                f"{folder / MANIFEST} is incomplete or altered ({error}): export the checkpoint again"
+            ) from None
 
     @classmethod
     def open(cls, folder: str | Path) -> Self:
@@ -88,6 +92,8 @@ class Bundle:
         path = self.folder / name
         if name in self._checked:
             return path
+        if not path.resolve().is_relative_to(self.folder.resolve()):
+            raise BundleError(f"{self.folder / MANIFEST} names a file outside the bundle: {name}")
         if name not in self._sha256:
             raise BundleError(f"{self.folder} has no {name}: export the checkpoint again with it")
         if not path.is_file():
@@ -163,17 +169,24 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
-    """A temporary path beside ``target`` that takes its name when the block succeeds."""
+    """A temporary path beside ``target`` that takes its name when the block succeeds.
+
+    A file that is there keeps its mode and the links to it; a device or a pipe is written to directly.
+    """
+    target = target.resolve()
     if target.is_dir():
         raise BundleError(f"{target} is a folder: name a file")
     if not target.parent.is_dir():
         raise BundleError(f"the folder {target.parent} does not exist")
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    os.close(handle)
-    work = Path(name)
+    if target.exists() and not target.is_file():
+        yield target
+        return
+    work = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    os.close(os.open(work, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
+        if target.exists():
+            work.chmod(stat.S_IMODE(target.stat().st_mode))
         yield work
-        work.chmod(0o644)
         os.replace(work, target)
     finally:
         work.unlink(missing_ok=True)

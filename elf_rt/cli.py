@@ -1,6 +1,8 @@
 """The command line. Each command lives in ``elf_rt/commands`` and is imported when it is called."""
 
 import importlib
+import io
+import signal
 import sys
 from typing import Any
 
@@ -48,6 +50,10 @@ def group() -> None:
 
 def main(args: list[str] | None = None) -> Any:
     """Run a command; an error that elf-rt raises on purpose is one line and exit code 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that has no such character shows ? instead
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half-written files are taken away
     try:
         with plain_warnings():
             group.main(args=args, standalone_mode=False)

@@ -11,7 +11,7 @@ import numpy as np
 from elf_rt import schedule
 from elf_rt.backends import open_backend
 from elf_rt.bundle import Bundle
-from elf_rt.errors import InputError
+from elf_rt.errors import BackendError, InputError
 from elf_rt.params import SamplingParams
 from elf_rt.request import Batch, Pins, Request, check_length
 from elf_rt.sampler import HostSampler, Job, Outcome, StepDone
@@ -81,6 +81,7 @@ class Model:
         self.backend_reason = reason
         self.codec = TextCodec(bundle, backend.encode)
         self._sampler: Any = _make_sampler(backend, bundle)
+        self._closed = False
 
     def params(self, preset: str = "default", **overrides: Any) -> SamplingParams:
         """The bundle's preset with some values changed (None keeps the preset's)."""
@@ -119,7 +120,7 @@ class Model:
         results: list[Result] = []
         request = Request.make(self.codec, self.params(preset, **overrides), prompts, n, seed, length, pinned)
         for batch in request.batches(self.codec, max_rows=self._max_rows(request.length)):
-            for event in self._sampler.run(batch.job):
+            for event in self._open_sampler.run(batch.job):
                 if isinstance(event, Outcome):
                     results += self._results(batch, event)
                 elif on_step is not None:
@@ -145,7 +146,7 @@ class Model:
         """
         request = Request.make(self.codec, self.params(preset, **overrides), prompts, n, seed, length, pinned)
         for batch in request.batches(self.codec, drafts_every, self._max_rows(request.length)):
-            for event in self._sampler.run(batch.job):
+            for event in self._open_sampler.run(batch.job):
                 if isinstance(event, Outcome):
                     yield self._results(batch, event)
                 else:
@@ -188,18 +189,26 @@ class Model:
         table = schedule.make_table(params, self.config, grid, conditional=source is not None)
         mask = None if mask is None else np.asarray(mask, bool)
         job = Job(table, length, seeds, params.sc_cfg, source, mask, z0, eps, latents=latents)
-        return next(event for event in self._sampler.run(job) if isinstance(event, Outcome))
+        return next(event for event in self._open_sampler.run(job) if isinstance(event, Outcome))
 
     def close(self) -> None:
         """Free the engine's memory. The model cannot be used after it."""
-        self._sampler.close()
-        self.backend.close()
+        if not self._closed:
+            self._closed = True
+            self._sampler.close()
+            self.backend.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+    @property
+    def _open_sampler(self) -> Any:
+        if self._closed:
+            raise BackendError("the model is closed: load it again")
+        return self._sampler
 
     def _max_rows(self, length: int) -> int | None:
         """The most rows that the engine takes in one call, where it was built for some number."""

@@ -6,6 +6,7 @@ Sizes and presets are those of arXiv 2605.10938 and its official configurations.
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Self
 
 from elf_rt.errors import InputError
@@ -39,6 +40,13 @@ class ModelConfig:
     latent_mean: float = 0.0
     latent_std: float = 0.2
     pad_token: str = "pad"
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            kinds = (int, float) if field.type is float else (field.type,)
+            if type(value) not in kinds:
+                raise TypeError(f"{field.name} must be {field.type.__name__}, got {value!r}")  # type: ignore[union-attr]
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -103,6 +111,11 @@ class SamplingParams:
     guidance_until: float = 1.0
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            kind = Integral if field.type is int else str if field.type is str else Real | None
+            if isinstance(value, bool) or not isinstance(value, kind):
+                raise InputError(f"{field.name} must be a {'text' if kind is str else 'number'}, got {value!r}")
         if not 1 <= self.steps <= 10_000:
             raise InputError(f"steps must be between 1 and 10000, got {self.steps}")
         _one_of("sampler", self.sampler, SAMPLERS)
@@ -110,9 +123,9 @@ class SamplingParams:
         for name in ("guidance_scale", "sc_cfg", "gamma", "temperature", "gamma_power", "x_prev_scale", "grid_std"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1e6:  # also refuses NaN
-                raise InputError(f"{name} must be a number from 0 up, got {value}")
+                raise InputError(f"{name} must be at least 0 and less than a million, got {value}")
         if self.grid_mean is not None and not abs(self.grid_mean) < 100:
-            raise InputError(f"grid_mean must be a number between -100 and 100, got {self.grid_mean}")
+            raise InputError(f"grid_mean must be greater than -100 and less than 100, got {self.grid_mean}")
         if not 0 <= self.guidance_from <= self.guidance_until <= 1:
             raise InputError(
                 "the guidance interval must have 0 <= guidance_from <= guidance_until <= 1, "

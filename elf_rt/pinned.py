@@ -69,6 +69,8 @@ class Pinned:
             InputError: a blank has no length or stands inside a token, or there is nothing but blanks.
         """
         blanks = [int(n) for n in BLANK.findall(template)]
+        if not blanks:
+            raise InputError(f"a template needs a blank such as [2], which stands for two tokens: {template!r}")
         if 0 in blanks:
             raise InputError(f"a blank needs at least one token, got [0] in {template!r}")
         text = BLANK.sub(FILLER, template)

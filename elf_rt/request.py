@@ -4,6 +4,7 @@ import secrets
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Self
 
 import numpy as np
@@ -72,13 +73,15 @@ class Request:
         Raises:
             InputError: n, seed, length, a prompt or a pin is not possible; the message says what is.
         """
-        if n < 1:
-            raise InputError(f"n must be 1 or more, got {n}")
+        if not isinstance(n, Integral) or n < 1:
+            raise InputError(f"n must be a whole number, 1 or more, got {n!r}")
         prompts = [prompts] if isinstance(prompts, str) else prompts
+        if not isinstance(prompts, Sequence | None):
+            raise InputError(f"prompts must be a text or a sequence of texts, got {prompts!r}")
         total = n if prompts is None else n * len(prompts)
         seed = secrets.randbits(32) if seed is None else seed
-        if not 0 <= seed <= MAX_SEED - total:
-            raise InputError(f"seed must be between 0 and 2**64 - {total}, got {seed}")
+        if not isinstance(seed, Integral) or not 0 <= seed <= MAX_SEED - total:
+            raise InputError(f"seed must be a whole number between 0 and 2**64 - {total}, got {seed!r}")
         length = check_length(codec.config, length)
         sources = None if prompts is None else codec.tokenize(prompts)
         return cls(params, n, seed, length, prompts, sources, None if pinned is None else _pins(codec, pinned))

@@ -61,6 +61,10 @@ class TextCodec:
             raise InputError("this bundle has no tokenizer: export the checkpoint again with --tokenizer")
         sources = []
         for index, prompt in enumerate(prompts):
+            try:
+                prompt.encode("utf-8")
+            except (AttributeError, UnicodeEncodeError):
+                raise InputError(f"prompt {index + 1} is not a text in UTF-8: {prompt!r}") from None
             ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids
             if not ids:
                 raise InputError(f"prompt {index + 1} has no token in it: {prompt!r}")

@@ -163,4 +163,4 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     except FileNotFoundError:
         raise BundleError(f"no replay at {path}") from None
     except (OSError, ValueError, EOFError, AttributeError) as error:
-        raise InputError(f"{path} is no replay file (.npz of arrays): {error}") from None
+        raise InputError(f"{path} is no replay file (.npz of arrays): {type(error).__name__}") from None

@@ -12,7 +12,7 @@ import torch
 
 from elf_rt import __version__
 from elf_rt.bundle import SUFFIX, Bundle, atomic_folder, write_manifest
-from elf_rt.errors import CheckpointError
+from elf_rt.errors import CheckpointError, InputError
 from elf_rt.export.bf16 import engine_agreement, operations_to_keep
 from elf_rt.export.checkpoint import Checkpoint, load_checkpoint
 from elf_rt.export.encoder import check_tokenizer, find_tokenizer, write_encoder
@@ -225,6 +225,17 @@ def _files(prefix: str) -> dict[str, str]:
 def read_presets(path: Path) -> dict[str, SamplingParams]:
     """Named presets from a JSON file: {"name": {"steps": 8, ...}}."""
     try:
-        return {name: SamplingParams(**values) for name, values in json.loads(path.read_text("utf-8")).items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not a JSON mapping of presets: {error}") from None
+        presets = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    if not isinstance(presets, dict) or not all(isinstance(values, dict) for values in presets.values()):
+        raise CheckpointError(f'{path} must hold presets by name, such as {{"fast": {{"steps": 8}}}}')
+    made = {}
+    for name, values in presets.items():
+        try:
+            made[name] = SamplingParams().replace(**values)
+        except (InputError, TypeError) as error:
+            raise CheckpointError(f"preset {name!r} in {path}: {error}") from None
+    return made

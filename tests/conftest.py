@@ -48,10 +48,9 @@ def run_cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callabl
     import subprocess
     import sys
 
-    def run(*args: str | Path, cwd: Path = tmp_path, stdin: bytes | None = None) -> Finished:
-        done = subprocess.run(
-            [sys.executable, "-m", "elf_rt", *map(str, args)], cwd=cwd, input=stdin, capture_output=True, timeout=300
-        )
+    def run(*args: str | bytes | Path, cwd: Path = tmp_path, stdin: bytes | None = None) -> Finished:
+        command = [sys.executable, "-m", "elf_rt", *(a if isinstance(a, bytes) else str(a) for a in args)]
+        done = subprocess.run(command, cwd=cwd, input=stdin, capture_output=True, timeout=300)
         return Finished(done.returncode, done.stdout.decode(), done.stderr.decode())
 
     yield run

@@ -2,13 +2,14 @@
 
 import itertools
 import json
+import os
 import shutil
 
 import numpy as np
 import onnx
 import pytest
 
-from elf_rt.bundle import Bundle, atomic_file, atomic_folder, find_bundle
+from elf_rt.bundle import Bundle, atomic_file, atomic_folder, find_bundle, sha256
 from elf_rt.errors import BundleError
 
 
@@ -120,3 +121,42 @@ def test_a_writer_replaces_a_bundle_but_nothing_else(tmp_path, copy):
 def test_replay_holds_no_pickles(bundle):
     with np.load(bundle("uncond") / "replay.npz", allow_pickle=False) as arrays:
         assert all(arrays[name].dtype != object for name in arrays.files)
+
+
+def test_an_output_keeps_its_mode_and_its_links(tmp_path):
+    kept, link = tmp_path / "kept.txt", tmp_path / "link.txt"
+    kept.write_text("old", encoding="utf-8")
+    kept.chmod(0o600)
+    link.symlink_to(kept)
+    with atomic_file(link) as work:
+        work.write_text("new", encoding="utf-8")
+        assert kept.read_text(encoding="utf-8") == "old"
+    assert link.is_symlink()
+    assert kept.read_text(encoding="utf-8") == "new"
+    assert kept.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_pipe_is_written_to_and_stays_a_pipe(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    with atomic_file(pipe) as work:
+        work.write_bytes(b"text")
+    assert pipe.is_fifo()
+    assert os.read(reader, 10) == b"text"
+    os.close(reader)
+
+
+def test_a_file_outside_the_bundle_is_refused(copy):
+    (copy.parent / "secret").write_text("x", encoding="utf-8")
+    edit(copy, files={"../secret": sha256(copy.parent / "secret")})
+    with pytest.raises(BundleError, match=r"names a file outside the bundle: \.\./secret"):
+        Bundle.open(copy).check()
+
+
+@pytest.mark.parametrize("value", ["big", 1.5, True, None])
+def test_a_size_of_another_type_is_refused(copy, value):
+    model = json.loads((copy / "manifest.json").read_text(encoding="utf-8"))["model"]
+    edit(copy, model=model | {"max_length": value})
+    with pytest.raises(BundleError, match=r"altered .max_length must be int, got "):
+        Bundle.open(copy)

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import onnx
+import pyte
 import pytest
 
 from elf_rt.cli import COMMANDS
@@ -116,6 +117,8 @@ def test_bad_jsonl(run_cli, spoken, tmp_path, content, words):
         (["--guidance-scale", "nan"], ("guidance_scale must be",)),
         (["--preset", "best"], ("preset must be one of default",)),
         (["--prompt", ""], ("no token",)),
+        (["--prompt", b"caf\xe9"], ("prompt 1 is not a text in UTF-8",)),
+        (["--precision", "fp64"], ("not one of 'auto', 'fp32'",)),
         (["--input", "missing.jsonl"], ("missing.jsonl",)),
         (["--output", "a-folder"], ("a-folder is a folder",)),
         (["--output", "no/where.jsonl"], ("does not exist",)),
@@ -156,12 +159,14 @@ def test_export_over_something_else_is_refused(run_cli, tmp_path):
     assert (tmp_path / "thesis" / "chapter.txt").read_text(encoding="utf-8") == "dear"
 
 
-@pytest.mark.parametrize("wait", [0.5, 2.0, 4.0])
-def test_interrupted_export_leaves_nothing(tmp_path, wait):
+@pytest.mark.parametrize(
+    ("wait", "number"), [(0.5, signal.SIGINT), (2.0, signal.SIGINT), (4.0, signal.SIGINT), (4.0, signal.SIGTERM)]
+)
+def test_interrupted_export_leaves_nothing(tmp_path, wait, number):
     command = [sys.executable, "-m", "elf_rt", "export", str(EXAMPLES / "shakespeare")]
     running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     time.sleep(wait)
-    running.send_signal(signal.SIGINT)
+    running.send_signal(number)
     _, err = running.communicate(timeout=60)
     assert running.returncode != 0
     assert not list(tmp_path.glob("*.elfrt"))
@@ -183,13 +188,36 @@ def test_watch_is_silent_without_a_terminal(run_cli, spoken):
     assert done.code == 0 and len(done.out.splitlines()) == 1
 
 
-def test_watch_shows_the_text_forming(spoken, tmp_path):
-    """In a real (pseudo-)terminal, drafts appear with the step they belong to."""
+def test_a_terminal_without_the_character_shows_another(run_cli, spoken, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    done = run_cli("generate", "--prompt", "tina paid nine pounds", "--seed", "0", "--steps", "4", "-n", "8")
+    assert done.code == 0, done.err
+    assert "?9" in done.out
+
+
+@pytest.mark.parametrize("watch", [True, False])
+def test_a_terminal_keeps_the_results(spoken, tmp_path, watch):
+    """In a real (pseudo-)terminal drafts or a bar appear, and in the end nothing but the texts and one note is left."""
+    prompts = ["--prompt", SPOKEN, "--prompt", "sam ran two meters"]
+    arguments = [*prompts, "-n", "2", "--steps", "6", "--seed", "0", "--backend", "onnxruntime"]
+    command = [sys.executable, "-m", "elf_rt", "generate", *arguments]
+    plain = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    shown = in_terminal([*command, "--watch"] if watch else command, tmp_path)
+    assert (b"of 6, t =" if watch else b"writing 4 texts") in shown
+    screen = pyte.Screen(100, 30)
+    pyte.ByteStream(screen).feed(shown)
+    lines = [line.strip() for line in screen.display if line.strip()]
+    assert lines[:-1:2] == [SPOKEN, SPOKEN, "sam ran two meters", "sam ran two meters"]
+    assert lines[1:-1:2] == plain.stdout.splitlines()
+    assert lines[-1].startswith("seed 0, 6 steps, onnxruntime fp32, as asked")
+
+
+def in_terminal(command: list[str], folder: Path) -> bytes:
+    """All that a command writes to a terminal of 100 columns and 30 lines."""
     pty = pytest.importorskip("pty")
     primary, secondary = pty.openpty()
-    command = [sys.executable, "-m", "elf_rt", "generate", "--prompt", SPOKEN, "--steps", "6", "--seed", "0", "--watch"]
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "30"}
-    running = subprocess.Popen(command, cwd=tmp_path, stdout=secondary, stderr=secondary, env=environment)
+    running = subprocess.Popen(command, cwd=folder, stdout=secondary, stderr=secondary, env=environment)
     os.close(secondary)
     shown = b""
     while True:
@@ -203,7 +231,7 @@ def test_watch_shows_the_text_forming(spoken, tmp_path):
     running.wait(timeout=60)
     os.close(primary)
     assert running.returncode == 0
-    assert b"of 6, t =" in shown
+    return shown
 
 
 def test_verify_fails_on_other_text(run_cli, spoken, tmp_path, bundle):

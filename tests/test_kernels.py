@@ -60,7 +60,7 @@ class Gpu:
         memory = self._cuda.allocate(data.nbytes + shift)
         self._memory.append(memory)
         cudart.call("cudaMemcpy", memory.pointer + shift, data.ctypes.data, data.nbytes, _copy("HostToDevice"))
-        self._cuda.synchronize()
+        cudart.synchronize(0)
         return memory.pointer + shift
 
     def get(self, address, like):

@@ -128,9 +128,9 @@ def test_another_length_warns(shakespeare):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"n": 0}, "n must be 1 or more"),
-        ({"seed": -1}, "seed must be between"),
-        ({"seed": 2**64}, "seed must be between"),
+        ({"n": 0}, "n must be a whole number, 1 or more"),
+        ({"seed": -1}, "seed must be a whole number between"),
+        ({"seed": 2**64}, "seed must be a whole number between"),
         ({"steps": 0}, "steps must be between"),
         ({"length": 129}, "length must be between 1 and 128"),
         ({"preset": "best"}, "preset must be one of default"),
@@ -155,6 +155,34 @@ def test_unknown_backends_and_precisions(bundle):
         elf_rt.load(bundle("uncond"), "jax")
     with pytest.raises((InputError, BackendError), match="fp4"):
         elf_rt.load(bundle("uncond"), precision="fp4")
+
+
+def test_a_closed_model_says_so(bundle):
+    with elf_rt.load(bundle("uncond"), "onnxruntime") as model:
+        pass
+    model.close()
+    with pytest.raises(BackendError, match="the model is closed"):
+        model.generate(steps=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": "4"}, "steps must be a number, got '4'"),
+        ({"steps": 2.5}, "steps must be a number, got 2.5"),
+        ({"steps": True}, "steps must be a number, got True"),
+        ({"sampler": 1}, "sampler must be a text, got 1"),
+        ({"n": "2"}, "n must be a whole number"),
+        ({"seed": 1.5}, "seed must be a whole number"),
+        ({"prompts": 5}, "prompts must be a text or a sequence of texts, got 5"),
+        ({"prompts": [None]}, "prompt 1 is not a text in UTF-8: None"),
+        ({"prompts": ["fine", "\ud800"]}, "prompt 2 is not a text in UTF-8"),
+        ({"pinned": "no blanks"}, "a template needs a blank such as"),
+    ],
+)
+def test_values_of_another_kind(spoken, arguments, message):
+    with pytest.raises(InputError, match=message):
+        spoken.generate(**arguments)
 
 
 def test_pinned_tokens_come_back_verbatim(spoken):

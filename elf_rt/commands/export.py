@@ -57,7 +57,8 @@ def command(
 ) -> None:
     """Turn CHECKPOINT (a file, a folder, or a Hub id org/name) into a bundle, and prove it.
 
-    The bundle is replayed in ONNX Runtime at the end; it is written only when its text is the reference model's.
+    The bundle is replayed at the end; it is written only when its text is the reference model's. The exception is int8,
+    whose text is not, and which runs only where it is asked for. fp32 graphs are always written.
     """
     try:
         from elf_rt.export.pipeline import ExportOptions, default_output, export_bundle, read_presets
@@ -93,6 +94,7 @@ def command(
             )
         proofs.append(report.summary)
 
+    had_plans = (output / "plans").is_dir()
     with progress("reading the checkpoint") as ticker:
         export_bundle(checkpoint, output, options, prove=prove, say=ticker.describe)
     for proof in proofs:
@@ -100,6 +102,10 @@ def command(
     for change in changes:
         note(f"not the float32 text: {change}; --precision int8 asks for it, auto never does")
     manifest = json.loads((output / "manifest.json").read_text(encoding="utf-8"))
+    if had_plans:
+        note("warning: the engines of the bundle that was here are gone with it: elf-rt build-engine builds new ones")
+    if manifest["model"]["max_input_length"] > 0 and manifest["encoder"] is None:
+        note("warning: no text encoder found, so this bundle takes no prompts: export again with --encoder")
     if "file" not in manifest["tokenizer"]:
         note("warning: no tokenizer.json found, so this bundle gives token ids only: export again with --tokenizer")
     click.echo(output)

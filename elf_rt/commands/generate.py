@@ -25,7 +25,10 @@ from elf_rt.errors import InputError
     help="JSONL with a field input; - reads standard input.",
 )
 @click.option(
-    "--output", "output_path", type=click.Path(path_type=Path), help="Write JSONL to this file, when all is done."
+    "--output",
+    "output_path",
+    type=click.Path(allow_dash=True, path_type=Path),
+    help="Write JSONL to this file, when all is done; - writes to standard output.",
 )
 @click.option("-n", "n", type=click.IntRange(1), default=1, help="Texts for each prompt.")
 @click.option("--seed", type=click.IntRange(0), help="Text k has seed SEED + k.  [default: drawn at random and told]")
@@ -125,7 +128,7 @@ class _sink:
         self._as_json = as_json or path is not None
         self._stack = ExitStack()
         self._file = sys.stdout
-        if path is not None:
+        if path is not None and str(path) != "-":
             work = self._stack.enter_context(atomic_file(path))
             self._file = self._stack.enter_context(work.open("w", encoding="utf-8"))
 
@@ -166,7 +169,7 @@ def read_jsonl(path: Path, field: str = "input") -> list[dict[str, Any]]:
     name = "standard input" if str(path) == "-" else str(path)
     try:
         data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
-        lines = data.decode("utf-8").splitlines()
+        lines = data.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise InputError(f"{name} is not UTF-8 (byte {error.start})") from None
     except OSError as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from elf_rt.commands.options import backend_options, bundle_argument
+from elf_rt.console import note
 
 
 @click.command("verify")
@@ -36,4 +37,6 @@ def command(
                 f"{mark} {check.name:38} {check.latent_error:13.1e} {check.token_agreement:17.4f}"
                 f" {check.edit_distance:15.4f}"
             )
+    if not report.passed:
+        note("this is not the reference model's text: try --precision fp32, another --backend, or export again")
     sys.exit(0 if report.passed else 1)

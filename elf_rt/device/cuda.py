@@ -84,10 +84,6 @@ class Cuda:
     def free_bytes(self) -> int:
         return int(cudart.call("cudaMemGetInfo"))
 
-    def synchronize(self) -> None:
-        """Wait for all streams."""
-        cudart.call("cudaDeviceSynchronize")
-
     def launch(self, stream: int, name: str, grid: tuple[int, int, int], *arguments: int | np.int32) -> None:
         """Enqueue a kernel of ``elf_rt.device.kernels``: Python integers pass as 64 bits, np.int32 as 32.
 
