@@ -73,27 +73,30 @@ def lines(result: dict[str, Any], report: Report) -> Iterator[str]:
     )
 
 
-def draw(report: Report, path: Path, file_format: str) -> None:
+def draw(report: Report, title: str, path: Path, file_format: str) -> None:
     """Latency of a sample against steps, at the smallest batch, and against the batch, at the fewest steps."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import ScalarFormatter
+    from matplotlib.ticker import LogLocator, ScalarFormatter, StrMethodFormatter
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     batch, steps = min(row.batch for row in report.rows), min(row.steps for row in report.rows)
     panels = (
         ("steps", f"Time of one text, batch {batch}", lambda row: row.steps, lambda row: row.batch == batch),
-        ("batch", f"Time per text, {steps} steps", lambda row: row.batch, lambda row: row.steps == steps),
+        ("batch", f"Time per text, {steps} step{'s' * (steps > 1)}", lambda row: row.batch, lambda row: row.steps == steps),
     )
-    for axis, (label, title, x, shown) in zip(figure.subplots(1, 2), panels, strict=True):
+    for axis, (label, heading, x, shown) in zip(figure.subplots(1, 2), panels, strict=True):
         for entry in report.contenders:
             rows = sorted((row for row in report.rows if row.name == entry["name"] and shown(row)), key=x)
             axis.plot([x(row) for row in rows], [row.sample_p50 for row in rows], marker="o", label=entry["name"])
-        axis.set(xlabel=label, ylabel="milliseconds", title=title, xscale="log", yscale="log")
+        axis.set(xlabel=label, ylabel="milliseconds", title=heading, xscale="log", yscale="log")
         axis.set_xticks(sorted({x(row) for row in report.rows if shown(row)}), minor=False)
         axis.xaxis.set_major_formatter(ScalarFormatter())
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axis.legend()
+    figure.suptitle(title, fontsize=10)
     figure.savefig(path, format=file_format, dpi=150)
 
 

@@ -108,9 +108,11 @@ def command(bundle: Path | None, **options: Any) -> None:
         contenders = [_contender(opened_bundle, *choice, options["threads"]) for choice in choices]
         contenders += _torch_contenders(opened_bundle, state, options) if options["vs"] else []
         report = _run(contenders, _work(opened_bundle, options), options["vs"], strict=bool(wanted))
+        machine_here, name = describe_machine(), options["random_size"] or opened_bundle.name
         if picture is not None:
-            draw(report, picture, options["plot"].suffix[1:].lower())
-    result = {"machine": describe_machine(), "model": options["random_size"] or opened_bundle.name, **report.to_json()}
+            title = f"{name} on {machine_here['cpu']}, {machine_here['cores']} cores"
+            draw(report, title, picture, options["plot"].suffix[1:].lower())
+    result = {"machine": machine_here, "model": name, **report.to_json()}
     click.echo(json.dumps(result, indent=1) if options["as_json"] else "\n".join(lines(result, report)))
 
 
