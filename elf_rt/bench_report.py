@@ -82,7 +82,7 @@ def draw(report: Report, title: str, path: Path, file_format: str) -> None:
     batch, steps = min(row.batch for row in report.rows), min(row.steps for row in report.rows)
     panels = (
         ("steps", f"Time of one text, batch {batch}", lambda row: row.steps, lambda row: row.batch == batch),
-        ("batch", f"Time per text, {steps} step{'s' * (steps > 1)}", lambda row: row.batch, lambda row: row.steps == steps),
+        ("batch", f"Time per text, steps = {steps}", lambda row: row.batch, lambda row: row.steps == steps),
     )
     for axis, (label, heading, x, shown) in zip(figure.subplots(1, 2), panels, strict=True):
         for entry in report.contenders:
