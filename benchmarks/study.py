@@ -3,9 +3,9 @@
     elf-rt export examples/spoken-to-written && elf-rt export examples/shakespeare --no-append-eos
     python benchmarks/study.py spoken-to-written.elfrt shakespeare.elfrt --output docs
 
-writes study.json, study.md (tables) and study.png, in about an hour and a half on two CPU cores. The settings were chosen on
-seeds below 1000 and, for spoken-to-written, on the sentences of test.jsonl; here both are others. N counts denoising
-calls; each text needs one decoding call more, and with guidance w other than 1 each denoising call has two rows.
+writes study.json, study.md (tables) and study.png, in about an hour and a half on two CPU cores. The settings were
+chosen on seeds below 1000 and, for spoken-to-written, on the sentences of test.jsonl; here both are others. N counts
+denoising calls; each text needs one decoding call more, and with guidance w other than 1 a denoising call has two rows.
 """
 
 import argparse
