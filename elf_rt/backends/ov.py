@@ -35,10 +35,10 @@ _COMPILING = threading.Lock()
 def unavailable() -> str | None:
     """Why this backend cannot be used here, or None."""
     try:
-        openvino = import_without_telemetry("openvino")
+        library = import_without_telemetry("openvino")
     except ImportError:
         return "not installed: pip install 'elf-rt[openvino]'"
-    return None if hasattr(openvino, "Core") else "openvino is a broken install: reinstall it"
+    return None if hasattr(library, "Core") else "openvino is a broken install: reinstall it"
 
 
 def open_backend(bundle: Bundle, precision: str, threads: int | None = None) -> "OpenVinoBackend":
@@ -59,9 +59,8 @@ class OpenVinoBackend:
     device = "cpu"
 
     def __init__(self, bundle: Bundle, precision: str, threads: int | None) -> None:
-        openvino = import_without_telemetry("openvino")
-        self._ov = openvino
-        self._core = openvino.Core()
+        self._ov = import_without_telemetry("openvino")
+        self._core = self._ov.Core()
         self.config = bundle.config
         bf16 = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         self.precision = _supported(precision, bf16)
