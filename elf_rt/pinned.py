@@ -69,7 +69,7 @@ class Pinned:
             InputError: a blank has no length or stands inside a token, or there is nothing but blanks.
         """
         blanks = [int(n) for n in BLANK.findall(template)]
-        if not blanks:
+        if not blanks and eos_id is not None:  # nothing would be left to write
             raise InputError(f"a template needs a blank such as [2], which stands for two tokens: {template!r}")
         if 0 in blanks:
             raise InputError(f"a blank needs at least one token, got [0] in {template!r}")
