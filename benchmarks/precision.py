@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from study import EXAMPLES
-from trigram import Trigram
+from study import fluency, test_pairs
 
 import elf_rt
 from elf_rt import evaluation
@@ -33,20 +32,15 @@ Metrics = dict[str, float]
 
 
 def spoken(model: elf_rt.Model, steps: int, samples: int) -> tuple[np.ndarray, Metrics]:
-    lines = (EXAMPLES / "spoken-to-written" / "test.jsonl").read_text(encoding="utf-8").splitlines()[:samples]
-    records = [json.loads(line) for line in lines]
-    results = model.generate([record["input"] for record in records], seed=SEED, steps=steps)
-    match = evaluation.exact_match([str(r.text) for r in results], [record["output"] for record in records])
-    return np.stack([r.ids for r in results]), {"exact_match": match}
+    prompts, written = zip(*test_pairs()[:samples], strict=True)
+    results = model.generate(prompts, seed=SEED, steps=steps)
+    match = evaluation.exact_match([str(result.text) for result in results], written)
+    return np.stack([result.ids for result in results]), {"exact_match": match}
 
 
 def shakespeare(model: elf_rt.Model, steps: int, samples: int) -> tuple[np.ndarray, Metrics]:
-    ids = np.stack([r.ids for r in model.generate(n=samples, seed=SEED, steps=steps)])
-    return ids, {
-        "perplexity": Trigram(EXAMPLES / "shakespeare" / "trigram.npz").perplexity(ids),
-        "entropy": evaluation.unigram_entropy(ids.tolist()),
-        "repeated_4grams": evaluation.repetition(ids.tolist(), 4),
-    }
+    ids = np.stack([result.ids for result in model.generate(n=samples, seed=SEED, steps=steps)])
+    return ids, fluency(ids)
 
 
 def compare(path: Path, write: Any, samples: int, steps: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -60,9 +54,7 @@ def compare(path: Path, write: Any, samples: int, steps: tuple[int, ...]) -> lis
     with progress(path.name, total=len(choices) * len(steps)) as ticker:
         for name, precision in choices:
             with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "error", UserWarning
-                )  # a precision that this machine has not would run as another
+                warnings.simplefilter("error", UserWarning)  # this machine may run another precision instead
                 try:
                     model = elf_rt.load(path, name, precision=precision)
                 except UserWarning:

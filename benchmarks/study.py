@@ -84,11 +84,16 @@ def run_spoken(model: elf_rt.Model, seed: int, samples: int, params: dict[str, A
     return {"exact_match": evaluation.exact_match(texts, written)}
 
 
+def test_pairs() -> list[tuple[str, str]]:
+    """(spoken, written) of test.jsonl."""
+    records = map(json.loads, (EXAMPLES / "spoken-to-written" / "test.jsonl").read_text(encoding="utf-8").splitlines())
+    return [(record["input"], record["output"]) for record in records]
+
+
 def fresh_sentences(count: int) -> list[tuple[str, str]]:
     """Held-out pairs (spoken, written) that are not in test.jsonl, from the example's own maker."""
     maker = runpy.run_path(str(EXAMPLES / "spoken-to-written" / "make_data.py"))
-    lines = (EXAMPLES / "spoken-to-written" / "test.jsonl").read_text(encoding="utf-8").splitlines()
-    seen = {json.loads(line)["input"] for line in lines}
+    seen = {spoken for spoken, _ in test_pairs()}
     rng, pairs = random.Random(SENTENCES_SEED), []
     while len(pairs) < count:
         spoken, written = maker["pair"](rng)
@@ -100,7 +105,11 @@ def fresh_sentences(count: int) -> list[tuple[str, str]]:
 
 def run_shakespeare(model: elf_rt.Model, seed: int, samples: int, params: dict[str, Any]) -> dict[str, float]:
     """The three numbers that mean something only together."""
-    ids = np.stack([result.ids for result in model.generate(n=samples, seed=seed, **params)])
+    return fluency(np.stack([result.ids for result in model.generate(n=samples, seed=seed, **params)]))
+
+
+def fluency(ids: np.ndarray) -> dict[str, float]:
+    """The three of texts (B, L) of Shakespeare."""
     return {
         "perplexity": Trigram(EXAMPLES / "shakespeare" / "trigram.npz").perplexity(ids),
         "entropy": evaluation.unigram_entropy(ids.tolist()),

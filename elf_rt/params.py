@@ -12,6 +12,7 @@ from typing import Any, Self
 from elf_rt.errors import InputError
 
 SAMPLERS = ("ode", "sde", "ab2")
+KINDS: dict[Any, Any] = {int: Integral, str: str, float: Real}  # what a field of a type may be given
 SCHEDULES = ("logit_normal", "uniform", "quantile")
 
 
@@ -113,7 +114,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            kind = Integral if field.type is int else str if field.type is str else Real | None
+            kind = KINDS.get(field.type, Real | None)
             if isinstance(value, bool) or not isinstance(value, kind):
                 raise InputError(f"{field.name} must be a {'text' if kind is str else 'number'}, got {value!r}")
         if not 1 <= self.steps <= 10_000:

@@ -121,8 +121,6 @@ def _precision(module: ModuleType, bundle: Bundle, precision: str) -> str:
 
 def _passed_over(module: ModuleType, bundle: Bundle, chosen: str) -> list[str]:
     """Why better precisions than the chosen one were not taken."""
-    if chosen not in module.PRECISIONS:
-        return []
     better = module.PRECISIONS[: module.PRECISIONS.index(chosen)]
     return [reason for p in better if (reason := _unsafe(module, bundle, p))]
 
