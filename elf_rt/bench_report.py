@@ -31,28 +31,40 @@ def describe_machine() -> dict[str, Any]:
 
 
 def lines(result: dict[str, Any], report: Report) -> Iterator[str]:
-    """The tables. Steps and samples in milliseconds."""
+    """The tables. Steps, samples and cpu (of all cores together) in milliseconds."""
     here = result["machine"]
     yield f"{here['cpu']}, {here['cores']} cores, {' '.join(here['isa']) or 'instructions unknown'}"
-    yield f"{here['system']}; " + ", ".join(f"{name} {version}" for name, version in here["versions"].items())
+    yield here["system"]
+    yield ", ".join(f"{name} {version}" for name, version in here["versions"].items())
     yield f"model {result['model']}; the reference is {report.reference}, speed is relative to {report.baseline}"
+    yield "milliseconds; a sample is a request divided by its texts"
     yield ""
+    run = {
+        "engine": lambda row: row.name,
+        "steps": lambda row: str(row.steps),
+        "batch": lambda row: str(row.batch),
+    }
     yield from _table(
         report.rows,
         {
-            "engine": lambda row: row.name,
-            "steps": lambda row: str(row.steps),
-            "batch": lambda row: str(row.batch),
+            **run,
             "step p50": lambda row: f"{row.step_p50:.2f}",
             "p90": lambda row: f"{row.step_p90:.2f}",
             "sample p50": lambda row: f"{row.sample_p50:.1f}",
             "p90 ": lambda row: f"{row.sample_p90:.1f}",
-            "cpu": lambda row: f"{row.cpu_p50:.1f}",
             "tokens/s": lambda row: f"{row.tokens_per_s:.0f}",
             "speed": lambda row: f"{row.speed:.2f}x",
             "agree": lambda row: f"{row.agreement:.4f}",
-            "exact": lambda row: f"{row.exact:.3f}",
-            "of texts": lambda row: str(row.texts),
+            "exact": lambda row: f"{row.exact:.3f} of {row.texts}",
+        },
+    )
+    yield ""
+    yield "processor time of a sample in ms, and where its time goes"
+    yield from _table(
+        report.rows,
+        {
+            **run,
+            "cpu": lambda row: f"{row.cpu_p50:.1f}",
             "network": lambda row: f"{row.network:.1%}",
             "integrator": lambda row: f"{row.integrator:.1%}",
             "host": lambda row: f"{row.host:.1%}",

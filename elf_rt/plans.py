@@ -255,13 +255,18 @@ def describe_plans(
     """(name, text) lines about every plan of a bundle, for ``elf-rt info``.
 
     Args:
-        inspect: how many layers of the built engine give each type, where that can be asked:
+        inspect: how many layers of a sound engine give each type, where that can be asked:
             ``elf_rt.backends.trt_inspect.inspect_denoiser``.
     """
     lines: list[tuple[str, str]] = []
     for folder, record in records(bundle):
         if isinstance(record, BackendError):
             lines.append(("plan", str(record)))
+            continue
+        try:
+            record.check_files(folder)
+        except BackendError as error:
+            lines.append(("plan", str(error)))
             continue
         shapes = ", ".join(f"{profile.rows} rows of {profile.length} tokens" for profile in record.profiles)
         stale = record.precision not in bundle.variants or record.graphs != graph_hashes(bundle, record.precision)

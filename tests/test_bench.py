@@ -85,8 +85,9 @@ def test_table_of_a_bundle(run_cli, bundle):
     done = run_cli("bench", bundle("uncond"), "--backends", "onnxruntime", "--steps", "2", "--repeats", "1")
     assert done.code == 0, done.err
     table = [line for line in done.out.splitlines() if line.startswith("onnxruntime fp32")]
-    assert len(table) == 2
-    assert "1.0000" in table[0]
+    assert len(table) == 3  # speed and agreement, where the time goes, loading
+    assert "1.0000" in table[0] and table[1].count("%") == 4
+    assert max(map(len, done.out.splitlines())) <= 110
     assert "\x1b" not in done.out + done.err  # no colours, no progress off a terminal
 
 

@@ -78,13 +78,14 @@ def test_generate_alone(run_cli, spoken):
 
 def test_jsonl_in_and_out(run_cli, spoken, tmp_path):
     lines = (EXAMPLES / "spoken-to-written" / "test.jsonl").read_text(encoding="utf-8").splitlines()[:3]
-    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    sources = [{**json.loads(line), "id": f"a\u2028{k}"} for k, line in enumerate(lines)]  # U+2028 may stand in JSON
+    written = "\r\n".join(json.dumps(source, ensure_ascii=False) for source in sources)
+    (tmp_path / "in.jsonl").write_bytes(written.encode())
     done = run_cli("generate", "--input", "in.jsonl", "--output", "out.jsonl", "--steps", "4", "--seed", "0", "-n", "2")
     assert done.code == 0, done.err
-    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
-    sources = [json.loads(line) for line in lines]
-    assert [r["input"] for r in records] == [s["input"] for s in sources for _ in range(2)]
-    assert [r["output"] for r in records] == [s["output"] for s in sources for _ in range(2)]
+    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").strip().split("\n")]
+    for field in ("input", "output", "id"):
+        assert [r[field] for r in records] == [s[field] for s in sources for _ in range(2)]
     piped = run_cli("generate", "--input", "-", "--steps", "4", "--seed", "0", stdin=lines[0].encode())
     assert piped.out.strip() == records[0]["text"]
 

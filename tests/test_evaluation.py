@@ -222,6 +222,15 @@ def test_bad_input_is_one_clear_line(
     assert error.count("\n") == 1 and error.startswith("error: ") and message in error
 
 
+@pytest.mark.parametrize("option", ["-n 2", "--steps 4", "--guidance-scale 2", "--backend auto", "--seeds 3"])
+def test_options_of_writing_need_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str) -> None:
+    path = write(tmp_path / "texts.jsonl", {"text": "a"})
+    with pytest.raises(SystemExit) as stop:
+        main(["eval", "--input", str(path), *option.split()])
+    assert stop.value.code == 2
+    assert f"-{option.split()[0].strip('-')} has no use without a BUNDLE" in capsys.readouterr().err
+
+
 def test_references_must_be_one_for_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = write(tmp_path / "texts.jsonl", {"text": "a"}, {"text": "b"})
     references = write(tmp_path / "references.jsonl", {"output": "a"})

@@ -316,6 +316,8 @@ class TestTheRecordIsCheckedFirst:
         data[100] ^= 1
         (plan / "denoiser.plan").write_bytes(data)
         self.refused(bundle, r"denoiser\.plan was altered after it was built .*: run elf-rt build-engine --fp32 again$")
+        ((name, text),) = describe_plans(bundle, inspect_denoiser)  # elf-rt info tells it too
+        assert name == "plan" and "denoiser.plan was altered" in text
 
     def test_truncated(self, plan: Path, bundle: Bundle) -> None:
         with (plan / "discretizer.plan").open("r+b") as file:

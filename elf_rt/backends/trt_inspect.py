@@ -16,10 +16,10 @@ TYPE_WORDS = (("bf16", ("bfloat16", "bf16")), ("fp16", ("half", "fp16")), ("fp32
 def inspect_denoiser(folder: Path, record: Record) -> dict[str, int] | None:
     """How many layers of the denoiser's engine give each type: {"fp16": 41, "fp32": 3}.
 
-    None where this machine cannot run the plan, or the library tells no types.
+    None where this machine cannot run the plan, or the library tells no types. The plan's files were checked before.
 
     Raises:
-        BackendError: the plan was altered, or the library refuses it although its record fits.
+        BackendError: the library refuses the plan although its record fits.
     """
     library, machine = LIBRARIES[record.library], this_machine()
     if library.unavailable() or machine.gpu is None:
@@ -27,7 +27,6 @@ def inspect_denoiser(folder: Path, record: Record) -> dict[str, int] | None:
     trt = library.load()
     if record.mismatch(machine, trt.__version__):
         return None
-    record.check_files(folder)
     path = folder / record.engines["denoiser"].file
     log = make_log(trt)
     runtime = trt.Runtime(log)

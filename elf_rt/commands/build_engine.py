@@ -20,10 +20,13 @@ REPLAY_ROWS = 8  # a replay holds up to 4 samples, and guidance may double their
 
 
 def _sms(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...]:
-    try:
-        return tuple(int(part.strip().lower().removeprefix("sm_")) for part in (value or "").split(",") if part.strip())
-    except ValueError:
-        raise click.BadParameter(f"must be numbers such as 86,89,120, got {value!r}") from None
+    """86, sm_86 or 8.6, with commas between."""
+    if value is None:
+        return ()
+    parts = [part.strip().lower().removeprefix("sm_").replace(".", "") for part in value.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise click.BadParameter(f"must be numbers such as 86,89,120, got {value!r}")
+    return tuple(map(int, parts))
 
 
 @click.command("build-engine")

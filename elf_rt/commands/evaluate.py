@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 import numpy as np
+from click.core import ParameterSource
 
 from elf_rt import evaluation
 from elf_rt.bundle import Bundle
@@ -19,6 +20,7 @@ from elf_rt.console import Ticker, note, progress
 from elf_rt.errors import InputError
 
 METRICS = ("fluency", "accuracy", "agreement", "self-bleu")
+WRITING = ("n", "seed", "seeds", "preset", *SAMPLING_NAMES, "backend", "precision", "threads")
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,8 @@ def command(bundle: Path | None, **options: Any) -> None:
 
     Perplexity, entropy and repetition are always shown together, because repetitive text has a low perplexity.
     """
-    if options["input_path"] is None and bundle is None:
-        raise click.UsageError("give --input FILE.jsonl with texts to evaluate, or a BUNDLE to write some")
+    if bundle is None:
+        _without_bundle(options)
     records = _records(bundle, options["input_path"])
     references = _references(records, options)
     other = None if options["against_path"] is None else _texts(options["against_path"])
@@ -109,6 +111,16 @@ def command(bundle: Path | None, **options: Any) -> None:
         click.echo(json.dumps(summary))
     else:
         _show(summary)
+
+
+def _without_bundle(options: dict[str, Any]) -> None:
+    """Refuse what has a meaning only where texts are written."""
+    if options["input_path"] is None:
+        raise click.UsageError("give --input FILE.jsonl with texts to evaluate, or a BUNDLE to write some")
+    given = click.get_current_context().get_parameter_source
+    for name in WRITING:
+        if given(name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{name.replace('_', '-')} has no use without a BUNDLE: no text is written")
 
 
 def _measure(

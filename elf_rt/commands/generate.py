@@ -22,7 +22,7 @@ from elf_rt.errors import InputError
     "--input",
     "input_path",
     type=click.Path(allow_dash=True, path_type=Path),
-    help="JSONL with a field input; - reads standard input.",
+    help="JSONL with a field input, whose other fields are kept; - reads standard input.",
 )
 @click.option(
     "--output",
@@ -78,8 +78,8 @@ def command(
         written = 0
         for results in show(model, arguments, total):
             for result in results:
-                reference = records[written // n].get("output") if records else None
-                sink(_record(result, reference), single=total == 1)
+                source = records[written // n] if records else {}
+                sink({**source, **_record(result)}, single=total == 1)
                 written += 1
         if not as_json and written:
             note(f"seed {results[-1].seed - (total - 1)}, {params.steps} steps, {model.backend_reason}")
@@ -149,10 +149,8 @@ class _sink:
         print(line, file=self._file, flush=True)
 
 
-def _record(result: Any, reference: str | None) -> dict[str, Any]:
+def _record(result: Any) -> dict[str, Any]:
     record = {"input": result.prompt, "text": result.text, "seed": result.seed}
-    if reference is not None:
-        record["output"] = reference
     if result.text is None:
         record["ids"] = result.ids.tolist()
     timings = result.timings
@@ -169,7 +167,7 @@ def read_jsonl(path: Path, field: str = "input") -> list[dict[str, Any]]:
     name = "standard input" if str(path) == "-" else str(path)
     try:
         data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
-        lines = data.decode("utf-8-sig").splitlines()
+        lines = data.decode("utf-8-sig").split("\n")  # splitlines also cuts at U+2028, which JSON may contain
     except UnicodeDecodeError as error:
         raise InputError(f"{name} is not UTF-8 (byte {error.start})") from None
     except OSError as error:
