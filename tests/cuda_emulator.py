@@ -12,6 +12,7 @@ import functools
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -29,14 +30,21 @@ class Emulator:
 
     def launch(self, name: str, grid: tuple[int, ...], block: tuple[int, ...] | int, *arguments: object) -> None:
         """Run the kernel over the whole grid, one thread after the other."""
-        values = [_convert(argument) for argument in arguments]
-        sizes = (ctypes.c_size_t * MAX_PARAMETERS)()
-        count = getattr(self._library, f"parameters_{name}")(sizes)
-        if [ctypes.sizeof(value) for value in values] != list(sizes[:count]):
-            got = [ctypes.sizeof(value) for value in values]
-            raise TypeError(f"{name} takes parameters of {list(sizes[:count])} bytes, got {got}")
-        pointers = (ctypes.c_void_p * max(1, count))(*(ctypes.addressof(value) for value in values))
+        self.run(name, grid, block, argument_bytes(arguments))
+
+    def run(self, name: str, grid: tuple[int, ...], block: tuple[int, ...] | int, arguments: Sequence[bytes]) -> None:
+        """The same with the bytes of each argument, as a driver is given them."""
+        sizes, got = self.parameter_sizes(name), [len(argument) for argument in arguments]
+        if got != sizes:
+            raise TypeError(f"{name} takes parameters of {sizes} bytes, got {got}")
+        values = [ctypes.create_string_buffer(argument, len(argument)) for argument in arguments]
+        pointers = (ctypes.c_void_p * max(1, len(values)))(*map(ctypes.addressof, values))
         getattr(self._library, f"launch_{name}")(_dim3(grid), _dim3(block), pointers)
+
+    def parameter_sizes(self, name: str) -> list[int]:
+        """Bytes of each of a kernel's parameters."""
+        sizes = (ctypes.c_size_t * MAX_PARAMETERS)()
+        return list(sizes[: getattr(self._library, f"parameters_{name}")(sizes)])
 
 
 @functools.cache
@@ -61,6 +69,11 @@ def load() -> Emulator:
         ]
         subprocess.run([compiler, *flags, *includes, "-o", str(library), str(unit)], check=True)
         return Emulator(ctypes.CDLL(str(library)))
+
+
+def argument_bytes(arguments: Sequence[object]) -> list[bytes]:
+    """What cuda.core makes of the arguments of a launch."""
+    return [bytes(_convert(argument)) for argument in arguments]
 
 
 def address(array: np.ndarray | None) -> int:

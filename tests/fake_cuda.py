@@ -1,45 +1,51 @@
 """A CUDA runtime without a GPU: memory is on the host, and a stream does nothing until something waits for it.
 
 Because work runs only when its stream is synchronised, a result that is read too early is still NaN or zero, and
-``events`` tells every allocation, copy and wait in order.
+``events`` tells every allocation, copy and wait in order. Types and constants are those of the real bindings. Without
+a driver the real function is called first, each time: it converts its arguments, which is an error where they do not
+fit, and answers that there is no driver.
 """
 
 import ctypes
-import enum
+import functools
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
+from cuda.bindings import runtime
+from cuda.bindings.runtime import cudaDeviceAttr, cudaError_t, cudaMemcpyKind
 
 PAGE = 256  # cudaMalloc's alignment, in bytes
+HAS_DRIVER = runtime.cudaGetDeviceCount()[0] != cudaError_t.cudaErrorInsufficientDriver
+
+T = TypeVar("T")
 
 
-class cudaError_t(enum.IntEnum):
-    cudaSuccess = 0
-    cudaErrorMemoryAllocation = 2
-    cudaErrorInsufficientDriver = 35
+def like_the_bindings(fake: type[T]) -> type[T]:
+    """Hold every function of the fake to the real one's parameters and to the number of its results."""
+
+    def held(name: str, method: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+        @functools.wraps(method)
+        def call(self: Any, *arguments: Any) -> tuple[Any, ...]:
+            real = () if HAS_DRIVER else getattr(runtime, name)(*arguments)
+            results = method(self, *arguments)
+            assert isinstance(results[0], cudaError_t)
+            assert HAS_DRIVER or len(results) == len(real)
+            return results
+
+        return call
+
+    for name, method in list(vars(fake).items()):
+        if name.startswith("cuda"):
+            setattr(fake, name, held(name, method))
+    return fake
 
 
-class cudaMemcpyKind(enum.IntEnum):
-    cudaMemcpyHostToDevice = 1
-    cudaMemcpyDeviceToHost = 2
-
-
-class cudaDeviceAttr(enum.IntEnum):
-    cudaDevAttrComputeCapabilityMajor = 75
-    cudaDevAttrComputeCapabilityMinor = 76
-
-
+@like_the_bindings
 class FakeCuda:
-    """Stands in for the module ``cuda.bindings.runtime``; only what elf-rt calls exists."""
-
-    cudaError_t = cudaError_t
-    cudaMemcpyKind = cudaMemcpyKind
-    cudaDeviceAttr = cudaDeviceAttr
-    cudaStreamNonBlocking = 1
-    CUDART_VERSION = 13000
+    """Stands in for the module ``cuda.bindings.runtime``: the functions that elf-rt calls, and all of its types."""
 
     def __init__(self, sm: int = 89, name: bytes = b"NVIDIA GeForce RTX 4090", memory: int = 1 << 30) -> None:
         self._sm, self._name, self._free = sm, name, memory
@@ -48,6 +54,13 @@ class FakeCuda:
             0: []
         }  # the default one, for which the others do not wait
         self.events: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        """The real types and constants."""
+        value = getattr(runtime, name)
+        if callable(value) and not isinstance(value, type):
+            raise AttributeError(f"the fake CUDA has no {name}")
+        return value
 
     # What the fake TensorRT and the tests use.
 
@@ -85,7 +98,7 @@ class FakeCuda:
         return cudaError_t.cudaSuccess, SimpleNamespace(name=self._name)
 
     def cudaGetErrorString(self, error: int) -> tuple[int, bytes]:
-        return cudaError_t.cudaSuccess, {2: b"out of memory"}.get(int(error), b"unknown error")
+        return runtime.cudaGetErrorString(error)
 
     def cudaMalloc(self, size: int) -> tuple[int, int | None]:
         return self._allocate(size, "device")
@@ -105,8 +118,8 @@ class FakeCuda:
         return (cudaError_t.cudaSuccess,)
 
     def cudaStreamCreateWithFlags(self, flags: int) -> tuple[int, int]:
-        assert flags == self.cudaStreamNonBlocking
-        return cudaError_t.cudaSuccess, self.add_stream()
+        assert flags == runtime.cudaStreamNonBlocking
+        return cudaError_t.cudaSuccess, runtime.cudaStream_t(self.add_stream())
 
     def cudaStreamDestroy(self, stream: int) -> tuple[int]:
         assert not self._streams.pop(int(stream)), "a stream was destroyed with work on it"
@@ -114,7 +127,7 @@ class FakeCuda:
 
     def cudaStreamSynchronize(self, stream: int) -> tuple[int]:
         self.events.append("sync")
-        queue = self._streams[int(stream or 0)]
+        queue = self._streams[int(stream or 0)]  # None is the default one, as for the bindings
         while queue:
             queue.pop(0)()
         return (cudaError_t.cudaSuccess,)

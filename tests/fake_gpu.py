@@ -6,8 +6,8 @@ device memory; a closed stream is gone.
 """
 
 import ctypes
-import enum
 import math
+import os
 import sys
 import threading
 import time
@@ -20,30 +20,22 @@ import fake_cuda
 import numpy as np
 import onnxruntime
 import pytest
+from cuda.bindings import runtime
+from cuda.bindings.runtime import cudaError_t
 
 from elf_rt.backends.ort import OrtBackend
 from elf_rt.bundle import Bundle
 from elf_rt.cudart import DeviceMemory
 from elf_rt.device import kernels
 
-CAPTURE_UNSUPPORTED, CAPTURE_INVALIDATED = 900, 901
+ADDRESS_BYTES = 8
+OK = cudaError_t.cudaSuccess
+UNSUPPORTED, INVALIDATED = cudaError_t.cudaErrorStreamCaptureUnsupported, cudaError_t.cudaErrorStreamCaptureInvalidated
 
 
-class CaptureMode(enum.IntEnum):
-    cudaStreamCaptureModeThreadLocal = 1
-
-
-class MemcpyKind(enum.IntEnum):
-    cudaMemcpyHostToDevice = 1
-    cudaMemcpyDeviceToHost = 2
-    cudaMemcpyDeviceToDevice = 3
-
-
+@fake_cuda.like_the_bindings
 class FakeGpu(fake_cuda.FakeCuda):
     """`launches` counts what the host put on streams itself; what a graph holds is not in it."""
-
-    cudaStreamCaptureMode = CaptureMode
-    cudaMemcpyKind = MemcpyKind
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -52,6 +44,7 @@ class FakeGpu(fake_cuda.FakeCuda):
         self.launches: dict[str, int] = {"graph": 0, "kernel": 0, "network": 0}
         self.current: set[int] = set()  # threads with a current device
         self.graphs: dict[int, list[Callable[[], None]]] = {}
+        self._event_ms: dict[int, float] = {}
         self._recording: dict[int, list[Callable[[], None]]] = {}
         self._recorder = 0  # the thread that captures
         self._broken = False
@@ -65,66 +58,61 @@ class FakeGpu(fake_cuda.FakeCuda):
     def is_capturing(self, stream: int) -> bool:
         return int(stream) in self._recording
 
-    def forbidden(self, anywhere: bool = False) -> int:
-        """The error of a call that a capture forbids to its thread, or to all, and that breaks it; 0 without."""
+    def forbidden(self, anywhere: bool = False) -> cudaError_t:
+        """The error of a call that a capture forbids to its thread, or to all, and that breaks it."""
         if not self._recording or not (anywhere or self._recorder == threading.get_ident()):
-            return 0
+            return OK
         self._broken = True
-        return CAPTURE_UNSUPPORTED
+        return UNSUPPORTED
 
     def cudaStreamBeginCapture(self, stream: int, mode: int) -> tuple[int]:
         assert not self._recording, "torch captures one graph at a time"
         self._recorder, self._broken = threading.get_ident(), self.refuses_capture
         self._recording[int(stream)] = []
-        return (0,)
+        return (OK,)
 
     def cudaStreamEndCapture(self, stream: int) -> tuple[int, int | None]:
         recorded = self._recording.pop(int(stream))
         if self._broken:
-            return CAPTURE_INVALIDATED, None
-        return 0, self._new_graph(recorded)
+            return INVALIDATED, None
+        return OK, runtime.cudaGraph_t(self._new_graph(recorded))
 
     def cudaGraphInstantiate(self, graph: int, flags: int) -> tuple[int, int]:
         assert flags == 0
-        return 0, self._new_graph(self.graphs[graph])
+        return OK, runtime.cudaGraphExec_t(self._new_graph(self.graphs[int(graph)]))
 
     def cudaGraphUpload(self, executable: int, stream: int) -> tuple[int]:
-        assert executable in self.graphs
-        return (0,)
+        assert int(executable) in self.graphs
+        return (OK,)
 
     def cudaGraphLaunch(self, executable: int, stream: int) -> tuple[int]:
         assert not self.is_capturing(stream)
         self.launches["graph"] += 1
-        for work in self.graphs[executable]:
+        for work in self.graphs[int(executable)]:
             super().enqueue(stream, work)
-        return (0,)
+        return (OK,)
 
     def cudaGraphDestroy(self, graph: int) -> tuple[int]:
-        del self.graphs[graph]
-        return (0,)
+        del self.graphs[int(graph)]
+        return (OK,)
 
     def cudaGraphExecDestroy(self, executable: int) -> tuple[int]:
         assert not any(self._streams.values()), "a graph was destroyed while it ran"
-        del self.graphs[executable]
-        return (0,)
+        del self.graphs[int(executable)]
+        return (OK,)
 
     def cudaGetLastError(self) -> tuple[int]:
-        return (0,)
-
-    def cudaGetErrorString(self, error: int) -> tuple[int, bytes]:
-        if int(error) in (CAPTURE_UNSUPPORTED, CAPTURE_INVALIDATED):
-            return 0, b"operation not permitted when stream is capturing"
-        return super().cudaGetErrorString(error)
+        return (OK,)
 
     def cudaMemGetInfo(self) -> tuple[int, int, int]:
-        return 0, self._free - self.allocated(), self._free
+        return OK, self._free - self.allocated(), self._free
 
     def cudaDeviceSynchronize(self) -> tuple[int]:
         if error := self.forbidden(anywhere=True):
             return (error,)
         for stream in self._streams:
             super().cudaStreamSynchronize(stream)
-        return (0,)
+        return (OK,)
 
     def cudaStreamSynchronize(self, stream: int) -> tuple[int]:
         if error := self.forbidden():
@@ -137,18 +125,21 @@ class FakeGpu(fake_cuda.FakeCuda):
         self._check(target, count, places[1])
         return super().cudaMemcpyAsync(target, source, count, kind, stream)
 
-    def cudaEventCreate(self) -> tuple[int, list[float]]:
-        return 0, [0.0]
+    def cudaEventCreate(self) -> tuple[int, Any]:
+        number = 1 + max(self._event_ms, default=0)
+        self._event_ms[number] = math.nan
+        return OK, runtime.cudaEvent_t(number)
 
-    def cudaEventRecord(self, event: list[float], stream: int) -> tuple[int]:
-        self.enqueue(stream, lambda: event.__setitem__(0, 1e3 * time.perf_counter()))
-        return (0,)
+    def cudaEventRecord(self, event: Any, stream: int) -> tuple[int]:
+        self.enqueue(stream, lambda: self._event_ms.__setitem__(int(event), 1e3 * time.perf_counter()))
+        return (OK,)
 
-    def cudaEventElapsedTime(self, start: list[float], end: list[float]) -> tuple[int, float]:
-        return 0, end[0] - start[0]
+    def cudaEventElapsedTime(self, start: Any, end: Any) -> tuple[int, float]:
+        return OK, self._event_ms[int(end)] - self._event_ms[int(start)]
 
-    def cudaEventDestroy(self, event: list[float]) -> tuple[int]:
-        return (0,)
+    def cudaEventDestroy(self, event: Any) -> tuple[int]:
+        del self._event_ms[int(event)]
+        return (OK,)
 
     def _allocate(self, size: int, kind: str) -> tuple[int, int | None]:
         if error := self.forbidden():
@@ -173,10 +164,15 @@ class FakeGpu(fake_cuda.FakeCuda):
 
     # cuda.core
 
-    def core(self) -> SimpleNamespace:
+    def core(self) -> Any:
+        """A stand-in, or in a process of test_cuda_core.py the real one."""
+        if "ELF_RT_FAKE_DRIVER" in os.environ:
+            import fake_driver
+
+            return fake_driver.real_core(self)
         return SimpleNamespace(
             Device=lambda index: SimpleNamespace(set_current=lambda: self.current.add(threading.get_ident())),
-            LaunchConfig=lambda grid, block: (grid, block),
+            LaunchConfig=lambda grid, block: (grid, (block, 1, 1)),
             Stream=SimpleNamespace(from_handle=int),
             ObjectCode=SimpleNamespace(from_cubin=lambda cubin, name: SimpleNamespace(get_kernel=str)),
             launch=self._launch,
@@ -184,12 +180,14 @@ class FakeGpu(fake_cuda.FakeCuda):
 
     def _launch(self, stream: int, config: tuple[Any, Any], name: str, *arguments: Any) -> None:
         assert threading.get_ident() in self.current, "no device is current in this thread"
+        self.enqueue_kernel(stream, name, *config, cuda_emulator.argument_bytes(arguments))
 
+    def enqueue_kernel(self, stream: int, name: str, grid: Any, block: Any, arguments: list[bytes]) -> None:
         def run() -> None:
             for argument in arguments:
-                if isinstance(argument, int) and argument:
-                    self._check(argument, 1, "device")
-            self.emulator.launch(name, *config, *arguments)
+                if len(argument) == ADDRESS_BYTES and any(argument):
+                    self._check(int.from_bytes(argument, sys.byteorder), 1, "device")
+            self.emulator.run(name, grid, block, arguments)
 
         self.launches["kernel"] += not self.is_capturing(stream)
         self.enqueue(stream, run)
@@ -200,7 +198,7 @@ def install_gpu(monkeypatch: pytest.MonkeyPatch, **options: Any) -> FakeGpu:
     gpu = FakeGpu(**options)
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", gpu)  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, "cuda.core", gpu.core())  # type: ignore[arg-type]
-    monkeypatch.setattr(kernels, "get_cubin", lambda sm, cache=None: b"")
+    monkeypatch.setattr(kernels, "get_cubin", lambda sm, cache=None: b"\x7fELF")
     return gpu
 
 

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from cuda.bindings.runtime import cudaError_t
 from device_jobs import assert_same, golden_bundles, make_job, outcome_of
 from fake_gpu import FakeBackend, FakeGpu, FakeNetwork, install_gpu
 
@@ -15,6 +16,7 @@ from elf_rt.errors import BackendError, GpuMemoryError
 from elf_rt.sampler import HostSampler, Outcome
 
 pytestmark = pytest.mark.filterwarnings("error")  # a refused capture warns
+NO_MEMORY = cudaError_t.cudaErrorMemoryAllocation
 gpu = pytest.fixture(install_gpu)
 bundles = pytest.fixture(golden_bundles, scope="module")
 
@@ -149,7 +151,7 @@ def test_a_failed_job_frees_its_workspace(bundles: Any, gpu: FakeGpu, monkeypatc
     sampler = DeviceSampler(backend, bundle.config)
     job = make_job(bundle.config, [1])
     expected = outcome_of(sampler.run(job))
-    monkeypatch.setattr(gpu, "cudaGraphLaunch", lambda graph, stream: (2,))
+    monkeypatch.setattr(gpu, "cudaGraphLaunch", lambda graph, stream: (NO_MEMORY,))
     with pytest.raises(BackendError, match="cudaGraphLaunch failed"):
         list(sampler.run(job))
     assert all(network.closed for network in backend.networks)
@@ -183,7 +185,7 @@ def test_what_failed_is_told_though_freeing_fails_too(
 
     bundle = bundles("uncond")
     sampler = DeviceSampler(FakeBackend(bundle, gpu), bundle.config)
-    monkeypatch.setattr(gpu, "cudaGraphLaunch", lambda graph, stream: (2,))
+    monkeypatch.setattr(gpu, "cudaGraphLaunch", lambda graph, stream: (NO_MEMORY,))
     monkeypatch.setattr(FakeNetwork, "close", refuse)
     with pytest.raises(BackendError, match="cudaGraphLaunch failed"):
         list(sampler.run(make_job(bundle.config, [1])))
@@ -236,7 +238,7 @@ def test_out_of_memory_in_a_capture_is_no_refusal(bundles: Any, gpu: FakeGpu, mo
     instantiate, shortages = gpu.cudaGraphInstantiate, [1]
 
     def scarce(graph: int, flags: int) -> tuple[int, int | None]:
-        return (2, None) if shortages and shortages.pop() else instantiate(graph, flags)
+        return (NO_MEMORY, None) if shortages and shortages.pop() else instantiate(graph, flags)
 
     monkeypatch.setattr(gpu, "cudaGraphInstantiate", scarce)
     job = make_job(bundle.config, [1])
