@@ -1,6 +1,10 @@
 // A few threads that share one loop at a time. A caller that finds them busy runs its loop alone, so several Python
-// threads may call at once, and a forked child, which has no workers, still finishes.
+// threads may call at once. So does a forked child: it has no workers, and what they held stays locked there.
 #pragma once
+
+#if __has_include(<unistd.h>)
+#include <unistd.h>
+#endif
 
 #include <atomic>
 #include <condition_variable>
@@ -26,10 +30,11 @@ class ThreadPool {
   // when all are done.
   void run(int64_t count, bool shared, const std::function<void(int64_t)>& body) {
     std::unique_lock<std::mutex> turn(turn_, std::defer_lock);
-    if (!shared || count < 2 || limit_ < 2 || !turn.try_lock()) {
+    if (!shared || count < 2 || limit_ < 2 || is_forked() || !turn.try_lock()) {
       for (int64_t i = 0; i < count; ++i) body(i);
       return;
     }
+    owner_ = process();  // before the first lock
     {
       std::lock_guard<std::mutex> lock(mutex_);
       hire();
@@ -46,6 +51,16 @@ class ThreadPool {
   }
 
  private:
+  static long process() {
+#if __has_include(<unistd.h>)
+    return getpid();
+#else
+    return 1;
+#endif
+  }
+
+  bool is_forked() const { return owner_ && owner_ != process(); }
+
   void hire() {
     try {
       for (; workers_ < limit_ - 1; ++workers_) std::thread(&ThreadPool::work, this, workers_).detach();
@@ -82,6 +97,7 @@ class ThreadPool {
   int64_t count_ = 0;
   std::atomic<int64_t> next_{0};
   std::atomic<int> limit_{1};
+  std::atomic<long> owner_{0};  // the process that the workers belong to; 0 before the first shared loop
   uint64_t loop_ = 0;
   int workers_ = 0, active_ = 0;
 };

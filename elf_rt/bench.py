@@ -114,7 +114,11 @@ def open_contender(contender: Contender, work: Work) -> Opened:
     model = contender.open()
     opened = Opened(f"{model.backend.name} {model.backend.precision}", model, time.perf_counter() - begun)
     steps, batch = work.settings()[0]
-    opened.first_s = run_once(model, work, steps, batch, work.seed).total
+    try:
+        opened.first_s = run_once(model, work, steps, batch, work.seed).total
+    except BaseException:
+        model.close()
+        raise
     peak = machine.memory().get("peak")
     if before is not None and peak is not None:
         opened.memory_mb = max(0, peak - before) / 1e6
@@ -164,9 +168,12 @@ def run_once(model: Model, work: Work, steps: int, batch: int, seed: int) -> Run
     ):
         now = time.perf_counter()
         if isinstance(event, Draft):
-            run.steps.append(now - last)
+            if model.backend.device != "cuda":
+                run.steps.append(now - last)
         else:
             timings = event[0].timings
+            if model.backend.device == "cuda":  # where a sample is one launch, and its steps are told at its end
+                run.steps.append(timings.total_ms / 1e3 / timings.calls)
             run.network += timings.network_ms / 1e3
             run.integrator += timings.integrator_ms / 1e3
             run.sampler += timings.total_ms / 1e3

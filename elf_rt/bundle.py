@@ -173,14 +173,14 @@ def atomic_file(target: Path) -> Iterator[Path]:
 
     A file that is there keeps its mode and the links to it; a device or a pipe is written to directly.
     """
-    target = target.resolve()
     if target.is_dir():
         raise BundleError(f"{target} is a folder: name a file")
-    if not target.parent.is_dir():
-        raise BundleError(f"the folder {target.parent} does not exist")
-    if target.exists() and not target.is_file():
+    if target.exists() and not target.is_file():  # asked first: /dev/stdout may lead to a pipe, which has no path
         yield target
         return
+    target = target.resolve()
+    if not target.parent.is_dir():
+        raise BundleError(f"the folder {target.parent} does not exist")
     work = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     os.close(os.open(work, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:

@@ -67,8 +67,12 @@ class DeviceMemory:
     def __init__(self, num_bytes: int) -> None:
         self.num_bytes = num_bytes
         self.pointer = int(call("cudaMalloc", max(1, num_bytes)))
-        call("cudaMemset", self.pointer, 0, num_bytes)
-        synchronize(0)  # zeroed on the default stream, for which the others do not wait
+        try:
+            call("cudaMemset", self.pointer, 0, num_bytes)
+            synchronize(0)  # zeroed on the default stream, for which the others do not wait
+        except BackendError:
+            self.close()
+            raise
 
     def close(self) -> None:
         pointer, self.pointer = self.pointer, 0

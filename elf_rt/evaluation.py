@@ -8,7 +8,7 @@ Libraries of the extra ``elf-rt[eval]`` are imported by the functions that need 
 import importlib
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from elf_rt.errors import InputError
 
 Tokens = Sequence[Hashable]  # the tokens of one text: ids, or words
 
+LIBRARIES = {"accuracy": ("rouge_score", "sacrebleu"), "self-bleu": ("sacrebleu",)}
 MAX_LM_TOKENS = 1024  # as the official evaluation cuts a text
 
 
@@ -243,6 +244,13 @@ def _require(first: Sequence[Any], second: Sequence[Any] | None = None) -> None:
         raise InputError("there is no text to evaluate")
     if second is not None and len(first) != len(second):
         raise InputError(f"there are {len(first)} texts but {len(second)} to compare them with: give one for each")
+
+
+def require_libraries(metrics: Collection[str]) -> None:
+    """Raises InputError when a library that one of these metrics ("accuracy", "self-bleu") needs is not installed."""
+    for metric, names in LIBRARIES.items():
+        for name in names if metric in metrics else ():
+            _library(name)
 
 
 def _library(name: str) -> Any:

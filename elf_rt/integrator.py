@@ -13,12 +13,12 @@ run from left to right in float32, without fused multiply-adds, and a term whose
 would have read may be uninitialised.
 """
 
-import os
 from collections.abc import Sequence
 
 import numpy as np
 
 from elf_rt.errors import InputError
+from elf_rt.machine import cores
 from elf_rt.noise import NoiseKey, normal
 from elf_rt.schedule import Row
 
@@ -81,8 +81,7 @@ else:
     step = _integrator.step
     IMPLEMENTATION = "c++"
     # One step moves a few MB: more threads than this wait for memory, and for each other.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    _integrator.set_num_threads(min(8, cores))
+    _integrator.set_num_threads(min(8, cores()))
 
 
 def to_float32(values: np.ndarray) -> np.ndarray:

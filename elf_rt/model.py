@@ -13,7 +13,7 @@ from elf_rt.backends import open_backend
 from elf_rt.bundle import Bundle
 from elf_rt.errors import BackendError, InputError
 from elf_rt.params import SamplingParams
-from elf_rt.request import Batch, Pins, Request, check_length
+from elf_rt.request import Batch, Pins, Request, check_length, is_whole
 from elf_rt.sampler import HostSampler, Job, Outcome, StepDone
 from elf_rt.text import TextCodec
 
@@ -111,8 +111,8 @@ class Model:
             length: tokens of canvas, up to the model's max_length; another length than the trained one changes results.
             pinned: {position: token} of the text (a token is an id, or a text of one token), or a template with blanks
                 of n tokens, "The train to [2] leaves at [5]."; the rest is written around them.
-            on_step: called after each step with (network calls done, all to do).
-            **overrides: fields of SamplingParams: steps, sampler, schedule, guidance_scale, sc_cfg, gamma.
+            on_step: called after each step with (steps done, all to do), summed over the texts.
+            **overrides: fields of SamplingParams, such as steps=16.
 
         Returns:
             len(prompts) * n results, the n of the first prompt first.
@@ -144,6 +144,8 @@ class Model:
         Every ``drafts_every`` steps (0: never) the current estimate is decoded, which costs one more network call.
         Stop iterating (or close the iterator) to cancel.
         """
+        if not is_whole(drafts_every) or drafts_every < 0:
+            raise InputError(f"drafts_every must be a whole number, 0 or more, got {drafts_every!r}")
         request = Request.make(self.codec, self.params(preset, **overrides), prompts, n, seed, length, pinned)
         for batch in request.batches(self.codec, drafts_every, self._max_rows(request.length)):
             for event in self._open_sampler.run(batch.job):
@@ -170,7 +172,8 @@ class Model:
         Args:
             z0: (B, L, C) the start, noise scale applied; drawn from ``seeds`` when None.
             grid: (N + 1,) or (B, N + 1) times from 0 to 1; drawn from ``seeds`` when None.
-            eps: (N, B, L, C) unit noise of each SDE step (the last is never used); drawn from ``seeds`` when None.
+            eps: (N - 1, B, L, C) unit noise of each SDE step but the last, which has none, or (N, B, L, C); drawn from
+                ``seeds`` when None.
             source, mask: (B, L, C) normalised source latents and (B, L) where they stand.
             latents: False where only the ids are of use: it saves a copy from the GPU.
 
@@ -180,14 +183,22 @@ class Model:
         params = params or self.params()
         seeds = np.asarray(seeds, np.uint64)
         batch = len(seeds) if z0 is None else len(z0)
-        seeds = np.broadcast_to(seeds, (batch,)) if len(seeds) == 1 else seeds
+        seeds = np.repeat(seeds, batch) if len(seeds) == 1 else seeds
         length = check_length(self.config, length if z0 is None else z0.shape[1])
-        self._check_shapes(batch, length, z0=z0, source=source)
-        if grid is None:
-            grid = schedule.make_grid(params, self.config, seeds)
-        grid = np.broadcast_to(schedule.check_grid(grid), (batch, np.shape(grid)[-1]))
-        table = schedule.make_table(params, self.config, grid, conditional=source is not None)
         mask = None if mask is None else np.asarray(mask, bool)
+        shape = (batch, length, self.config.latent_dim)
+        _check_shape("seeds", seeds, (batch,))
+        _check_shape("z0", z0, shape)
+        _check_shape("source", source, shape)
+        _check_shape("mask", mask, shape[:2])
+        if (source is None) != (mask is None):
+            raise InputError("source and mask go together: give both or neither")
+        grid = schedule.make_grid(params, self.config, seeds) if grid is None else schedule.check_grid(grid)
+        grid = np.repeat(grid, batch, axis=0) if len(grid) == 1 else grid
+        _check_shape("grid", grid, (batch, grid.shape[1]))
+        noisy = grid.shape[1] - 2  # steps with noise
+        _check_shape("eps", eps if eps is None else eps[:noisy], (noisy, *shape))
+        table = schedule.make_table(params, self.config, grid, conditional=source is not None)
         job = Job(table, length, seeds, params.sc_cfg, source, mask, z0, eps, latents=latents)
         return next(event for event in self._open_sampler.run(job) if isinstance(event, Outcome))
 
@@ -235,11 +246,10 @@ class Model:
             texts = [self.codec.decode(row) for row in batch.finish(self.codec, event.draft)]
         return Draft(event.step, batch.job.table.num_steps, event.t, texts)
 
-    def _check_shapes(self, batch: int, length: int, **arrays: np.ndarray | None) -> None:
-        want = (batch, length, self.config.latent_dim)
-        for name, array in arrays.items():
-            if array is not None and array.shape != want:
-                raise InputError(f"{name} must have shape {want}, got {array.shape}")
+
+def _check_shape(name: str, array: np.ndarray | None, want: tuple[int, ...]) -> None:
+    if array is not None and array.shape != want:
+        raise InputError(f"{name} must have shape {want}, got {array.shape}")
 
 
 def _make_sampler(backend: Any, bundle: Bundle) -> Any:

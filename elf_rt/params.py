@@ -40,7 +40,6 @@ class ModelConfig:
     p_std: float = 0.8
     latent_mean: float = 0.0
     latent_std: float = 0.2
-    pad_token: str = "pad"
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -148,10 +147,6 @@ PRESETS: dict[str, dict[str, SamplingParams]] = {
     "ELF-B": {"default": SamplingParams()},
     "ELF-M": {"default": SamplingParams(steps=64, gamma=1.0)},
     "ELF-L": {"default": SamplingParams(steps=64, gamma=1.0)},
-    "ELF-B-PD": {
-        "default": SamplingParams(steps=8, sc_cfg=2.5),
-        "quality": SamplingParams(steps=32, sc_cfg=2.0, gamma=2.0),
-    },
     "conditional": {
         "default": SamplingParams(steps=64, sampler="ode", sc_cfg=1.0, guidance_scale=2.0),
     },

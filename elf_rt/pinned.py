@@ -5,21 +5,22 @@ count from the first token of the text, after the source where there is one.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
 from elf_rt.errors import InputError
+from elf_rt.text import Encoder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 BLANK = re.compile(r"\s*\[(\d+)\]")  # white space before a blank is the blank's: a word carries its leading space
+MAX_DIGITS = 9  # of a blank's length: no canvas is near it
 FILLER = "\ue000"  # a private-use character, so no tokenizer has merged it with its neighbours
-
-Encoder = Callable[[np.ndarray, np.ndarray], np.ndarray]  # ids (B, S), mask (B, S) -> normalised latents (B, S, C)
 
 
 @dataclass(frozen=True)
@@ -41,38 +42,47 @@ class Pinned:
         return len(self.ids)
 
     @classmethod
-    def from_tokens(cls, tokens: Mapping[int, int | str], tokenizer: "Tokenizer | None", vocab_size: int) -> Self:
+    def from_tokens(
+        cls, tokens: Mapping[int, int | str], tokenizer: "Tokenizer | None", vocab_size: int, room: int
+    ) -> Self:
         """Pins of {position: token}; a token is an id, or a text that is one token.
 
+        Args:
+            room: tokens that a text has place for.
+
         Raises:
-            InputError: a position is negative, a text is not one token, an id is not in the vocabulary.
+            InputError: a position is not in the text, a text is not one token, an id is not in the vocabulary.
         """
-        if any(position < 0 for position in tokens):
-            raise InputError(f"a pinned position must be 0 or more, got {min(tokens)}")
+        for position in tokens:
+            if not isinstance(position, Integral) or not 0 <= position < room:
+                raise InputError(f"a pinned position must be between 0 and {room - 1}, got {position!r}")
         size = 1 + max(tokens, default=-1)
         ids, mask = np.zeros(size, np.int64), np.zeros(size, bool)
         for position, token in tokens.items():
-            ids[position] = _token_id(token, tokenizer) if isinstance(token, str) else token
-            mask[position] = True
-        if np.any((ids < 0) | (ids >= vocab_size)):
-            raise InputError(f"a pinned token id must be between 0 and {vocab_size - 1}, got {ids.tolist()}")
+            number = _token_id(token, tokenizer) if isinstance(token, str) else token
+            if not isinstance(number, Integral) or not 0 <= number < vocab_size:
+                raise InputError(f"a pinned token id must be between 0 and {vocab_size - 1}, got {number!r}")
+            ids[position], mask[position] = number, True
         return cls(ids, mask)
 
     @classmethod
-    def from_template(cls, template: str, tokenizer: "Tokenizer", eos_id: int | None) -> Self:
+    def from_template(cls, template: str, tokenizer: "Tokenizer", eos_id: int | None, room: int) -> Self:
         """Pins of a template: ``[n]`` is a blank of n tokens, everything else is pinned.
 
         Args:
             eos_id: pinned after the template, so that the text ends there; None lets the model write on.
+            room: tokens that a text has place for.
 
         Raises:
-            InputError: a blank has no length or stands inside a token, or there is nothing but blanks.
+            InputError: a blank has no length or stands inside a token, there is nothing but blanks, or no room.
         """
-        blanks = [int(n) for n in BLANK.findall(template)]
+        blanks = [int(n[:MAX_DIGITS]) for n in BLANK.findall(template)]
         if not blanks and eos_id is not None:  # nothing would be left to write
             raise InputError(f"a template needs a blank such as [2], which stands for two tokens: {template!r}")
         if 0 in blanks:
             raise InputError(f"a blank needs at least one token, got [0] in {template!r}")
+        if sum(blanks) > room:  # before a list of them is made
+            raise InputError(f"the blanks need {sum(blanks)} tokens, but a text has room for {room}")
         text = BLANK.sub(FILLER, template)
         fillers = [i for i, char in enumerate(text) if char == FILLER]
         if len(fillers) != len(blanks):
@@ -99,6 +109,8 @@ class Pinned:
         if eos_id is not None:
             ids.append(eos_id)
             mask.append(True)
+        if len(ids) > room:
+            raise InputError(f"the pinned text needs {len(ids)} tokens, but a text has room for {room}")
         return cls(np.array(ids, np.int64), np.array(mask))
 
     def hold(
@@ -109,18 +121,10 @@ class Pinned:
         The pins are encoded apart from the source, as texts are in training, with free positions masked out.
 
         Args:
+            encode: gives normalised latents.
             source, mask: (B, L, C) clean latents and (B, L) bool where they stand; zeros and False without a source.
             source_lengths: (B,) where each text begins.
-
-        Raises:
-            InputError: a pin lies behind the end of the canvas.
         """
-        length = mask.shape[1]
-        if np.max(source_lengths) + len(self) > length:
-            raise InputError(
-                f"the pinned text needs {len(self)} positions after a source of {np.max(source_lengths)}, "
-                f"but the canvas has {length}"
-            )
         latents = encode(self.ids[None], self.mask[None].astype(np.int64))[0]  # (S, C)
         source, mask = source.copy(), mask.copy()
         for b, columns in enumerate(self._columns(source_lengths)):

@@ -35,11 +35,11 @@ class Batch:
     total: int
 
     def finish(self, codec: TextCodec, ids: np.ndarray) -> np.ndarray:
-        """Final ids of the raw ids (B, L) of the decoding call."""
-        if self.pins is not None:
-            starts = np.zeros(len(ids), int) if self.source_lengths is None else self.source_lengths
-            ids = self.pins.restore(ids, starts)
-        return codec.finish(ids, self.source_lengths)
+        """Final ids of the raw ids (B, L) of the decoding call. No text ends before its last pin."""
+        if self.pins is None:
+            return codec.finish(ids, self.source_lengths)
+        starts = np.zeros(len(ids), int) if self.source_lengths is None else self.source_lengths
+        return codec.finish(self.pins.restore(ids, starts), self.source_lengths, ends_from=len(self.pins) - 1)
 
 
 @dataclass(frozen=True)
@@ -73,25 +73,27 @@ class Request:
         Raises:
             InputError: n, seed, length, a prompt or a pin is not possible; the message says what is.
         """
-        if not isinstance(n, Integral) or n < 1:
+        if not is_whole(n) or n < 1:
             raise InputError(f"n must be a whole number, 1 or more, got {n!r}")
         prompts = [prompts] if isinstance(prompts, str) else prompts
         if not isinstance(prompts, Sequence | None):
             raise InputError(f"prompts must be a text or a sequence of texts, got {prompts!r}")
         total = n if prompts is None else n * len(prompts)
         seed = secrets.randbits(32) if seed is None else seed
-        if not isinstance(seed, Integral) or not 0 <= seed <= MAX_SEED - total:
+        if not is_whole(seed) or not 0 <= seed <= MAX_SEED - total:
             raise InputError(f"seed must be a whole number between 0 and 2**64 - {total}, got {seed!r}")
         length = check_length(codec.config, length)
         sources = None if prompts is None else codec.tokenize(prompts)
-        return cls(params, n, seed, length, prompts, sources, None if pinned is None else _pins(codec, pinned))
+        room = codec.room(length, sourced=prompts is not None)
+        pins = None if pinned is None else _pins(codec, pinned, room)
+        return cls(params, n, seed, length, prompts, sources, pins)
 
     def batches(self, codec: TextCodec, drafts_every: int = 0, max_rows: int | None = None) -> Iterator[Batch]:
         """The jobs, each made when it is needed. max_rows: the most that the engine takes in one network call."""
         config = codec.config
         total = self.n if self.prompts is None else self.n * len(self.prompts)
         conditional = self.sources is not None or self.pins is not None
-        rows, _ = schedule.guidance_rows(self.params, config, conditional=conditional)
+        rows = schedule.guidance_rows(self.params, config, conditional=conditional)
         size = max(1, min(TOKENS_PER_BATCH // self.length, max_rows or MAX_SEED) // len(rows))
         encoded: Encoded = {}
         for start in range(0, total, size):
@@ -138,18 +140,24 @@ class Request:
 def check_length(config: ModelConfig, length: int | None) -> int:
     """The canvas in tokens: the trained length, or a shorter one with a warning."""
     trained = config.max_length
-    if length is None or length == trained:
+    if length is None:
         return trained
-    if not 1 <= length <= trained:
-        raise InputError(f"length must be between 1 and {trained}, got {length}")
+    if not is_whole(length) or not 1 <= length <= trained:
+        raise InputError(f"length must be a whole number between 1 and {trained}, got {length!r}")
+    if length == trained:
+        return trained
     warnings.warn(f"the model was trained on {trained} tokens; a length of {length} changes results", stacklevel=5)
     return length
 
 
-def _pins(codec: TextCodec, pinned: Pins) -> Pinned:
+def is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _pins(codec: TextCodec, pinned: Pins, room: int) -> Pinned:
     if not isinstance(pinned, str):
-        return Pinned.from_tokens(pinned, codec.tokenizer, codec.config.vocab_size)
+        return Pinned.from_tokens(pinned, codec.tokenizer, codec.config.vocab_size, room)
     if codec.tokenizer is None:
         raise InputError("this bundle has no tokenizer: pin token ids instead of a template")
     # Where texts end with an EOS, so does the template.
-    return Pinned.from_template(pinned, codec.tokenizer, codec.eos_id if codec.append_eos else None)
+    return Pinned.from_template(pinned, codec.tokenizer, codec.eos_id if codec.append_eos else None, room)

@@ -93,9 +93,9 @@ def make_table(params: SamplingParams, config: ModelConfig, grid: np.ndarray, *,
     coef[2:, :, C] = opens[1:] * -previous
     coef[1:-1, :, D] = (1.0 - alpha) * noise
     coef[1:-1, :, X] = params.x_prev_scale  # in row 1, x̂ holds the source alone
-    rows, _ = guidance_rows(params, config, conditional=conditional)
+    rows = guidance_rows(params, config, conditional=conditional)
     weights = np.zeros((n + 2, len(rows), batch))
-    weights[2:] = guidance_weights(rows, params, config, t_in)
+    weights[2:] = guidance_weights(rows, params, config, t_in, conditional=conditional)
     return Table(table_t, coef, weights, rows)
 
 
@@ -121,35 +121,34 @@ def second_order(t: np.ndarray, t_next: np.ndarray) -> np.ndarray:
     return c
 
 
-def guidance_rows(
-    params: SamplingParams, config: ModelConfig, *, conditional: bool
-) -> tuple[tuple[Row, ...], tuple[float, ...]]:
-    """The rows of one call and their weights in x̂, inside the guidance interval.
+def guidance_rows(params: SamplingParams, config: ModelConfig, *, conditional: bool) -> tuple[Row, ...]:
+    """The rows of one call: all that have a weight in some step, those that see the source first.
 
     Classifier-free guidance: x̂ = x̂_u + w (x̂_c - x̂_u). Self-conditioning guidance of models without guidance
     tokens: x̂ = x̂(0) + s (x̂(x_prev) - x̂(0)). Both together are the product of the two.
     """
-    w = params.guidance_scale if conditional else 1.0
+    inside = params.guidance_scale if conditional else 1.0
+    everywhere = params.guidance_from == 0 and params.guidance_until == 1
+    scales = (inside,) if everywhere else (inside, 1.0)
+    s = _self_cond_scale(params, config)
     rows = [Row(sees_source, sees_prev) for sees_source in (True, False) for sees_prev in (True, False)]
-    kept = [(row, _weight(row, w, _self_cond_scale(params, config))) for row in rows]
-    kept = [(row, weight) for row, weight in kept if weight != 0]
-    if not any(row.sees_source for row, _ in kept):
-        kept.insert(0, (MAIN, 0.0))  # the decoding call sees the source whatever the guidance
-    return tuple(row for row, _ in kept), tuple(weight for _, weight in kept)
+    kept = [row for row in rows if any(_weight(row, w, s) != 0 for w in scales)]
+    if not any(row.sees_source for row in kept):
+        kept.insert(0, MAIN)  # the decoding call sees the source whatever the guidance
+    return tuple(kept)
 
 
-def guidance_weights(rows: tuple[Row, ...], params: SamplingParams, config: ModelConfig, t: np.ndarray) -> np.ndarray:
-    """(N, K, batch) weights of the rows at times t (N, batch).
+def guidance_weights(
+    rows: tuple[Row, ...], params: SamplingParams, config: ModelConfig, t: np.ndarray, *, conditional: bool
+) -> np.ndarray:
+    """(N, K, batch) weights of the rows at times t (N, batch); those of a time add up to 1.
 
     Outside guidance_from <= t <= guidance_until there is no classifier-free guidance (Kynkäänniemi et al. 2024), so the
     rows without the source weigh nothing, and `Table.calls` leaves them out of the call.
     """
     s = _self_cond_scale(params, config)
-    if all(row.sees_source for row in rows):
-        inside = outside = np.array([_weight(row, 1.0, s) for row in rows])
-    else:
-        inside = np.array([_weight(row, params.guidance_scale, s) for row in rows])
-        outside = np.array([_weight(row, 1.0, s) for row in rows])
+    inside = np.array([_weight(row, params.guidance_scale if conditional else 1.0, s) for row in rows])
+    outside = np.array([_weight(row, 1.0, s) for row in rows])
     active = (t >= params.guidance_from) & (t <= params.guidance_until)
     return np.where(active[:, None], inside[:, None], outside[:, None])
 

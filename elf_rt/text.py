@@ -2,16 +2,46 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from elf_rt.bundle import Bundle
-from elf_rt.errors import InputError
+from elf_rt.errors import InputError, first_line
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 PAD_ID = 0
 EOS_ID = 1
 
 Encoder = Callable[[np.ndarray, np.ndarray], np.ndarray]  # ids (B, S), mask (B, S) -> latents (B, S, C)
+
+
+def load_tokenizer(path: Path) -> "Tokenizer":
+    """A tokenizer.json without the padding and cutting that it may carry from its training.
+
+    Raises:
+        InputError: the file is no tokenizer.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise InputError(f"{path} is not a tokenizer.json: {first_line(error)}") from None
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def read_positions(ids: np.ndarray, source: np.ndarray | None = None, eos_id: int = EOS_ID) -> np.ndarray:
+    """Which of the ids (B, L) are read: neither the source, where `source` (B, L) is true, nor padding, nor what comes
+    after the first EOS."""
+    free = np.ones(ids.shape, bool) if source is None else ~source
+    ends = (ids == eos_id) & free
+    return free & (ids != PAD_ID) & (np.cumsum(ends, axis=1) - ends == 0)
 
 
 class TextCodec:
@@ -28,11 +58,7 @@ class TextCodec:
         self.append_eos = bool(bundle.tokenizer.get("append_eos", True))
         self.tokenizer = None
         if "file" in bundle.tokenizer:
-            from tokenizers import Tokenizer
-
-            self.tokenizer = Tokenizer.from_file(str(bundle.path(bundle.tokenizer["file"])))
-            self.tokenizer.no_padding()  # a tokenizer.json may carry such settings of its training
-            self.tokenizer.no_truncation()
+            self.tokenizer = load_tokenizer(bundle.path(bundle.tokenizer["file"]))
         self._encode: Encoder | None = None
         if bundle.encoder is not None:
             if bundle.encoder["kind"] == "embedding":
@@ -100,16 +126,22 @@ class TextCodec:
             raise InputError("this bundle has no text encoder: export the checkpoint again with --encoder")
         return (self._encode(ids, mask) - np.float32(self.config.latent_mean)) / np.float32(self.config.latent_std)
 
-    def finish(self, ids: np.ndarray, source_lengths: np.ndarray | None) -> np.ndarray:
-        """Raw ids (B, L) -> final ids: the source shifted away, everything from the first EOS on made padding.
+    def room(self, length: int, *, sourced: bool) -> int:
+        """Tokens of text on a canvas of `length`: with sources, length - max_input_length, as the official sampler
+        cuts it."""
+        return max(1, length - self.config.max_input_length) if sourced else length
 
-        With sources, the result is (B, L - max_input_length), as the official sampler cuts it.
+    def finish(self, ids: np.ndarray, source_lengths: np.ndarray | None, ends_from: int = 0) -> np.ndarray:
+        """Raw ids (B, L) -> final ids (B, room): the source shifted away, all from the first EOS on made padding.
+
+        ends_from: the first position whose EOS ends the text.
         """
         ids = np.asarray(ids).copy()
         if source_lengths is not None:
-            kept = max(1, ids.shape[1] - self.config.max_input_length)
+            kept = self.room(ids.shape[1], sourced=True)
             columns = np.arange(kept)[None] + np.asarray(source_lengths)[:, None]
             ids = np.take_along_axis(ids, np.minimum(columns, ids.shape[1] - 1), axis=1)
-        ended = np.maximum.accumulate(ids == self.eos_id, axis=1)
+        ends = (ids == self.eos_id) & (np.arange(ids.shape[1]) >= ends_from)
+        ended = np.maximum.accumulate(ends, axis=1)
         ids[ended] = self.pad_id
         return ids

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from elf_rt.export.reference import ELF, Block, RMSNorm
 from elf_rt.export.replay import Call, Run, sample
-from elf_rt.text import EOS_ID
+from elf_rt.text import read_positions
 
 OPERATIONS = ("attn", "attn.qkv", "attn.proj", "mlp.w12", "mlp.w3")
 KEPT_AGREEMENT = 0.9975  # of tokens must stay the same: a proof, on few texts, then finds the 0.99 that verify asks for
@@ -67,14 +67,14 @@ def _agreement(model: ELF, runs: Sequence[Run], ids: Sequence[Tensor]) -> float:
     where all are."""
     conditional = any(run.cond is not None for run in runs)
     counted = [pair for pair in zip(runs, ids, strict=True) if not conditional or pair[0].cond is not None]
-    return min(float((_text(sample(model, run)[1], run) == _text(exact, run)).float().mean()) for run, exact in counted)
+    return min(text_agreement(sample(model, run)[1], exact, run.mask) for run, exact in counted)
 
 
-def _text(ids: Tensor, run: Run) -> Tensor:
-    """ids (B, L) without what is not read: the source, and everything from the first EOS on."""
-    free = torch.ones_like(ids, dtype=torch.bool) if run.mask is None else ~run.mask
-    ended = ((ids == EOS_ID) & free).cumsum(1) > 0
-    return torch.where(free & ~ended, ids, 0)
+def text_agreement(ids: Tensor, exact: Tensor, mask: Tensor | None) -> float:
+    """Share of equal tokens of ids (B, L), of those that are read in one of both; mask (B, L) is true at the source."""
+    source = None if mask is None else mask.numpy()
+    read = read_positions(ids.numpy(), source) | read_positions(exact.numpy(), source)
+    return float((ids == exact).numpy()[read].mean()) if read.any() else 1.0
 
 
 @torch.no_grad()

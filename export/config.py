@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -146,8 +147,13 @@ def make_config(sizes: Mapping[str, int | None], settings: Mapping[str, Any], wh
     known: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
     known["self_cond"] = _self_cond(sizes, settings, where)
     if "max_length" not in settings:
-        for released in RELEASED.values():
-            if all(getattr(released, name) == known[name] for name in _PRESET_SIZES):
+        for name, released in RELEASED.items():
+            if all(getattr(released, size) == known[size] for size in _PRESET_SIZES):
+                warnings.warn(
+                    f"{where} has no YAML beside it and is taken for {name}: unconditional, {released.max_length} "
+                    "tokens. If it was trained otherwise, name its config with --config",
+                    stacklevel=2,
+                )
                 return dataclasses.replace(released, **known)
         raise CheckpointError(
             f"{where} has no YAML beside it and is of no released size ({', '.join(RELEASED)}): "
@@ -157,13 +163,8 @@ def make_config(sizes: Mapping[str, int | None], settings: Mapping[str, Any], wh
     max_input_length = _integer(settings, "max_input_length", 0, where)
     if max_input_length >= max_length:
         raise CheckpointError(f"{where}: max_input_length {max_input_length} must be below max_length {max_length}")
-    pad_token = settings.get("pad_token", "pad")
-    if pad_token not in ("pad", "eos"):
-        raise CheckpointError(f"{where}: pad_token must be pad or eos, got {pad_token!r}")
     numbers: dict[str, Any] = {field: _number(settings, key, where) for field, key in _KEYS.items() if key in settings}
-    return ModelConfig(
-        **known, **numbers, max_length=max_length, max_input_length=max_input_length, pad_token=pad_token
-    )
+    return ModelConfig(**known, **numbers, max_length=max_length, max_input_length=max_input_length)
 
 
 def _self_cond(sizes: Mapping[str, int | None], settings: Mapping[str, Any], where: Path) -> bool:

@@ -15,8 +15,8 @@ from elf_rt.export.t5 import T5Sizes, write_t5_encoder
 
 TABLE = "embedding.weight"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # T5's own names have no organisation: t5-small
-_HUB_FILES = ["config.json", "model.safetensors", "tokenizer.json", "spiece.model"]
-REPLAY_SOURCES = 4
+_TOKENIZER_FILES = ["tokenizer.json", "spiece.model"]
+_HUB_FILES = ["config.json", "model.safetensors", *_TOKENIZER_FILES]
 
 
 def write_encoder(folder: Path, source: str | Path, *, latent_dim: int, vocab_size: int = 0) -> dict[str, Any]:
@@ -37,13 +37,13 @@ def write_encoder(folder: Path, source: str | Path, *, latent_dim: int, vocab_si
     return entry | {"source": Path(source).name if Path(source).exists() else str(source)}
 
 
-def _local(source: str | Path) -> Path:
-    """A file or folder here; a Hub id is downloaded."""
+def _local(source: str | Path, files: list[str] = _HUB_FILES) -> Path:
+    """A file or folder here; of a Hub id, these files are downloaded."""
     if Path(source).exists():
         return Path(source)
     if not _HUB_NAME.fullmatch(str(source)):
         raise CheckpointError(f"no such encoder: {source}")
-    return download(str(source), _HUB_FILES)
+    return download(str(source), files)
 
 
 def _write_table(folder: Path, path: Path, latent_dim: int, vocab_size: int) -> dict[str, Any]:
@@ -123,12 +123,13 @@ def _prove(folder: Path, sizes: T5Sizes) -> None:
     ids = np.arange(2 * 7, dtype=np.int64).reshape(2, 7) % sizes.vocab_size
     mask = np.ones_like(ids)
     mask[1, 3:] = 0
-    latents = _run_onnx(folder / "encoder.onnx", ids, mask)
+    latents = run_encoder(folder / "encoder.onnx", ids, mask)
     if latents.shape != (2, 7, sizes.d_model) or not np.isfinite(latents).all():
         raise CheckpointError("the encoder's latents are not finite: its weights are damaged")
 
 
-def _run_onnx(path: Path, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+def run_encoder(path: Path, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """ids and mask (B, S) int64 -> latents (B, S, C) of an encoder.onnx, in ONNX Runtime."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -136,15 +137,18 @@ def _run_onnx(path: Path, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.asarray(latents)
 
 
-def find_tokenizer(checkpoint_folder: Path, encoder_source: str | Path | None) -> Path | None:
+def find_tokenizer(checkpoint_folder: Path, encoder_source: str | Path | None, *, alone: bool = False) -> Path | None:
     """The tokenizer.json beside the checkpoint, else beside the encoder or in its Hub snapshot; None: there is none.
+
+    Args:
+        alone: nothing else of the encoder will be wanted, so nothing else is downloaded.
 
     Raises:
         CheckpointError: there is only a SentencePiece model, which must be converted first; or the Hub is out of reach.
     """
     folders = [checkpoint_folder]
     if encoder_source is not None and not (checkpoint_folder / "tokenizer.json").is_file():
-        root = _local(encoder_source)
+        root = _local(encoder_source, _TOKENIZER_FILES if alone else _HUB_FILES)
         folders.append(root.parent if root.is_file() else root)
     for folder in folders:
         if (folder / "tokenizer.json").is_file():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from elf_rt.bundle import SUFFIX, Bundle, atomic_folder, write_manifest
 from elf_rt.errors import CheckpointError, InputError
 from elf_rt.export.bf16 import engine_agreement, operations_to_keep
 from elf_rt.export.checkpoint import Checkpoint, load_checkpoint
-from elf_rt.export.encoder import check_tokenizer, find_tokenizer, write_encoder
+from elf_rt.export.encoder import check_tokenizer, find_tokenizer, run_encoder, write_encoder
 from elf_rt.export.graph import FUSED_OPSET, write_graphs
 from elf_rt.export.planner import plan_precision
 from elf_rt.export.precision import FP32, Precision
@@ -27,10 +28,10 @@ from elf_rt.export.replay import Run, plan_runs, record
 from elf_rt.params import SamplingParams, presets_for
 from elf_rt.text import EOS_ID, TextCodec
 
-REPLAY_SOURCES = 4  # texts that the replay of a conditional model runs on
+REPLAY_BATCH = 4
 REPLAY_STEPS = 8  # more would amplify float32 rounding on an untrained model until nothing can be judged
 RANGE_STEPS = 16  # activations are measured on longer runs, with seeds of their own
-RANGE_BATCH = 8  # smaller where the model is large
+RANGE_BATCH = 8  # and as many sources; smaller where the model is large
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def export_bundle(
         presets = {name: SamplingParams(**values) for name, values in manifest["presets"].items()}
 
         say("running the reference model")
-        runs = plan_runs(checkpoint.config, presets, cond, mask, max_steps=REPLAY_STEPS, batch=4, seed=0)
+        runs = plan_runs(checkpoint.config, presets, cond, mask, max_steps=REPLAY_STEPS, batch=REPLAY_BATCH, seed=0)
         np.savez(folder / "replay.npz", **record(model, runs))  # type: ignore[arg-type]
 
         def longer_runs(max_steps: int) -> list[Run]:
@@ -166,14 +167,21 @@ def _write_text_side(folder: Path, checkpoint: Checkpoint, options: ExportOption
     config = checkpoint.config
     beside = checkpoint.path.parent
     encoder = options.encoder or _encoder_beside(beside, checkpoint.settings)
-    tokenizer = options.tokenizer or find_tokenizer(beside, encoder)
-    tokens = 0
+    # An unconditional model needs an encoder for pinned spans alone, so only when it is asked for.
+    needs_encoder = config.max_input_length > 0 or options.encoder is not None
+    tokenizer, tokens = options.tokenizer, 0
+    if tokenizer is None:
+        try:
+            tokenizer = find_tokenizer(beside, encoder, alone=not needs_encoder)
+        except CheckpointError as error:
+            if needs_encoder:
+                raise
+            warnings.warn(f"no tokenizer: {error}", stacklevel=2)
     if tokenizer is not None:
         tokens = check_tokenizer(tokenizer, config.vocab_size)
         shutil.copyfile(tokenizer, folder / "tokenizer.json")
         entries["tokenizer"] = {"pad_id": 0, "eos_id": 1, "append_eos": options.append_eos, "file": "tokenizer.json"}
-    # An unconditional model needs an encoder for pinned spans alone, so only when it is asked for.
-    if encoder is not None and (config.max_input_length > 0 or options.encoder is not None):
+    if encoder is not None and needs_encoder:
         entries["encoder"] = write_encoder(folder, encoder, latent_dim=config.latent_dim, vocab_size=tokens)
     return entries
 
@@ -192,29 +200,22 @@ def _encoder_beside(folder: Path, settings: dict[str, Any]) -> str | None:
 def _sources(
     folder: Path, manifest: dict[str, Any], checkpoint: Checkpoint, options: ExportOptions
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Source latents (B, L, C) and mask (B, L) for the replay: of the given prompts, else of random tokens."""
+    """Source latents (B, L, C) and masks (B, L): of the given prompts, else of random tokens, RANGE_BATCH at most."""
     if manifest["encoder"] is None:
         return None, None
     config = checkpoint.config
     write_manifest(folder, manifest | {"variants": {}})
-    codec = TextCodec(Bundle.open(folder), lambda ids, mask: _run_encoder(folder / "encoder.onnx", ids, mask))
+    codec = TextCodec(Bundle.open(folder), lambda ids, mask: run_encoder(folder / "encoder.onnx", ids, mask))
     if options.prompts:
-        sources = codec.tokenize(options.prompts[:REPLAY_SOURCES])
+        sources = codec.tokenize(options.prompts[:RANGE_BATCH])
     else:
         rng = np.random.default_rng(0)
         tokens = min(config.vocab_size, manifest["encoder"]["vocab_size"])
-        widths = np.linspace(config.max_input_length, 1, REPLAY_SOURCES).round().astype(int)
+        widths = np.linspace(config.max_input_length, 1, REPLAY_BATCH).round().astype(int)  # of the replay's sources
+        widths = np.resize(widths, RANGE_BATCH)
         sources = [rng.integers(EOS_ID + 1, tokens, width).tolist() for width in widths]
     latents, mask = codec.encode(sources, config.max_length)
     return torch.from_numpy(latents), torch.from_numpy(mask)
-
-
-def _run_encoder(path: Path, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """(B, S) ids and mask -> (B, S, C) latents, in ONNX Runtime."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return np.asarray(session.run(None, {"ids": ids, "mask": mask})[0])
 
 
 def _files(prefix: str) -> dict[str, str]:

@@ -93,7 +93,7 @@ def calibrate(model: ELF, runs: Iterable[Run]) -> Calibration:
         exact = x @ weight
         difference = quantize_activation(x) @ quantized - exact
         error = difference.flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)  # (R,)
-        calibration.errors[name] = max(calibration.errors.get(name, 0.0), float(error.max()))
+        calibration.errors[name] = float(np.maximum(calibration.errors.get(name, 0.0), float(error.max())))
 
     _observe(model, layers, runs, compare)
     return calibration

@@ -82,10 +82,10 @@ class Ranges:
             self.tensors[name] = new
 
     def include_head(self, model: ELF, hidden: Tensor) -> None:
-        """hidden (L, H) of one decoded text."""
-        features = F.gelu(hidden @ model.proj_kernel + model.proj_bias, approximate="tanh")  # (L, C)
-        self.logits = max(self.logits, float(largest_sums(features, model.unembed_kernel.T).max()))
-        expected = (features @ model.unembed_kernel + model.unembed_bias).argmax(-1)  # (L,)
+        """hidden (R, L, H) of decoded texts."""
+        features = F.gelu(hidden @ model.proj_kernel + model.proj_bias, approximate="tanh")  # (R, L, C)
+        self.logits = float(np.maximum(self.logits, float(largest_sums(features, model.unembed_kernel.T).max())))
+        expected = (features @ model.unembed_kernel + model.unembed_bias).argmax(-1)  # (R, L)
         for precision, kind in TORCH_TYPE.items():
             rounded = (features.to(kind).float() @ model.unembed_kernel.to(kind).float()).to(kind).float()
             hits = int(((rounded + model.unembed_bias).argmax(-1) == expected).sum())

@@ -102,16 +102,16 @@ def plan_runs(
     runs: list[Run] = []
     for params in presets.values():
         cost = step_flop * (2 if params.guidance_scale != 1 else 1)
-        batch = int(min(batch, max(1, FLOP_BUDGET // (cost * max_steps))))
+        fitting = int(min(batch, max(1, FLOP_BUDGET // (cost * max_steps))))
         params = SamplingParams(
-            steps=int(min(params.steps, max_steps, max(4, FLOP_BUDGET // (cost * batch)))),
+            steps=int(min(params.steps, max_steps, max(4, FLOP_BUDGET // (cost * fitting)))),
             sampler="sde" if params.sampler == "sde" else "ode",
             guidance_scale=params.guidance_scale,
             sc_cfg=params.sc_cfg,
             gamma=params.gamma,
         )
         if all(params != run.params for run in runs):
-            runs.append(_draw(config, params, batch, generator, cond, mask))
+            runs.append(_draw(config, params, fitting, generator, cond, mask))
     if cond is not None:
         runs.append(_draw(config, runs[0].params, len(runs[0].z0), generator, None, None))
     return runs

@@ -9,7 +9,7 @@ from conftest import GOLDEN
 from elf_rt import bench, machine
 from elf_rt.backends import open_backend
 from elf_rt.bundle import Bundle
-from elf_rt.errors import BackendError
+from elf_rt.errors import BackendError, InputError
 from elf_rt.model import Model
 
 
@@ -64,6 +64,26 @@ def test_one_text_is_the_one_that_generate_writes(bundle):
         assert np.array_equal(run.ids, [result.ids for result in model.generate(n=3, seed=7, steps=2)])
 
 
+def test_a_step_of_one_graph_launch_is_its_share_of_the_sample(bundle, monkeypatch):
+    """On a GPU all steps are told at the end: their distances are no times."""
+    from fake_gpu import FakeBackend, install_gpu
+
+    opened = Bundle.open(bundle("uncond"))
+    work = bench.Work(steps=(8,), batches=(2,), repeats=1, seed=0)
+    with Model(opened, FakeBackend(opened, install_gpu(monkeypatch)), "test") as model:
+        run = bench.run_once(model, work, 8, 2, seed=7)
+    assert run.steps == [pytest.approx(run.sampler / 9)]  # 8 steps and the decoding call
+
+
+def test_a_contender_that_fails_gives_its_memory_back(bundle):
+    model = contender(bundle("uncond"), "onnxruntime").open()
+    work = bench.Work(steps=(0,), batches=(1,), repeats=1, seed=0)
+    with pytest.raises(InputError, match="steps"):
+        bench.open_contender(bench.Contender("broken", lambda: model), work)
+    with pytest.raises(BackendError, match="closed"):
+        model.generate()
+
+
 def test_random_tiny_beside_torch(run_cli, tmp_path):
     done = run_cli(
         *("bench", "--random", "tiny", "--vs", "torch-eager", "--repeats", "1", "--steps", "1,2", "--batch", "1,3"),
@@ -97,6 +117,8 @@ def test_table_of_a_bundle(run_cli, bundle):
         (("--backends", "cuda"), ("cuda", "onnxruntime")),
         (("--vs", "jax"), ("jax", "torch-eager")),
         (("--vs", "torch-eager"), ("--checkpoint",)),
+        (("--checkpoint", "x"), ("--checkpoint has no use without --vs",)),
+        (("--steps", "²"), ("--steps", "²")),
         (("--steps", "0"), ("--steps", "0")),
         (("--batch", "two"), ("--batch", "two")),
         (("--plot", "picture.txt"), (".png",)),

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -144,6 +145,17 @@ def test_a_pipe_is_written_to_and_stays_a_pipe(tmp_path):
         work.write_bytes(b"text")
     assert pipe.is_fifo()
     assert os.read(reader, 10) == b"text"
+    os.close(reader)
+
+
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="needs /dev/fd")
+def test_a_pipe_without_a_name_is_written_to():
+    """As of --output /dev/stdout into a pipe, and of >(command)."""
+    reader, writer = os.pipe()
+    with atomic_file(Path(f"/dev/fd/{writer}")) as path:
+        path.write_text("text")
+    os.close(writer)
+    assert os.read(reader, 99) == b"text"
     os.close(reader)
 
 

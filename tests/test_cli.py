@@ -99,6 +99,7 @@ def test_jsonl_in_and_out(run_cli, spoken, tmp_path):
         (b'{"input": "a"}\n{"text": "b"}\n', ("line 2",)),
         (b'{"input": 3}\n', ("line 1",)),
         (b'{"input": ""}\n', ("no token",)),
+        (b'{"input": "a", "id": "\\ud800"}\n', ("line 1 holds half of a surrogate pair",)),
     ],
 )
 def test_bad_jsonl(run_cli, spoken, tmp_path, content, words):

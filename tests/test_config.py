@@ -47,7 +47,6 @@ def test_sizes_and_settings():
         "p_std": 0.8,
         "latent_mean": 0.0,
         "latent_std": 0.2,
-        "pad_token": "eos",
     }
     assert dataclasses.asdict(checkpoint.config) == expected
     assert checkpoint.settings == yaml.safe_load((GOLDEN / "cond" / "config.yml").read_text(encoding="utf-8"))
@@ -111,12 +110,11 @@ def test_released_sizes_need_no_yaml(tmp_path):
         ("- a\n- b\n", "must hold a YAML mapping .*got a list"),
         ("", "must hold a YAML mapping .*got a NoneType"),
         ("a: [1\nb: 2", "is not YAML"),
-        ("pad_token: pad\n", "lacks max_length"),
+        ("t_eps: 0.05\n", "lacks max_length"),
         ("max_length: 0\n", "max_length must be a whole number from 1 up, got 0"),
         ("max_length: 16.5\n", "max_length must be a whole number"),
         ("max_length: true\n", "max_length must be a whole number"),
         ("{max_length: 16, max_input_length: 16}", "max_input_length 16 must be below max_length 16"),
-        ("{max_length: 16, pad_token: bos}", "pad_token must be pad or eos, got 'bos'"),
         ("{max_length: 16, latent_std: 0}", "latent_std must be a finite number above 0, got 0"),
         ("{max_length: 16, denoiser_p_mean: .nan}", "denoiser_p_mean must be a finite number, got nan"),
         ("{max_length: 16, t_eps: small}", "t_eps must be a finite number above 0, got 'small'"),

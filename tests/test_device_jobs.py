@@ -161,6 +161,19 @@ def test_a_failed_job_frees_its_workspace(bundles: Any, gpu: FakeGpu, monkeypatc
     assert_same(outcome_of(sampler.run(job)), expected)
 
 
+@pytest.mark.parametrize("function", ["cudaMemset", "cudaGraphUpload"])
+def test_what_fails_half_way_leaves_nothing(
+    function: str, bundles: Any, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = bundles("uncond")
+    sampler = DeviceSampler(FakeBackend(bundle, gpu), bundle.config)
+    monkeypatch.setattr(gpu, function, lambda *arguments: (cudaError_t.cudaErrorUnknown,))
+    with pytest.warns(UserWarning, match="cannot be captured") if "Graph" in function else pytest.raises(BackendError):
+        list(sampler.run(make_job(bundle.config, [1])))
+    sampler.close()
+    assert gpu.allocated() == len(gpu.graphs) == 0
+
+
 def test_a_refused_launch_is_a_backend_error(bundles: Any, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     class CUDAError(Exception):
         """cuda.core's has no other base either."""

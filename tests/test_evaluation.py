@@ -2,12 +2,14 @@
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from conftest import EXAMPLES
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -229,6 +231,32 @@ def test_options_of_writing_need_a_bundle(tmp_path: Path, capsys: pytest.Capture
         main(["eval", "--input", str(path), *option.split()])
     assert stop.value.code == 2
     assert f"-{option.split()[0].strip('-')} has no use without a BUNDLE" in capsys.readouterr().err
+
+
+def test_a_missing_library_is_told_before_texts_are_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    prompts = write(tmp_path / "in.jsonl", {"input": "a", "output": "b"})
+    with pytest.raises(SystemExit):
+        main(["eval", "no-such-bundle.elfrt", "--input", str(prompts)])
+    assert "sacrebleu is not installed" in capsys.readouterr().err
+
+
+def test_padding_of_a_tokenizer_is_not_counted(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(EXAMPLES / "spoken-to-written" / "tokenizer.json"))
+    tokenizer.save(str(tmp_path / "plain.json"))
+    tokenizer.enable_padding(length=64)
+    tokenizer.enable_truncation(3)
+    tokenizer.save(str(tmp_path / "padded.json"))
+    texts = write(tmp_path / "texts.jsonl", {"text": "one two three four"})
+    plain, padded = (
+        json.loads(run_eval("--input", texts, "--tokenizer", tmp_path / f"{name}.json", "--json").stdout)["mean"]
+        for name in ("plain", "padded")
+    )
+    assert plain == padded and plain["entropy"] > 1
 
 
 def test_references_must_be_one_for_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,9 @@
 
 import importlib.util
 import os
+import signal
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -194,14 +196,29 @@ def test_cpp_from_several_python_threads():
 @needs_extension
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_cpp_in_a_forked_child():
-    """The child has none of its parent's worker threads and must not wait for them."""
+    """The child has none of its parent's worker threads and must not wait for them, nor for what they hold."""
     case = make_case((2, 67, 257))
     expected = run(step, case)
-    child = os.fork()
-    if child == 0:
-        same = all(np.array_equal(value, expected[name]) for name, value in run(step, case).items())
-        os._exit(0 if same else 1)
-    assert os.waitpid(child, 0)[1] == 0
+    stop = threading.Event()
+
+    def keep_busy():
+        while not stop.is_set():
+            run(step, case)
+
+    with ThreadPoolExecutor(2) as pool:
+        busy = [pool.submit(keep_busy) for _ in range(2)]
+        try:
+            for _ in range(100):
+                child = os.fork()
+                if child == 0:
+                    signal.alarm(30)  # ends a child that waits for ever
+                    same = all(np.array_equal(value, expected[name]) for name, value in run(step, case).items())
+                    os._exit(0 if same else 1)
+                assert os.waitpid(child, 0)[1] == 0
+        finally:
+            stop.set()
+    for future in busy:
+        future.result()
 
 
 BAD = {

@@ -132,7 +132,7 @@ def test_another_length_warns(shakespeare):
         ({"seed": -1}, "seed must be a whole number between"),
         ({"seed": 2**64}, "seed must be a whole number between"),
         ({"steps": 0}, "steps must be between"),
-        ({"length": 129}, "length must be between 1 and 128"),
+        ({"length": 129}, "length must be a whole number between 1 and 128"),
         ({"preset": "best"}, "preset must be one of default"),
         ({"cfg": 2}, "must be one of steps"),
         ({"prompts": ""}, "no token"),
@@ -173,6 +173,8 @@ def test_a_closed_model_says_so(bundle):
         ({"steps": True}, "steps must be a number, got True"),
         ({"sampler": 1}, "sampler must be a text, got 1"),
         ({"n": "2"}, "n must be a whole number"),
+        ({"n": True}, "n must be a whole number"),
+        ({"length": 32.0}, "length must be a whole number between 1 and 64, got 32.0"),
         ({"seed": 1.5}, "seed must be a whole number"),
         ({"prompts": 5}, "prompts must be a text or a sequence of texts, got 5"),
         ({"prompts": [None]}, "prompt 1 is not a text in UTF-8: None"),
@@ -196,10 +198,53 @@ def test_pinned_tokens_come_back_verbatim(spoken):
     assert after.text.startswith("We")
 
 
+def test_a_text_does_not_end_before_its_last_pin(spoken):
+    """Given a blank with more room than it needs, the model writes an EOS into it."""
+    for template, prompt in (("She paid [12] for the chair.", SPOKEN[0]), ("I saw [20] on monday.", None)):
+        head, tail = template.split(" [")[0], template.split("]")[1]
+        for result in spoken.generate(prompt, pinned=template, n=8, seed=0, steps=4):
+            assert result.text.startswith(head) and result.text.endswith(tail), result.text
+    room = spoken.config.max_length - spoken.config.max_input_length
+    last = spoken.generate(SPOKEN[0], pinned={room - 1: 20}, seed=0, steps=4)[0]
+    assert len(last.ids) == room and last.ids[-1] == 20
+    with pytest.raises(InputError, match=f"between 0 and {room - 1}, got {room}"):
+        spoken.generate(SPOKEN[0], pinned={room: 20}, seed=0, steps=4)
+
+
 @pytest.mark.parametrize(
     ("pinned", "message"),
-    [({}, "nothing is pinned"), ({-1: 5}, "0 or more"), ({0: 9999}, "between 0 and 511"), ("[99]", "nothing|canvas")],
+    [
+        ({}, "nothing is pinned"),
+        ({-1: 5}, "between 0 and 63"),
+        ({0: 9999}, "between 0 and 511"),
+        ("[99]", "blanks need 99"),
+    ],
 )
 def test_bad_pins(spoken, pinned, message):
     with pytest.raises(InputError, match=message):
         spoken.generate(pinned=pinned, steps=1)
+
+
+@pytest.mark.parametrize("drafts_every", [-1, 1.5])
+def test_drafts_are_counted_in_whole_steps(spoken, drafts_every):
+    with pytest.raises(InputError, match="drafts_every must be a whole number, 0 or more"):
+        next(spoken.stream(drafts_every=drafts_every))
+
+
+def test_sample_checks_what_it_is_given(spoken):
+    config = spoken.config
+    shape = (2, config.max_length, config.latent_dim)
+    z0, params = np.zeros(shape, np.float32), spoken.params(sampler="sde", steps=3)
+    mask = np.zeros(shape[:2], bool)
+    assert spoken.sample(z0=z0, params=params).ids.shape == shape[:2]  # noise of one seed for both
+    for given, message in (
+        ({"eps": np.zeros((1, *shape), np.float32)}, r"eps must have shape \(2, 2, 64, \d+\), got \(1, 2, 64"),
+        ({"eps": np.zeros((2, 1, *shape[1:]), np.float32)}, "eps must have shape"),
+        ({"source": z0}, "source and mask go together"),
+        ({"mask": mask}, "source and mask go together"),
+        ({"source": z0, "mask": mask[:1]}, r"mask must have shape \(2, 64\), got \(1, 64\)"),
+        ({"grid": np.array([[0, 0.5, 1]] * 3)}, r"grid must have shape \(2, 3\), got \(3, 3\)"),
+        ({"seeds": [1, 2, 3]}, r"seeds must have shape \(2,\), got \(3,\)"),
+    ):
+        with pytest.raises(InputError, match=message):
+            spoken.sample(z0=z0, params=params, **given)

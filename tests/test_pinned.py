@@ -34,7 +34,7 @@ def runs(mask: np.ndarray) -> list[tuple[bool, int]]:
 
 @pytest.mark.parametrize("tokenizer", [demo(), demo("shakespeare"), metaspace()], ids=["digits", "bytes", "metaspace"])
 def test_template(tokenizer: Tokenizer) -> None:
-    pinned = Pinned.from_template("The train to [2] leaves at [5].", tokenizer, EOS)
+    pinned = Pinned.from_template("The train to [2] leaves at [5].", tokenizer, EOS, 64)
     first, blank, middle, longer, last = runs(pinned.mask)
     assert blank == (False, 2) and longer == (False, 5) and last == (True, 2)
     pieces = np.split(pinned.ids, np.cumsum([first[1], 2, middle[1], 5]))
@@ -48,42 +48,54 @@ def test_template(tokenizer: Tokenizer) -> None:
 
 
 def test_template_without_an_end_and_with_blanks_at_both_ends() -> None:
-    pinned = Pinned.from_template("[3] paid [1][2]", demo(), None)
+    pinned = Pinned.from_template("[3] paid [1][2]", demo(), None, 64)
     assert [length for held, length in runs(pinned.mask) if not held] == [3, 3]
     assert demo().decode(pinned.ids[pinned.mask].tolist()) == " paid"
 
 
 def test_brackets_that_are_no_blank_are_text() -> None:
-    pinned = Pinned.from_template("a [b] [2]", demo(), None)
+    pinned = Pinned.from_template("a [b] [2]", demo(), None, 64)
     assert demo().decode(pinned.ids[pinned.mask].tolist()) == "a [b]"
 
 
 @pytest.mark.parametrize(
     ("template", "message"),
-    [("a [0] b", "at least one token"), ("[4]", "nothing is pinned"), ("a \ue000 [2]", "U\\+E000"), ("", "nothing")],
+    [
+        ("a [0] b", "at least one token"),
+        ("[4]", "nothing is pinned"),
+        ("a \ue000 [2]", "U\\+E000"),
+        ("", "nothing"),
+        ("a [60] b c d e f", "needs 66 tokens, but a text has room for 64"),
+        ("a [65]", "blanks need 65 tokens, but a text has room for 64"),
+        ("a [9999999999999999999]", "blanks need 999999999 tokens"),
+    ],
 )
 def test_bad_templates(template: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        Pinned.from_template(template, demo(), None)
+        Pinned.from_template(template, demo(), None, 64)
 
 
 def test_a_blank_inside_a_token_is_refused() -> None:
     """Unknown neighbours of the blank become one <unk> together with it."""
     with pytest.raises(InputError, match="inside a token"):
-        Pinned.from_template("The train tö[2]ß", metaspace(), None)
+        Pinned.from_template("The train tö[2]ß", metaspace(), None, 64)
 
 
 def test_tokens_by_position() -> None:
     tokenizer = demo()
     (dot,) = tokenizer.encode(".", add_special_tokens=False).ids
-    pinned = Pinned.from_tokens({4: ".", 0: 7}, tokenizer, 512)
+    pinned = Pinned.from_tokens({4: ".", 0: 7}, tokenizer, 512, 64)
     assert pinned.ids.tolist() == [7, 0, 0, 0, dot] and pinned.mask.tolist() == [True, False, False, False, True]
 
 
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
-        ({-1: 3}, "position must be 0 or more"),
+        ({-1: 3}, "position must be between 0 and 63, got -1"),
+        ({64: 3}, "position must be between 0 and 63, got 64"),
+        ({10**12: 3}, "position must be between 0 and 63"),
+        ({1.5: 3}, "position must be between 0 and 63, got 1.5"),
+        ({0: 3.7}, "between 0 and 511, got 3.7"),
         ({0: 512}, "between 0 and 511"),
         ({0: -1}, "between 0 and 511"),
         ({0: "a whole sentence"}, "tokens, not one"),
@@ -92,13 +104,13 @@ def test_tokens_by_position() -> None:
 )
 def test_bad_tokens(tokens: dict[int, int | str], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        Pinned.from_tokens(tokens, demo(), 512)
+        Pinned.from_tokens(tokens, demo(), 512, 64)
 
 
 def test_pins_stand_after_the_source_and_come_back_verbatim() -> None:
     rng = np.random.default_rng(0)
     table = rng.normal(size=(20, 3)).astype(np.float32)
-    pinned = Pinned.from_tokens({1: 5, 3: 6}, None, 20)
+    pinned = Pinned.from_tokens({1: 5, 3: 6}, None, 20, 8)
     source, mask = np.zeros((2, 8, 3), np.float32), np.zeros((2, 8), bool)
     mask[1, :4] = True
     source[1, :4] = 9.0
@@ -115,10 +127,3 @@ def test_pins_stand_after_the_source_and_come_back_verbatim() -> None:
     assert np.array_equal(held[1, :4], source[1, :4]) and not mask[0].any()  # the arguments stay as they were
     ids = pinned.restore(np.zeros((2, 8), np.int64), np.array([0, 4]))
     assert ids.tolist() == [[0, 5, 0, 6, 0, 0, 0, 0], [0, 0, 0, 0, 0, 5, 0, 6]]
-
-
-def test_pins_must_fit_on_the_canvas() -> None:
-    pinned = Pinned.from_tokens({3: 5}, None, 20)
-    zeros = np.zeros((1, 6, 2), np.float32), np.zeros((1, 6), bool)
-    with pytest.raises(InputError, match="needs 4 positions after a source of 3, but the canvas has 6"):
-        pinned.hold(lambda ids, mask: np.zeros((*ids.shape, 2), np.float32), *zeros, np.array([3]))

@@ -72,7 +72,9 @@ def test_guidance_rows_combine_like_the_formulas(w, s):
         return plain + s * (value[Row(sees_source, True)] - plain)
 
     want = self_conditioned(False) + w * (self_conditioned(True) - self_conditioned(False))
-    rows, weights = schedule.guidance_rows(SamplingParams(guidance_scale=w, sc_cfg=s), config, conditional=True)
+    params = SamplingParams(guidance_scale=w, sc_cfg=s)
+    rows = schedule.guidance_rows(params, config, conditional=True)
+    weights = schedule.guidance_weights(rows, params, config, np.array([[0.3]]), conditional=True)[0, :, 0]
     assert sum(value[row] * weight for row, weight in zip(rows, weights, strict=True)) == pytest.approx(want)
     assert rows[0].sees_source  # the decoding call makes only this row
     assert len(rows) <= (1 if w == 1 else 2) * (1 if s in (0, 1) else 2) + (w == 0)
@@ -80,7 +82,20 @@ def test_guidance_rows_combine_like_the_formulas(w, s):
 
 def test_one_row_is_enough_where_guidance_is_a_token():
     for params, conditional in ((SamplingParams(sc_cfg=3.0), True), (SamplingParams(guidance_scale=2.0), False)):
-        assert schedule.guidance_rows(params, CONFIG, conditional=conditional) == ((MAIN,), (1.0,))
+        assert schedule.guidance_rows(params, CONFIG, conditional=conditional) == (MAIN,)
+
+
+@pytest.mark.parametrize("w", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("s", [0.0, 1.0, 3.0])
+def test_in_and_outside_the_guidance_interval_the_formulas_hold(w, s):
+    config = dataclasses.replace(CONFIG, num_self_cond_cfg_tokens=0)
+    params = SamplingParams(guidance_scale=w, sc_cfg=s, guidance_from=0.4, guidance_until=0.6)
+    rows = schedule.guidance_rows(params, config, conditional=True)
+    weights = schedule.guidance_weights(rows, params, config, np.array([[0.3], [0.5], [0.7]]), conditional=True)
+    np.testing.assert_allclose(weights.sum(1), 1.0)
+    sees_source = np.array([row.sees_source for row in rows])
+    np.testing.assert_allclose(weights[:, sees_source, 0].sum(1), [1.0, w, 1.0])  # the guidance scale of each step
+    assert rows[0].sees_source
 
 
 def test_logit_normal_grid_has_the_stated_distribution():

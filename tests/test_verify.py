@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import elf_rt
 from elf_rt.bundle import MANIFEST, sha256
 from elf_rt.errors import InputError
+from elf_rt.text import read_positions
 from elf_rt.verify import edit_distance, verify, verify_folder
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
@@ -61,6 +62,40 @@ def test_weights_off_by_one_percent_fail(bundle, tmp_path):
     report = verify_folder(folder, backend="onnxruntime")
     assert not report.passed
     assert all(check.latent_error > 5e-5 for check in report.checks)
+
+
+def test_presets_have_no_part_in_the_proof(bundle, tmp_path):
+    folder = tmp_path / "other.elfrt"
+    shutil.copytree(bundle("uncond"), folder)
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    manifest["presets"]["default"] |= {"x_prev_scale": 1.5, "temperature": 0.6, "gamma_power": 1.0}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    assert verify_folder(folder, backend="onnxruntime").passed
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: path.write_bytes((GOLDEN / "uncond" / "golden.npz").read_bytes()[:999]), "no replay file"),
+        (lambda path: np.save(path.open("wb"), np.zeros(3)), "no replay file"),
+        (lambda path: np.savez(path, fwd_z=np.zeros(3)), "does not fit the model, or is damaged"),
+        (lambda path: np.savez(path, run0_spec=np.array("steps 3")), "does not fit the model, or is damaged"),
+        (lambda path: np.savez(path, fwd_x=np.zeros(3)), "holds no run"),
+    ],
+)
+def test_damaged_replays(bundle, tmp_path, spoil, message):
+    path = tmp_path / "replay.npz"
+    spoil(path)
+    with pytest.raises(InputError, match=message):
+        verify_folder(bundle("uncond"), path, backend="onnxruntime")
+
+
+def test_only_what_is_read_counts():
+    """The source, and all behind the first EOS, are nobody's text; the EOS and tokens that only one has are."""
+    ids = np.array([[5, 1, 7, 8, 1, 9, 9], [0, 0, 3, 3, 3, 3, 0]])
+    source = np.array([[1, 1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0]], bool)
+    want = [[0, 0, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1, 0]]
+    assert read_positions(ids, source, eos_id=1).astype(int).tolist() == want
 
 
 def test_a_replay_of_another_model_is_refused(bundle):

@@ -25,6 +25,7 @@ from elf_rt.console import note, progress
 from elf_rt.errors import BackendError, InputError
 from elf_rt.model import Model
 from elf_rt.params import RELEASED, ModelConfig
+from elf_rt.text import load_tokenizer
 
 TINY = ModelConfig(
     depth=2,
@@ -47,7 +48,7 @@ def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> t
     if value is None:
         return None
     parts = value.split(",")
-    if not all(part.isdigit() and int(part) > 0 for part in parts):
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise click.BadParameter(f"{value!r} is not a list of positive whole numbers such as 8,32")
     return tuple(dict.fromkeys(int(part) for part in parts))
 
@@ -92,6 +93,8 @@ def command(bundle: Path | None, **options: Any) -> None:
     """
     if bundle is not None and options["random_size"]:
         raise click.UsageError("give a BUNDLE or --random, not both")
+    if options["checkpoint"] and not options["vs"]:
+        raise click.UsageError("--checkpoint has no use without --vs")
     for name in options["vs"]:
         if name not in TORCH:
             raise click.BadParameter(f"{name!r} is not one of {', '.join(TORCH)}", param_hint="--vs")
@@ -253,9 +256,7 @@ def _prompts(bundle: Bundle, path: Path | None) -> list[str] | None:
     config = bundle.config
     if bundle.encoder is None or "file" not in bundle.tokenizer:
         return None
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(bundle.path(bundle.tokenizer["file"])))
+    tokenizer = load_tokenizer(bundle.path(bundle.tokenizer["file"]))
     ids = np.random.default_rng(0).integers(
         2, config.vocab_size, (RANDOM_PROMPTS, max(1, config.max_input_length // 2))
     )

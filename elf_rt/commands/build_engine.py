@@ -119,7 +119,7 @@ def _default_batch(bundle: Bundle) -> str:
     from elf_rt.schedule import guidance_rows
 
     config = bundle.config
-    rows, _ = guidance_rows(bundle.presets["default"], config, conditional=config.max_input_length > 0)
+    rows = guidance_rows(bundle.presets["default"], config, conditional=config.max_input_length > 0)
     most = max(REPLAY_ROWS, TOKENS_PER_BATCH // config.max_length)
     return f"{len(rows)},1:{most}:{most}"
 

@@ -1,11 +1,11 @@
 """``elf-rt doctor``: what works on this machine."""
 
-import os
 import platform
 
 import click
 
 from elf_rt import __version__
+from elf_rt.machine import cores
 
 
 @click.command("doctor")
@@ -15,7 +15,7 @@ def command() -> None:
     from elf_rt.backends import discover
 
     click.echo(f"elf-rt {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
-    click.echo(f"{os.cpu_count()} CPU cores, integrator in {integrator.IMPLEMENTATION}")
+    click.echo(f"{cores()} CPU cores, integrator in {integrator.IMPLEMENTATION}")
     if integrator.IMPLEMENTATION == "numpy":
         click.echo("  the C++ extension was not built: install a C++ compiler and reinstall elf-rt to make it faster")
     found = discover()

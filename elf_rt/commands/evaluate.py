@@ -18,6 +18,7 @@ from elf_rt.commands.generate import read_jsonl
 from elf_rt.commands.options import SAMPLING_NAMES, backend_options, sampling_options
 from elf_rt.console import Ticker, note, progress
 from elf_rt.errors import InputError
+from elf_rt.text import load_tokenizer
 
 METRICS = ("fluency", "accuracy", "agreement", "self-bleu")
 WRITING = ("n", "seed", "seeds", "preset", *SAMPLING_NAMES, "backend", "precision", "threads")
@@ -95,6 +96,7 @@ def command(bundle: Path | None, **options: Any) -> None:
     references = _references(records, options)
     other = None if options["against_path"] is None else _texts(options["against_path"])
     wanted = _wanted(options["metrics"], references, other)
+    evaluation.require_libraries(wanted)  # before texts are written
     model = None if options["lm_path"] is None else evaluation.LanguageModel(options["lm_path"])
     tokenize, unit = _tokenizer(bundle, options["tokenizer_path"], model)
     runs = _file_run(records, tokenize) if bundle is None else _generated_runs(bundle, records, tokenize, options)
@@ -207,14 +209,9 @@ def _tokenizer(
         file, name = opened.path(opened.tokenizer["file"]), opened.name
     else:
         file, name = path, path.name
-    from tokenizers import Tokenizer
-
     if not file.is_file():
         raise InputError(f"no tokenizer at {file}")
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises nothing narrower
-        raise InputError(f"{file} is not a tokenizer.json: {error}") from None
+    tokenizer = load_tokenizer(file)
     return (lambda text: tokenizer.encode(text, add_special_tokens=False).ids), f"tokens of {name}"
 
 

@@ -182,7 +182,17 @@ def read_jsonl(path: Path, field: str = "input") -> list[dict[str, Any]]:
             record = None
         if not isinstance(record, dict) or not isinstance(record.get(field), str):
             raise InputError(f'{name} line {number} is not a JSON object with a text "{field}"')
+        if not _is_unicode(record):
+            raise InputError(f"{name} line {number} holds half of a surrogate pair, which cannot be written as UTF-8")
         records.append(record)
     if not records:
         raise InputError(f"{name} has no line in it")
     return records
+
+
+def _is_unicode(record: dict[str, Any]) -> bool:
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -122,5 +122,10 @@ class Cuda:
             executable = cudart.call("cudaGraphInstantiate", graph, 0)
         finally:
             runtime.cudaGraphDestroy(graph)
-        cudart.call("cudaGraphUpload", executable, stream)
-        return Graph(executable, stream)
+        captured = Graph(executable, stream)
+        try:
+            cudart.call("cudaGraphUpload", executable, stream)
+        except BackendError:
+            captured.close()
+            raise
+        return captured
