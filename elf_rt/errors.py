@@ -27,4 +27,5 @@ class InputError(ElfError, ValueError):
 
 def first_line(error: BaseException) -> str:
     """What a library's error says, in one line."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    lines = str(error).splitlines() or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])

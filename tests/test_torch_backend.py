@@ -17,6 +17,7 @@ from elf_rt import device
 from elf_rt.backends import torch_cuda, torch_network
 from elf_rt.backends.ort import OrtBackend
 from elf_rt.backends.torch_cuda import TorchBackend
+from elf_rt.backends.torch_network import Linear
 from elf_rt.bundle import Bundle
 from elf_rt.cudart import Gpu
 from elf_rt.device import kernels
@@ -135,6 +136,7 @@ def test_compiled_is_the_same(precision: str, bundles: Any) -> None:
 def test_only_rows_and_length_become_variables(bundles: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels know all widths: compiled for a second shape they take R, L and S as they come; a third compiles none."""
     sizes: list[int | torch.SymInt] = []
+    torch.compiler.reset()  # what other tests compiled
 
     def note(module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         values = [node.meta["example_value"] for node in module.graph.nodes if node.op == "placeholder"]
@@ -150,10 +152,35 @@ def test_only_rows_and_length_become_variables(bundles: Any, monkeypatch: pytest
     rows, length = 5, bundle.config.max_length
     call(backend, rows, length, 0.0)
     variable = {int(size) for size in sizes if isinstance(size, torch.SymInt)}
-    assert variable == {rows, length, bundle.config.num_prefix_tokens + length}
+    assert variable == {rows, length, bundle.config.num_prefix_tokens + length, rows * length}
     sizes.clear()
     call(backend, rows - 1, length - 1, 0.0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)  # part of torch's global state, which anybody may change
+    try:
+        call(backend, rows, length, 0.0)
+    finally:
+        torch.set_num_threads(threads)
     assert not sizes
+
+
+def test_settings_of_the_caller_change_nothing(bundles: Any) -> None:
+    bundle = bundles("cond")
+    backend = TorchBackend(bundle, "fp32", "cpu")
+    plain, matmul = call(backend, 2, 5, 1.0), torch.backends.cuda.matmul
+    seen: list[bool] = []
+    product = Linear.product
+
+    def note(layer: Linear, x: torch.Tensor) -> torch.Tensor:
+        seen.append(matmul.allow_fp16_reduced_precision_reduction or matmul.allow_bf16_reduced_precision_reduction)
+        return product(layer, x)
+
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
+        patch.setattr(Linear, "product", note)
+        x, ids = call(backend, 2, 5, 1.0)
+    assert np.array_equal(x, plain[0]) and np.array_equal(ids, plain[1])
+    assert seen and not any(seen)  # sums of 16-bit products stay in float32
+    assert matmul.allow_fp16_reduced_precision_reduction  # and torch's default is back
 
 
 def test_a_failed_call_holds_on_to_no_memory(bundles: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,8 @@ as long as the network, and whose addresses the kernels are given.
 import importlib.util
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -87,6 +88,7 @@ class TorchBackend:
         try:
             network = self.bind(3, min(8, self.config.max_length))
             network.denoise()
+            network.discretize()
             network.close()
             self.fused = True
         except Exception as error:  # dynamo, inductor, Triton and the C compiler have no common error
@@ -176,14 +178,15 @@ class TorchNetwork:
 
     def denoise(self) -> None:
         """On torch's current stream."""
-        at = self.tensors.get
-        x, hidden = self._network.denoise(self.tensors["z"], at("x_prev"), self.tensors["t"], at("s"), at("mode"))
-        self.tensors["x"].copy_(x)
-        self.tensors["hidden"].copy_(hidden)
+        with own_settings(self._torch):
+            at = self.tensors.get
+            inputs = self.tensors["z"], at("x_prev"), self.tensors["t"], at("s"), at("mode")
+            self._network.denoise(*inputs, self.tensors["x"], self.tensors["hidden"])
 
     def discretize(self) -> None:
         """On torch's current stream."""
-        self.tensors["ids"].copy_(self._network.discretize(self.tensors["hidden"]))
+        with own_settings(self._torch):
+            self.tensors["ids"].copy_(self._network.discretize(self.tensors["hidden"]))
 
     def close(self) -> None:
         self.tensors.clear()
@@ -242,6 +245,22 @@ class TorchGraph:
 
     def close(self) -> None:
         self._graph.reset()
+
+
+@contextmanager
+def own_settings(torch: Any) -> Iterator[None]:
+    """Inside the context no autocast of the caller's has an effect, and no sum of 16-bit products is kept in 16 bits,
+    which may overflow where the sum itself does not."""
+    matmul, saved = torch.backends.cuda.matmul, {}
+    for name in ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction"):
+        saved[name] = getattr(matmul, name)
+        setattr(matmul, name, False)
+    try:
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        for name, value in saved.items():
+            setattr(matmul, name, value)
 
 
 def failure(what: str, error: RuntimeError) -> BackendError:

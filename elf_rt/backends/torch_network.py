@@ -9,7 +9,8 @@ Letters: R rows, L text length, P prefix tokens, S = P + L, C latents, H hidden,
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ class Block:
     norm1: Tensor
     qkv: Linear
     head_bias: Tensor  # (2, heads, D), of q and k
-    eps: tuple[float, float]  # of q's and k's norm
+    eps: Tensor  # (2, 1, 1): of q's and k's norm
     cos: Tensor  # (P + max_length, 2, 1, D): q's and k's norm weights are in it
     sin: Tensor
     attention_type: torch.dtype
@@ -141,21 +142,28 @@ class Pointwise:
     rotated_heads: Callable[..., Tensor]
     gate: Callable[..., Tensor]
     added_norm: Callable[..., tuple[Tensor, Tensor]]
+    final_norm: Callable[..., Tensor]
+    write_finished: Callable[..., None]
+    likeliest: Callable[..., Tensor]
 
     @classmethod
     def eager(cls) -> "Pointwise":
-        return cls(text_input, angles, activated, tokens, finished, residual, norm, rotated_heads, gate, added_norm)
+        return cls(*(globals()[field.name] for field in dataclasses.fields(cls)))
 
     @classmethod
     def compiled(cls) -> "Pointwise":
         """By torch.compile: fewer launches, less memory traffic. It needs Triton on a GPU, and seconds at the start.
         Sizes that differ between calls become variables: R, L and S."""
-        options: dict[str, Any] = {}
+        # A thread count or a default type that somebody sets must not compile anew while a graph is captured: what is
+        # compiled here depends on none, and always runs in inference mode.
+        guards: dict[str, Any] = {"guard_filter_fn": _without_global_state}
+        limits: dict[str, Any] = {}
         if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # torch 2.13
-            options = {"recompile_limit": VARIANTS, "isolate_recompiles": True}
+            limits = {"recompile_limit": VARIANTS, "isolate_recompiles": True}
         else:  # counted for all models of the process together
             torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
-        return cls(*(torch.compile(function, **options) for function in vars(cls.eager()).values()))
+        functions = vars(cls.eager()).values()
+        return cls(*(torch.compile(function, options=dict(guards), **limits) for function in functions))  # it pops them
 
 
 class Network:
@@ -187,41 +195,48 @@ class Network:
         self._head, self._unembed = weights.linear("proj"), weights.linear("unembed")
 
     def denoise(
-        self, z: Tensor, x_prev: Tensor | None, t: Tensor, s: Tensor | None, mode: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """z, x_prev (R, L, C), t, s, mode (R,) float32 -> x (R, L, C), hidden (R, L, H) float32."""
+        self,
+        z: Tensor,
+        x_prev: Tensor | None,
+        t: Tensor,
+        s: Tensor | None,
+        mode: Tensor | None,
+        x: Tensor,
+        hidden: Tensor,
+    ) -> None:
+        """z, x_prev (R, L, C), t, s, mode (R,) float32: writes x (R, L, C) and hidden (R, L, H) float32."""
         do, first = self.pointwise, self._blocks[0]
         text = do.finished(*self._proj1.unfinished(do.text_input(z, x_prev, self._proj1.type)), self._proj2.type)
         h = do.residual(self._prefix(t, s, mode), *self._proj2.unfinished(text))
-        x = do.norm(h, first.norm1, self._eps, first.qkv.type)
-        readers = [(block.norm1, block.qkv.type) for block in self._blocks[1:]]
-        for block, reader in zip(self._blocks, [*readers, (self._norm_final, self._final.type)], strict=True):
-            h, x = self._after(block, h, x, *reader)
-        h, x = (tensor[:, self.config.num_prefix_tokens :] for tensor in (h, x))
-        return self._final(x.contiguous()), h
+        normed = do.norm(h, first.norm1, self._eps, first.qkv.type)
+        for block, after in itertools.pairwise(self._blocks):
+            branch = self._branches(block, h, normed)
+            h, normed = do.added_norm(*branch, after.norm1, self._eps, after.qkv.type)
+        branch = self._branches(self._blocks[-1], h, normed)
+        normed = do.final_norm(*branch, self._norm_final, self._eps, self._final.type, hidden)
+        do.write_finished(*self._final.unfinished(normed), x)
 
     def discretize(self, hidden: Tensor) -> Tensor:
         """hidden (R, L, H) -> ids (R, L): the lowest of the ids with the largest logit."""
         parts = []
         for tokens in hidden.flatten(0, 1).split(DECODED_AT_ONCE):
             features = F.gelu(self._head(tokens), approximate="tanh")  # (tokens, C)
-            parts.append(self._unembed(features).argmax(-1))  # of (tokens, V)
+            parts.append(self.pointwise.likeliest(*self._unembed.unfinished(features)))  # of (tokens, V)
         return torch.cat(parts).view(hidden.shape[:2])
 
-    def _after(self, block: Block, h: Tensor, x: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The residual h (R, S, H) float32 and its norm x -> both after one block; `weight` and the type are those of
-        the norm that comes next."""
+    def _branches(self, block: Block, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The residual h (R, S, H) float32 and its norm x -> h with attention added, and the MLP's unfinished product,
+        which what comes next adds to it."""
         (rows, size, _), do = h.shape, self.pointwise
-        qkv = block.qkv.product(x)
-        qkv = qkv.view(rows, size, 3, self.config.num_heads, -1)  # (R, S, 3, heads, D)
-        cos, sin = block.cos[:size], block.sin[:size]
-        qk = do.rotated_heads(qkv[:, :, :2], block.head_bias, cos, sin, *block.eps, block.attention_type)
-        q, k, v = (x.transpose(1, 2) for x in (qk[:, :, 0], qk[:, :, 1], qkv[:, :, 2].to(block.attention_type)))
+        qkv = block.qkv.product(x)  # (R, S, 3 heads D)
+        qk = do.rotated_heads(qkv, block.head_bias, block.cos[:size], block.sin[:size], block.eps, block.attention_type)
+        v = qkv.view(rows, size, 3, *qk.shape[3:])[:, :, 2].to(block.attention_type)  # (R, S, heads, D)
+        q, k, v = (x.transpose(1, 2) for x in (qk[:, :, 0], qk[:, :, 1], v))
         mixed = F.scaled_dot_product_attention(q, k, v, scale=self.config.head_dim**-0.5)  # (R, heads, S, D)
         proj = block.proj.unfinished(mixed.transpose(1, 2).flatten(2))
         h, x = do.added_norm(h, *proj, block.norm2, self._eps, block.w12.type)
         gated = do.gate(*block.w12.unfinished(x), block.w3.type)  # (R, S, inner)
-        return do.added_norm(h, *block.w3.unfinished(gated), weight, self._eps, dtype)
+        return h, *block.w3.unfinished(gated)
 
     def _prefix(self, t: Tensor, s: Tensor | None, mode: Tensor | None) -> list[Tensor]:
         """(R, tokens, H) each: time, self-conditioning scale, mode."""
@@ -255,7 +270,7 @@ def make_block(weights: GraphWeights, name: str, cos: Tensor, sin: Tensor, atten
         norm1=weights.tensor(f"{name}.norm1.weight"),
         qkv=qkv,
         head_bias=torch.stack(biases),
-        eps=(weights.eps(f"{name}.attn.q_norm"), weights.eps(f"{name}.attn.k_norm")),
+        eps=torch.tensor([weights.eps(f"{name}.attn.{part}_norm") for part in "qk"], device=cos.device)[:, None, None],
         cos=cos[:, None, None] * norms,
         sin=sign * sin[:, None, None] * norms.roll(half, -1),
         attention_type=attention_type,
@@ -306,15 +321,11 @@ def norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     return F.rms_norm(x, weight.shape, weight, eps).to(dtype)
 
 
-def rotated_heads(
-    qk: Tensor, bias: Tensor, cos: Tensor, sin: Tensor, q_eps: float, k_eps: float, dtype: torch.dtype
-) -> Tensor:
-    """q and k (R, S, 2, heads, D): bias, RMSNorm of each head and half-split rotary, whose `sin` carries the sign."""
-    x = qk + bias
-    if q_eps == k_eps:
-        x = F.rms_norm(x, x.shape[-1:], eps=q_eps)
-    else:
-        x = torch.stack([F.rms_norm(x[:, :, i], x.shape[-1:], eps=eps) for i, eps in enumerate((q_eps, k_eps))], 2)
+def rotated_heads(qkv: Tensor, bias: Tensor, cos: Tensor, sin: Tensor, eps: Tensor, dtype: torch.dtype) -> Tensor:
+    """qkv (R, S, 3 heads D) -> q and k (R, S, 2, heads, D): bias, RMSNorm of each head and half-split rotary, whose
+    `sin` carries the sign. The product comes whole: a compiler does not know that a part of it is aligned."""
+    x = qkv.view(*qkv.shape[:2], 3, *bias.shape[1:])[:, :, :2] + bias
+    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(dtype)
 
 
@@ -336,3 +347,33 @@ def added_norm(
     """The residual with a branch added, and the norm of it that comes next."""
     h = h + finished(product, scale, bias)
     return h, norm(h, weight, eps, dtype)
+
+
+def final_norm(
+    h: Tensor,
+    product: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    hidden: Tensor,
+) -> Tensor:
+    """`added_norm` of the text alone, whose residual is written to `hidden` (R, L, H)."""
+    text = h.shape[1] - hidden.shape[1]  # where it begins
+    hidden.copy_(h[:, text:] + finished(product[:, text:], scale, bias))
+    return norm(hidden, weight, eps, dtype)
+
+
+def write_finished(product: Tensor, scale: Tensor | None, bias: Tensor | None, to: Tensor) -> None:
+    """`finished` into a float32 tensor."""
+    to.copy_(finished(product, scale, bias))
+
+
+def likeliest(product: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Logits (tokens, V) -> ids (tokens,)."""
+    return finished(product, scale, bias).argmax(-1)
+
+
+def _without_global_state(guards: Sequence[Any]) -> list[bool]:
+    return [guard.guard_type != "GLOBAL_STATE" for guard in guards]
