@@ -33,3 +33,7 @@ def __getattr__(name: str) -> Any:
         if hasattr(namespace, name):
             return getattr(namespace, name)
     raise AttributeError(f"module 'elf_rt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

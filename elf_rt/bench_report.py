@@ -1,6 +1,7 @@
 """What ``elf-rt bench`` shows: the machine, two tables, a picture."""
 
 import importlib.metadata
+import itertools
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from elf_rt import integrator, machine
 from elf_rt.bench import Report, Row
 
+STYLES = ("o-", "s--", "^:", "v-.")  # lines that lie on each other can be told apart
 LIBRARIES = ("elf-rt", "numpy", "openvino", "onnxruntime", "onnxruntime-gpu", "torch", "tensorrt", "tensorrt-rtx")
 
 
@@ -38,6 +40,7 @@ def lines(result: dict[str, Any], report: Report) -> Iterator[str]:
     yield ", ".join(f"{name} {version}" for name, version in here["versions"].items())
     yield f"model {result['model']}; the reference is {report.reference}, speed is relative to {report.baseline}"
     yield "milliseconds; a sample is a request divided by its texts"
+    yield "memory is what opening and a first text added: the first engine of a library carries the library"
     yield ""
     run = {
         "engine": lambda row: row.name,
@@ -86,20 +89,20 @@ def lines(result: dict[str, Any], report: Report) -> Iterator[str]:
 
 
 def draw(report: Report, title: str, path: Path, file_format: str) -> None:
-    """Latency of a sample against steps, at the smallest batch, and against the batch, at the fewest steps."""
+    """Latency of a sample against steps, at the smallest batch, and against the batch, at the most steps."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, ScalarFormatter, StrMethodFormatter
 
     figure = Figure(figsize=(10, 4), layout="constrained")
-    batch, steps = min(row.batch for row in report.rows), min(row.steps for row in report.rows)
+    batch, steps = min(row.batch for row in report.rows), max(row.steps for row in report.rows)
     panels = (
         ("steps", f"Time of one text, batch {batch}", lambda row: row.steps, lambda row: row.batch == batch),
         ("batch", f"Time per text, steps = {steps}", lambda row: row.batch, lambda row: row.steps == steps),
     )
     for axis, (label, heading, x, shown) in zip(figure.subplots(1, 2), panels, strict=True):
-        for entry in report.contenders:
+        for entry, style in zip(report.contenders, itertools.cycle(STYLES)):
             rows = sorted((row for row in report.rows if row.name == entry["name"] and shown(row)), key=x)
-            axis.plot([x(row) for row in rows], [row.sample_p50 for row in rows], marker="o", label=entry["name"])
+            axis.plot([x(row) for row in rows], [row.sample_p50 for row in rows], style, label=entry["name"])
         axis.set(xlabel=label, ylabel="milliseconds", title=heading, xscale="log", yscale="log")
         axis.set_xticks(sorted({x(row) for row in report.rows if shown(row)}), minor=False)
         axis.xaxis.set_major_formatter(ScalarFormatter())
@@ -107,7 +110,7 @@ def draw(report: Report, title: str, path: Path, file_format: str) -> None:
         axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axis.legend()
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=len(report.contenders))
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, format=file_format, dpi=150)
 

@@ -151,7 +151,11 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     """A new folder beside ``target`` that takes its name when the block succeeds, and vanishes when it does not."""
     if target.exists() and not (target / MANIFEST).is_file():
         raise BundleError(f"{target} exists and is not a bundle: name another output")
+    if target.exists() and not os.access(target, os.W_OK):
+        raise BundleError(f"{target} is read-only: name another output")
     target.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(target.parent, os.W_OK):
+        raise BundleError(f"cannot write in {target.parent}")
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield work
@@ -181,6 +185,8 @@ def atomic_file(target: Path) -> Iterator[Path]:
     target = target.resolve()
     if not target.parent.is_dir():
         raise BundleError(f"the folder {target.parent} does not exist")
+    if not os.access(target.parent, os.W_OK):
+        raise BundleError(f"cannot write in {target.parent}")
     work = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     os.close(os.open(work, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:

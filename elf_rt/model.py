@@ -1,7 +1,7 @@
 """The public API: ``load`` a bundle, ``generate`` text, ``stream`` it, or ``sample`` latents with everything given."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -13,7 +13,7 @@ from elf_rt.backends import open_backend
 from elf_rt.bundle import Bundle
 from elf_rt.errors import BackendError, InputError
 from elf_rt.params import SamplingParams
-from elf_rt.request import Batch, Pins, Request, check_length, is_whole
+from elf_rt.request import HOST_TOKENS_PER_BATCH, TOKENS_PER_BATCH, Batch, Pins, Request, check_length, is_whole
 from elf_rt.sampler import HostSampler, Job, Outcome, StepDone
 from elf_rt.text import TextCodec
 
@@ -34,7 +34,7 @@ class Result:
     """One text. ids: (L,) int64 final token ids; text is None for a bundle without a tokenizer."""
 
     text: str | None
-    ids: np.ndarray
+    ids: np.ndarray = field(repr=False)
     seed: int
     prompt: str | None
     timings: Timings
@@ -42,12 +42,14 @@ class Result:
 
 @dataclass(frozen=True)
 class Draft:
-    """A step of a stream. texts: what each sample would read now, on the steps that draft, else None."""
+    """A step of a stream. texts: what each sample would read now, on the steps that draft, else None. batch: how many
+    are written together."""
 
     step: int
     steps: int
     t: float
     texts: list[str | None] | None
+    batch: int
 
 
 def load(
@@ -119,7 +121,7 @@ class Model:
         """
         results: list[Result] = []
         request = Request.make(self.codec, self.params(preset, **overrides), prompts, n, seed, length, pinned)
-        for batch in request.batches(self.codec, max_rows=self._max_rows(request.length)):
+        for batch in request.batches(self.codec, self._tokens_per_batch, max_rows=self._max_rows(request.length)):
             for event in self._open_sampler.run(batch.job):
                 if isinstance(event, Outcome):
                     results += self._results(batch, event)
@@ -147,7 +149,8 @@ class Model:
         if not is_whole(drafts_every) or drafts_every < 0:
             raise InputError(f"drafts_every must be a whole number, 0 or more, got {drafts_every!r}")
         request = Request.make(self.codec, self.params(preset, **overrides), prompts, n, seed, length, pinned)
-        for batch in request.batches(self.codec, drafts_every, self._max_rows(request.length)):
+        max_rows = self._max_rows(request.length)
+        for batch in request.batches(self.codec, self._tokens_per_batch, drafts_every, max_rows):
             for event in self._open_sampler.run(batch.job):
                 if isinstance(event, Outcome):
                     yield self._results(batch, event)
@@ -209,6 +212,9 @@ class Model:
             self._sampler.close()
             self.backend.close()
 
+    def __repr__(self) -> str:
+        return f"Model({str(self.bundle.folder)!r}, {self.backend_reason})"
+
     def __enter__(self) -> Self:
         return self
 
@@ -220,6 +226,10 @@ class Model:
         if self._closed:
             raise BackendError("the model is closed: load it again")
         return self._sampler
+
+    @property
+    def _tokens_per_batch(self) -> int:
+        return TOKENS_PER_BATCH if self.backend.device == "cuda" else HOST_TOKENS_PER_BATCH
 
     def _max_rows(self, length: int) -> int | None:
         """The most rows that the engine takes in one call, where it was built for some number."""
@@ -244,7 +254,7 @@ class Model:
         texts = None
         if event.draft is not None:
             texts = [self.codec.decode(row) for row in batch.finish(self.codec, event.draft)]
-        return Draft(event.step, batch.job.table.num_steps, event.t, texts)
+        return Draft(event.step, batch.job.table.num_steps, event.t, texts, len(batch.job.seeds))
 
 
 def _check_shape(name: str, array: np.ndarray | None, want: tuple[int, ...]) -> None:

@@ -16,7 +16,10 @@ from elf_rt.pinned import Pinned
 from elf_rt.sampler import Job
 from elf_rt.text import TextCodec
 
-TOKENS_PER_BATCH = 8192  # rows x length of one network call; larger requests are cut into batches of this size
+# Rows x length of one network call; larger requests are cut into batches of this size. A CPU gains nothing from more,
+# and its first text would come later.
+TOKENS_PER_BATCH = 8192
+HOST_TOKENS_PER_BATCH = 2048
 MAX_SEED = 2**64
 
 Pins = Mapping[int, int | str] | str  # {position: token}, or a template with blanks
@@ -88,13 +91,15 @@ class Request:
         pins = None if pinned is None else _pins(codec, pinned, room)
         return cls(params, n, seed, length, prompts, sources, pins)
 
-    def batches(self, codec: TextCodec, drafts_every: int = 0, max_rows: int | None = None) -> Iterator[Batch]:
+    def batches(
+        self, codec: TextCodec, tokens_per_batch: int, drafts_every: int = 0, max_rows: int | None = None
+    ) -> Iterator[Batch]:
         """The jobs, each made when it is needed. max_rows: the most that the engine takes in one network call."""
         config = codec.config
         total = self.n if self.prompts is None else self.n * len(self.prompts)
         conditional = self.sources is not None or self.pins is not None
         rows = schedule.guidance_rows(self.params, config, conditional=conditional)
-        size = max(1, min(TOKENS_PER_BATCH // self.length, max_rows or MAX_SEED) // len(rows))
+        size = max(1, min(tokens_per_batch // self.length, max_rows or MAX_SEED) // len(rows))
         encoded: Encoded = {}
         for start in range(0, total, size):
             index = range(start, min(total, start + size))

@@ -159,12 +159,24 @@ def make_config(sizes: Mapping[str, int | None], settings: Mapping[str, Any], wh
             f"{where} has no YAML beside it and is of no released size ({', '.join(RELEASED)}): "
             "name its config with --config (it must give max_length)"
         )
+    _check_sizes(known, settings, where)
     max_length = _integer(settings, "max_length", 1, where)
     max_input_length = _integer(settings, "max_input_length", 0, where)
     if max_input_length >= max_length:
         raise CheckpointError(f"{where}: max_input_length {max_input_length} must be below max_length {max_length}")
     numbers: dict[str, Any] = {field: _number(settings, key, where) for field, key in _KEYS.items() if key in settings}
+    if absent := [key for key in _KEYS.values() if key not in settings]:
+        warnings.warn(f"{where} lacks {', '.join(absent)}: ELF-B's values are taken", stacklevel=2)
     return ModelConfig(**known, **numbers, max_length=max_length, max_input_length=max_input_length)
+
+
+def _check_sizes(known: Mapping[str, Any], settings: Mapping[str, Any], where: Path) -> None:
+    """A YAML that gives other sizes than the weights have is another model's."""
+    for name, value in known.items():
+        if name in settings and name != "self_cond" and str(settings[name]) != str(value):
+            raise CheckpointError(
+                f"{where} is not the config of these weights: it says {name} {settings[name]}, they have {value}"
+            )
 
 
 def _self_cond(sizes: Mapping[str, int | None], settings: Mapping[str, Any], where: Path) -> bool:

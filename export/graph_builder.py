@@ -141,7 +141,7 @@ class GraphBuilder:
         return self.op("Cast", x, precision=precision, to=ONNX_TYPE[precision])
 
     def save(self, path: Path, metadata: dict[str, str]) -> None:
-        """Check the graph and write it. The same calls give the same bytes."""
+        """Write the graph. The same calls give the same bytes."""
         graph = helper.make_graph(
             self._nodes, self.name, self._inputs, self._outputs, initializer=list(self._initializers.values())
         )

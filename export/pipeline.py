@@ -29,9 +29,10 @@ from elf_rt.params import SamplingParams, presets_for
 from elf_rt.text import EOS_ID, TextCodec
 
 REPLAY_BATCH = 4
+RANGE_POSITIONS = 1536  # that activations are measured on together: enough that no single token at a near tie decides
+LEAST_TEXTS, MOST_TEXTS = 8, 32  # on these positions; fewer where the model is large
 REPLAY_STEPS = 8  # more would amplify float32 rounding on an untrained model until nothing can be judged
 RANGE_STEPS = 16  # activations are measured on longer runs, with seeds of their own
-RANGE_BATCH = 8  # and as many sources; smaller where the model is large
 
 
 @dataclass(frozen=True)
@@ -92,17 +93,37 @@ def export_bundle(
         presets = {name: SamplingParams(**values) for name, values in manifest["presets"].items()}
 
         say("running the reference model")
-        runs = plan_runs(checkpoint.config, presets, cond, mask, max_steps=REPLAY_STEPS, batch=REPLAY_BATCH, seed=0)
+        runs = plan_runs(
+            checkpoint.config,
+            presets,
+            cond,
+            mask,
+            max_steps=REPLAY_STEPS,
+            batch=REPLAY_BATCH,
+            seed=0,
+        )
         np.savez(folder / "replay.npz", **record(model, runs))  # type: ignore[arg-type]
 
         def longer_runs(max_steps: int) -> list[Run]:
-            return plan_runs(checkpoint.config, presets, cond, mask, max_steps=max_steps, batch=RANGE_BATCH, seed=1)
+            return plan_runs(
+                checkpoint.config,
+                presets,
+                cond,
+                mask,
+                max_steps=max_steps,
+                batch=_range_batch(checkpoint),
+                seed=1,
+            )
 
         manifest |= _write_variants(folder, checkpoint, model, options, longer_runs, say)
         write_manifest(folder, manifest)
         for name in manifest["variants"]:
             say(f"replaying the {name} bundle")
             prove(folder, name)
+
+
+def _range_batch(checkpoint: Checkpoint) -> int:
+    return max(LEAST_TEXTS, min(MOST_TEXTS, RANGE_POSITIONS // checkpoint.config.max_length))
 
 
 def _write_variants(
@@ -200,19 +221,21 @@ def _encoder_beside(folder: Path, settings: dict[str, Any]) -> str | None:
 def _sources(
     folder: Path, manifest: dict[str, Any], checkpoint: Checkpoint, options: ExportOptions
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Source latents (B, L, C) and masks (B, L): of the given prompts, else of random tokens, RANGE_BATCH at most."""
+    """Source latents (B, L, C) and masks (B, L): of the given prompts, else of random tokens, MOST_TEXTS at most."""
     if manifest["encoder"] is None:
+        if options.prompts:
+            raise CheckpointError("prompts have no use here: this model takes none, or has no text encoder")
         return None, None
     config = checkpoint.config
     write_manifest(folder, manifest | {"variants": {}})
     codec = TextCodec(Bundle.open(folder), lambda ids, mask: run_encoder(folder / "encoder.onnx", ids, mask))
     if options.prompts:
-        sources = codec.tokenize(options.prompts[:RANGE_BATCH])
+        sources = codec.tokenize(options.prompts[:MOST_TEXTS])
     else:
         rng = np.random.default_rng(0)
         tokens = min(config.vocab_size, manifest["encoder"]["vocab_size"])
-        widths = np.linspace(config.max_input_length, 1, REPLAY_BATCH).round().astype(int)  # of the replay's sources
-        widths = np.resize(widths, RANGE_BATCH)
+        widths = np.linspace(config.max_input_length, 1, REPLAY_BATCH).round().astype(int)  # in any batch
+        widths = np.resize(widths, MOST_TEXTS)
         sources = [rng.integers(EOS_ID + 1, tokens, width).tolist() for width in widths]
     latents, mask = codec.encode(sources, config.max_length)
     return torch.from_numpy(latents), torch.from_numpy(mask)

@@ -47,9 +47,9 @@ def test_measuring_leaves_the_model_as_it_was(shakespeare):
 
 
 def test_a_text_that_stays_keeps_nearly_everything_in_bfloat16():
-    model, source = demo("spoken-to-written", 2500, 8)
+    model, source = demo("spoken-to-written", 2500, 32)
     params = {"default": SamplingParams(steps=4, sampler="ode", sc_cfg=1.0, guidance_scale=2.0)}
-    runs = plan_runs(model.config, params, *source, max_steps=4, batch=8, seed=3)
+    runs = plan_runs(model.config, params, *source, max_steps=4, batch=32, seed=3)
     ids = [sample(model, run)[1] for run in runs]
     assert len(operations_to_keep(model, runs, ids)) <= 3  # of 30
     assert engine_agreement(model, runs, ids) >= 0.99

@@ -98,7 +98,7 @@ def test_jsonl_in_and_out(run_cli, spoken, tmp_path):
         (b"plain text\n", ("line 1", "JSON")),
         (b'{"input": "a"}\n{"text": "b"}\n', ("line 2",)),
         (b'{"input": 3}\n', ("line 1",)),
-        (b'{"input": ""}\n', ("no token",)),
+        (b'{"input": "a"}\n\n{"input": " "}\n', ("line 3 has an empty input",)),
         (b'{"input": "a", "id": "\\ud800"}\n', ("line 1 holds half of a surrogate pair",)),
     ],
 )

@@ -99,7 +99,8 @@ def test_settings_inside_the_file_or_named(tmp_path, ema):
 def test_released_sizes_need_no_yaml(tmp_path):
     released = dataclasses.asdict(RELEASED["ELF-B"])
     state = {name: torch.zeros(1).expand(shape) for name, shape in expected_shapes(released).items()}
-    assert make_config(read_sizes(state), {}, tmp_path) == RELEASED["ELF-B"]
+    with pytest.warns(UserWarning, match="taken for ELF-B: unconditional, 1024 tokens"):
+        assert make_config(read_sizes(state), {}, tmp_path) == RELEASED["ELF-B"]
     with pytest.raises(CheckpointError, match=r"no released size .*--config"):
         make_config(read_sizes(state) | {"depth": 11}, {}, tmp_path)
 
@@ -135,3 +136,18 @@ def test_yaml_that_is_not_there(tmp_path, ema):
     torch.save(ema, path)
     with pytest.raises(CheckpointError, match=r"no released size \(ELF-B, ELF-M, ELF-L\): .*--config"):
         load_checkpoint(path)
+
+
+def test_the_config_of_other_weights_is_refused(tmp_path):
+    other = yaml.safe_load((GOLDEN / "cond" / "config.yml").read_text(encoding="utf-8")) | {"bottleneck_dim": 48}
+    (tmp_path / "other.yml").write_text(yaml.safe_dump(other))
+    with pytest.raises(
+        CheckpointError, match="not the config of these weights: it says bottleneck_dim 48, they have 8"
+    ):
+        load_checkpoint(GOLDEN / "cond", config=tmp_path / "other.yml")
+
+
+def test_values_that_a_config_lacks_are_told(tmp_path):
+    (tmp_path / "short.yml").write_text("max_length: 24\nt_eps: 0.05\n")
+    with pytest.warns(UserWarning, match="lacks denoiser_noise_scale, denoiser_p_mean, .* ELF-B's values are taken"):
+        load_checkpoint(GOLDEN / "cond", config=tmp_path / "short.yml")

@@ -56,7 +56,7 @@ def test_spoken_becomes_written(spoken):
 
 def test_small_batches_give_the_same_texts(shakespeare, monkeypatch):
     want = [r.text for r in shakespeare.generate(n=5, seed=0, steps=2)]
-    monkeypatch.setattr("elf_rt.request.TOKENS_PER_BATCH", 2 * shakespeare.config.max_length)
+    monkeypatch.setattr("elf_rt.model.HOST_TOKENS_PER_BATCH", 2 * shakespeare.config.max_length)
     assert [r.text for r in shakespeare.generate(n=5, seed=0, steps=2)] == want
 
 

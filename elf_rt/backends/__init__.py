@@ -56,6 +56,8 @@ def open_backend(
     """
     if precision not in PRECISIONS:
         raise InputError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if threads is not None and threads < 1:
+        raise InputError(f"threads must be 1 or more, got {threads}")
     if name == "auto":
         return _open_best(bundle, precision, threads)
     if name not in MODULES:
@@ -67,7 +69,8 @@ def open_backend(
     if precision not in ("auto", *accepted):
         raise InputError(f"precision of {name} must be one of auto, {', '.join(accepted)}, got {precision!r}")
     backend = module.open_backend(bundle, _precision(module, bundle, precision), threads)
-    return backend, f"{name} {backend.precision}, as asked"
+    asked = "as asked" if precision in ("auto", backend.precision) else f"instead of {precision}"
+    return backend, f"{name} {backend.precision}, {asked}"
 
 
 def _open_best(bundle: Bundle, precision: str, threads: int | None) -> tuple[Backend, str]:
@@ -98,6 +101,9 @@ def _open_best(bundle: Bundle, precision: str, threads: int | None) -> tuple[Bac
         backend, why = _open_best(bundle, "auto", threads)
         warnings.warn(f"nothing here runs {precision} ({'; '.join(refused)}): {why}", stacklevel=5)
         return backend, why
+    lacking = [reason for reason in refused if "the bundle has no" in reason]
+    if lacking:
+        raise BackendError(f"{'; '.join(lacking)}: export the checkpoint again with them (elf-rt export --precision)")
     raise BackendError(f"no backend can run {bundle.folder} in {precision} here: {'; '.join(absent + refused)}")
 
 

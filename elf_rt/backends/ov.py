@@ -91,7 +91,11 @@ class OpenVinoBackend:
             return self._any_length
 
     def bind(self, rows: int, length: int) -> "OpenVinoNetwork":
-        return OpenVinoNetwork(self, rows, length)
+        try:
+            return OpenVinoNetwork(self, rows, length)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise BackendError(f"{NAME}: the graphs do not have the sizes of the manifest ({reason})") from error
 
     def encode(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         with self._lock:

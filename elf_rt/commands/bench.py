@@ -124,7 +124,7 @@ def _picture(stack: ExitStack, path: Path) -> Path:
     try:
         importlib.import_module("matplotlib")
     except ImportError:
-        raise BackendError("--plot needs matplotlib: pip install 'elf-rt[eval]'") from None
+        raise BackendError("--plot needs matplotlib: pip install 'elf-rt[plot]'") from None
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise InputError(f"{path} must end with .png, .svg or .pdf")
     return stack.enter_context(atomic_file(path))

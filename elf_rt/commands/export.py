@@ -1,5 +1,6 @@
 """``elf-rt export``: a trained checkpoint becomes a bundle."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -64,6 +65,8 @@ def command(
         from elf_rt.export.pipeline import ExportOptions, default_output, export_bundle, read_presets
     except ImportError as error:
         raise BackendError(f"export needs {error.name}: pip install 'elf-rt[export]'") from None
+    if "int8-openvino" in precision and importlib.util.find_spec("nncf") is None:
+        raise BackendError("int8-openvino needs nncf: pip install 'elf-rt[int8]'")
     from elf_rt.commands.generate import read_jsonl
     from elf_rt.verify import verify_folder
 
@@ -94,7 +97,7 @@ def command(
             )
         proofs.append(report.summary)
 
-    had_plans = (output / "plans").is_dir()
+    had_plans, had_presets = (output / "plans").is_dir(), _presets_of(output)
     with progress("reading the checkpoint") as ticker:
         export_bundle(checkpoint, output, options, prove=prove, say=ticker.describe)
     for proof in proofs:
@@ -104,8 +107,18 @@ def command(
     manifest = json.loads((output / "manifest.json").read_text(encoding="utf-8"))
     if had_plans:
         note("warning: the engines of the bundle that was here are gone with it: elf-rt build-engine builds new ones")
+    if lost := [name for name in had_presets if name not in manifest["presets"]]:
+        note(f"warning: the bundle that was here had presets that this one has not: {', '.join(lost)}")
     if manifest["model"]["max_input_length"] > 0 and manifest["encoder"] is None:
         note("warning: no text encoder found, so this bundle takes no prompts: export again with --encoder")
     if "file" not in manifest["tokenizer"]:
         note("warning: no tokenizer.json found, so this bundle gives token ids only: export again with --tokenizer")
     click.echo(output)
+
+
+def _presets_of(folder: Path) -> list[str]:
+    """The names of a bundle's presets, as far as there is one."""
+    try:
+        return list(json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["presets"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []

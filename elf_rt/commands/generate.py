@@ -22,7 +22,7 @@ from elf_rt.errors import InputError
     "--input",
     "input_path",
     type=click.Path(allow_dash=True, path_type=Path),
-    help="JSONL with a field input, whose other fields are kept; - reads standard input.",
+    help="JSONL with a field input; its other fields are kept, but text, seed and ms; - reads standard input.",
 )
 @click.option(
     "--output",
@@ -95,7 +95,7 @@ def _wait(model: Any, arguments: dict[str, Any], total: int) -> Iterator[list[An
                 with ticker.hidden():
                     yield event
             else:
-                ticker.update(done + event.step / event.steps)
+                ticker.update(done + event.batch * event.step / event.steps)
 
 
 def _watch(model: Any, arguments: dict[str, Any], total: int) -> Iterator[list[Any]]:
@@ -182,6 +182,8 @@ def read_jsonl(path: Path, field: str = "input") -> list[dict[str, Any]]:
             record = None
         if not isinstance(record, dict) or not isinstance(record.get(field), str):
             raise InputError(f'{name} line {number} is not a JSON object with a text "{field}"')
+        if field == "input" and not record[field].strip():
+            raise InputError(f"{name} line {number} has an empty input")
         if not _is_unicode(record):
             raise InputError(f"{name} line {number} holds half of a surrogate pair, which cannot be written as UTF-8")
         records.append(record)
