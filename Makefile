@@ -44,6 +44,7 @@ slow: $(VENV)/.test
 # An editable install, for work on elf-rt itself.
 dev: $(VENV)/.test-packages
 	$(PIP) install -q --no-deps --no-build-isolation -e .
+	rm -f $(VENV)/.test
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -66,7 +66,7 @@ def main(args: list[str] | None = None) -> Any:
         note("stopped")
         sys.exit(130)
     except ElfError as error:
-        note(f"error: {error}")
+        note(f"error: {' '.join(str(error).split())}")  # one line, also where a library's reason has several
         sys.exit(1)
     except BrokenPipeError:
         sys.exit(1)

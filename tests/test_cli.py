@@ -51,7 +51,8 @@ def test_export_names_the_bundle_after_the_checkpoint(run_cli, tmp_path):
     assert (done.code, done.out.strip()) == (0, "checkpoint_10.elfrt"), done.err
     assert "proven: latent error" in done.err and "no tokenizer.json found" in done.err
     assert run_cli("verify").code == 0
-    assert "2 heads of" in run_cli("info").out or "heads of" in run_cli("info").out
+    model = json.loads((tmp_path / "checkpoint_10.elfrt" / "manifest.json").read_text(encoding="utf-8"))["model"]
+    assert f"width {model['hidden_size']}, {model['num_heads']} heads of {model['head_dim']}" in run_cli("info").out
 
 
 def test_older_engines_get_older_operators(run_cli, tmp_path):
@@ -247,6 +248,25 @@ def test_altered_bundle(run_cli, spoken):
         file.seek(4096)
         file.write(b"\0\0\1")
     run_cli("generate", "--prompt", SPOKEN).assert_clear_error("weights.bin was altered")
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_a_manifest_of_other_sizes(run_cli, spoken, backend):
+    path = spoken / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest["model"]["hidden_size"] += 64
+    path.write_text(json.dumps(manifest))
+    run_cli("generate", "--prompt", SPOKEN, "--backend", backend).assert_clear_error(backend)
+
+
+def test_presets_that_go_are_told(run_cli, tmp_path):
+    source = tmp_path / "checkpoint_10"
+    shutil.copy(GOLDEN / "uncond" / "checkpoint_10", source)
+    shutil.copy(GOLDEN / "uncond" / "config.yml", tmp_path)
+    (tmp_path / "presets.json").write_text('{"fast": {"steps": 2}}')
+    assert run_cli("export", source, "--precision", "fp32", "--presets", "presets.json").code == 0
+    again = run_cli("export", source, "--precision", "fp32")
+    assert again.code == 0 and "had presets that this one has not: fast" in again.err
 
 
 def test_doctor(run_cli):
