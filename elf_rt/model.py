@@ -121,7 +121,7 @@ class Model:
         """
         results: list[Result] = []
         request = Request.make(self.codec, self.params(preset, **overrides), prompts, n, seed, length, pinned)
-        for batch in request.batches(self.codec, self._tokens_per_batch, max_rows=self._max_rows(request.length)):
+        for batch in request.batches(self.codec, self._max_rows(request.length)):
             for event in self._open_sampler.run(batch.job):
                 if isinstance(event, Outcome):
                     results += self._results(batch, event)
@@ -149,8 +149,7 @@ class Model:
         if not is_whole(drafts_every) or drafts_every < 0:
             raise InputError(f"drafts_every must be a whole number, 0 or more, got {drafts_every!r}")
         request = Request.make(self.codec, self.params(preset, **overrides), prompts, n, seed, length, pinned)
-        max_rows = self._max_rows(request.length)
-        for batch in request.batches(self.codec, self._tokens_per_batch, drafts_every, max_rows):
+        for batch in request.batches(self.codec, self._max_rows(request.length), drafts_every):
             for event in self._open_sampler.run(batch.job):
                 if isinstance(event, Outcome):
                     yield self._results(batch, event)
@@ -227,14 +226,11 @@ class Model:
             raise BackendError("the model is closed: load it again")
         return self._sampler
 
-    @property
-    def _tokens_per_batch(self) -> int:
-        return TOKENS_PER_BATCH if self.backend.device == "cuda" else HOST_TOKENS_PER_BATCH
-
-    def _max_rows(self, length: int) -> int | None:
-        """The most rows that the engine takes in one call, where it was built for some number."""
+    def _max_rows(self, length: int) -> int:
+        """The most rows of one network call: what is worth putting together, or fewer where the engine takes fewer."""
+        worth = (TOKENS_PER_BATCH if self.backend.device == "cuda" else HOST_TOKENS_PER_BATCH) // length
         limit = getattr(self.backend, "max_rows", None)
-        return None if limit is None else int(limit(length))
+        return worth if limit is None else min(worth, int(limit(length)) or worth)  # 0: no plan, as the call will tell
 
     def _results(self, batch: Batch, outcome: Outcome) -> list[Result]:
         ids = batch.finish(self.codec, outcome.ids)

@@ -91,15 +91,13 @@ class Request:
         pins = None if pinned is None else _pins(codec, pinned, room)
         return cls(params, n, seed, length, prompts, sources, pins)
 
-    def batches(
-        self, codec: TextCodec, tokens_per_batch: int, drafts_every: int = 0, max_rows: int | None = None
-    ) -> Iterator[Batch]:
-        """The jobs, each made when it is needed. max_rows: the most that the engine takes in one network call."""
+    def batches(self, codec: TextCodec, max_rows: int, drafts_every: int = 0) -> Iterator[Batch]:
+        """The jobs, each made when it is needed. max_rows: the most of one network call."""
         config = codec.config
         total = self.n if self.prompts is None else self.n * len(self.prompts)
         conditional = self.sources is not None or self.pins is not None
         rows = schedule.guidance_rows(self.params, config, conditional=conditional)
-        size = max(1, min(tokens_per_batch // self.length, max_rows or MAX_SEED) // len(rows))
+        size = max(1, max_rows // len(rows))
         encoded: Encoded = {}
         for start in range(0, total, size):
             index = range(start, min(total, start + size))

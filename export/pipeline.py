@@ -93,37 +93,19 @@ def export_bundle(
         presets = {name: SamplingParams(**values) for name, values in manifest["presets"].items()}
 
         say("running the reference model")
-        runs = plan_runs(
-            checkpoint.config,
-            presets,
-            cond,
-            mask,
-            max_steps=REPLAY_STEPS,
-            batch=REPLAY_BATCH,
-            seed=0,
-        )
+        runs = plan_runs(checkpoint.config, presets, cond, mask, max_steps=REPLAY_STEPS, batch=REPLAY_BATCH, seed=0)
         np.savez(folder / "replay.npz", **record(model, runs))  # type: ignore[arg-type]
 
+        range_batch = max(LEAST_TEXTS, min(MOST_TEXTS, RANGE_POSITIONS // checkpoint.config.max_length))
+
         def longer_runs(max_steps: int) -> list[Run]:
-            return plan_runs(
-                checkpoint.config,
-                presets,
-                cond,
-                mask,
-                max_steps=max_steps,
-                batch=_range_batch(checkpoint),
-                seed=1,
-            )
+            return plan_runs(checkpoint.config, presets, cond, mask, max_steps=max_steps, batch=range_batch, seed=1)
 
         manifest |= _write_variants(folder, checkpoint, model, options, longer_runs, say)
         write_manifest(folder, manifest)
         for name in manifest["variants"]:
             say(f"replaying the {name} bundle")
             prove(folder, name)
-
-
-def _range_batch(checkpoint: Checkpoint) -> int:
-    return max(LEAST_TEXTS, min(MOST_TEXTS, RANGE_POSITIONS // checkpoint.config.max_length))
 
 
 def _write_variants(

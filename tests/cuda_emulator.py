@@ -50,25 +50,28 @@ class Emulator:
 @functools.cache
 def load() -> Emulator:
     """Compile the kernels once per process; skips the calling test without a C++ compiler."""
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("needs g++ or clang++")
     with tempfile.TemporaryDirectory() as folder:
         unit, library = Path(folder, "unit.cpp"), Path(folder, "emulator.so")
         names = "\n".join(f"EMULATE({name})" for name in NAMES)
         unit.write_text(f'#include "cuda_host_shim.h"\n#include "integrator.cu"\n{names}\n', encoding="utf-8")
         includes = ["-I", str(Path(__file__).parent), "-I", str(resources.files("elf_rt._csrc"))]
         flags = [
-            "-std=c++17",
             "-O2",
             "-ffp-contract=off",
             "-fno-math-errno",
-            "-shared",
-            "-fPIC",
             "-Wno-unknown-pragmas",
         ]
-        subprocess.run([compiler, *flags, *includes, "-o", str(library), str(unit)], check=True)
+        compile_library(unit, library, *flags, *includes)
         return Emulator(ctypes.CDLL(str(library)))
+
+
+def compile_library(source: Path, library: Path, *options: str) -> None:
+    """C++17 into a shared library; skips the calling test without a compiler."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("needs g++ or clang++")
+    command = [compiler, "-std=c++17", "-shared", "-fPIC", *options, "-o", str(library), str(source)]
+    subprocess.run(command, check=True)
 
 
 def argument_bytes(arguments: Sequence[object]) -> list[bytes]:

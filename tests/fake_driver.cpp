@@ -1,12 +1,11 @@
 // A CUDA driver (libcuda.so.1) without a GPU, for the real cuda.core: it loads any code, knows every kernel by its name
 // alone, and hands each launch to the test that asked for them. What is missing here the bindings report by name.
 #include <cstdint>
-#include <cstdio>
 #include <cstring>
 #include <map>
 #include <string>
 
-enum { SUCCESS = 0, INVALID_DEVICE = 101, INVALID_IMAGE = 200, INVALID_CONTEXT = 201, NOT_SUPPORTED = 801 };
+enum { SUCCESS = 0, INVALID_DEVICE = 101, INVALID_IMAGE = 200, INVALID_CONTEXT = 201 };
 
 struct LaunchConfig {  // CUlaunchConfig
   uint32_t grid[3], block[3], shared_bytes;

@@ -13,6 +13,7 @@ from elf_rt.export.planner import plan_precision
 from elf_rt.export.precision import Precision, PrecisionPlan
 from elf_rt.export.replay import plan_runs, sample
 from elf_rt.params import SamplingParams
+from elf_rt.text import read_positions
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +71,11 @@ def test_the_graphs_write_the_float32_text(tmp_path: Path, shakespeare, kept, st
     )
     assert np.mean(ids == exact) >= 0.99
     assert np.mean(rounded == exact) < np.mean(ids == exact)
+
+
+def test_only_what_is_read_counts():
+    """The source, and all behind the first EOS, are nobody's text, nor is padding; the EOS is."""
+    ids = np.array([[5, 1, 7, 8, 1, 9, 9], [0, 0, 3, 3, 3, 3, 0]])
+    source = np.array([[1, 1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0]], bool)
+    want = [[0, 0, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1, 0]]
+    assert read_positions(ids, source, eos_id=1).astype(int).tolist() == want

@@ -5,12 +5,12 @@ So what cuda.core makes of our streams, configurations and arguments is what the
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from cuda_emulator import compile_library
 from fake_cuda import HAS_DRIVER
 
 HERE = Path(__file__).parent
@@ -19,11 +19,7 @@ FILES = ("test_device.py", "test_device_jobs.py")
 
 @pytest.mark.skipif(HAS_DRIVER, reason="there is a real driver: pytest -m gpu")
 def test_the_device_sampler_through_cuda_core(tmp_path: Path) -> None:
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("needs g++ or clang++")
-    library = tmp_path / "libcuda.so.1"
-    subprocess.run([compiler, "-std=c++17", "-shared", "-fPIC", "-o", library, HERE / "fake_driver.cpp"], check=True)
+    compile_library(HERE / "fake_driver.cpp", tmp_path / "libcuda.so.1")
     libraries = os.pathsep.join([str(tmp_path), os.environ.get("LD_LIBRARY_PATH", "")])
     environment = os.environ | {"LD_LIBRARY_PATH": libraries, "ELF_RT_FAKE_DRIVER": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(str(HERE / name) for name in FILES)]

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 import elf_rt
 from elf_rt.bundle import MANIFEST, sha256
 from elf_rt.errors import InputError
-from elf_rt.text import read_positions
 from elf_rt.verify import edit_distance, verify, verify_folder
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
@@ -88,14 +87,6 @@ def test_damaged_replays(bundle, tmp_path, spoil, message):
     spoil(path)
     with pytest.raises(InputError, match=message):
         verify_folder(bundle("uncond"), path, backend="onnxruntime")
-
-
-def test_only_what_is_read_counts():
-    """The source, and all behind the first EOS, are nobody's text; the EOS and tokens that only one has are."""
-    ids = np.array([[5, 1, 7, 8, 1, 9, 9], [0, 0, 3, 3, 3, 3, 0]])
-    source = np.array([[1, 1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0]], bool)
-    want = [[0, 0, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1, 0]]
-    assert read_positions(ids, source, eos_id=1).astype(int).tolist() == want
 
 
 def test_a_replay_of_another_model_is_refused(bundle):

@@ -77,15 +77,18 @@ def _open_best(bundle: Bundle, precision: str, threads: int | None) -> tuple[Bac
     """The first backend that works here and runs this precision; a 16-bit one that none runs gives way to the best."""
     absent: list[str] = []
     refused: list[str] = []
+    lacking: list[str] = []  # of those refused: what another export would mend
     for candidate in MODULES:
         module = _module(candidate)
         if reason := module.unavailable():
             absent.append(f"{candidate}: {reason}")
             continue
         if precision != "auto" and precision not in held_precisions(bundle, candidate):
-            runs = precision in module.PRECISIONS
-            lacks = f"the bundle has no {variant_of(candidate, precision)} graphs" if runs else f"runs no {precision}"
-            refused.append(f"{candidate}: {lacks}")
+            if precision in module.PRECISIONS:
+                lacking.append(f"{candidate}: the bundle has no {variant_of(candidate, precision)} graphs")
+                refused.append(lacking[-1])
+            else:
+                refused.append(f"{candidate}: runs no {precision}")
             continue
         try:
             backend = module.open_backend(bundle, _precision(module, bundle, precision), threads)
@@ -101,7 +104,6 @@ def _open_best(bundle: Bundle, precision: str, threads: int | None) -> tuple[Bac
         backend, why = _open_best(bundle, "auto", threads)
         warnings.warn(f"nothing here runs {precision} ({'; '.join(refused)}): {why}", stacklevel=5)
         return backend, why
-    lacking = [reason for reason in refused if "the bundle has no" in reason]
     if lacking:
         raise BackendError(f"{'; '.join(lacking)}: export the checkpoint again with them (elf-rt export --precision)")
     raise BackendError(f"no backend can run {bundle.folder} in {precision} here: {'; '.join(absent + refused)}")

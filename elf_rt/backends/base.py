@@ -5,6 +5,9 @@ from typing import Protocol
 
 import numpy as np
 
+from elf_rt.errors import BackendError
+from elf_rt.params import ModelConfig
+
 DISCRETIZED_TOKENS = 256  # positions whose logits, each V wide, are in memory at the same time
 
 
@@ -54,6 +57,16 @@ class Backend(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def check_widths(name: str, config: ModelConfig, widths: Mapping[str, int]) -> None:
+    """Raises BackendError when the denoiser's outputs "x" and "hidden" do not have the sizes of the manifest."""
+    for output, want in (("x", config.latent_dim), ("hidden", config.hidden_size)):
+        if widths[output] != want:
+            raise BackendError(
+                f"{name}: the graphs do not have the sizes of the manifest ({output} is {widths[output]} wide, "
+                f"not {want}): export the checkpoint again"
+            )
 
 
 def token_slices(tokens: int) -> list[slice]:

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from elf_rt.backends.base import token_slices
+from elf_rt.backends.base import check_widths, token_slices
 from elf_rt.backends.rounding import rounded_graph
 from elf_rt.bundle import Bundle
 from elf_rt.errors import BackendError
 from elf_rt.machine import cores
-from elf_rt.params import ModelConfig
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -56,7 +55,7 @@ class OrtBackend:
         rounded = precision in ("fp16", "bf16")
         self.denoiser = self._session(str(files["denoiser"]), rounded)
         self.discretizer = self._session(str(files["discretizer"]), rounded)
-        _check_sizes(self.denoiser, self.config)
+        check_widths(NAME, self.config, {output.name: output.shape[-1] for output in self.denoiser.get_outputs()})
         self._encoder: onnxruntime.InferenceSession | None = None
         self._lock = threading.Lock()
 
@@ -162,16 +161,6 @@ class OrtNetwork:
         for binding in (*self._denoise, *self._discretize):
             binding.clear_binding_inputs()
             binding.clear_binding_outputs()
-
-
-def _check_sizes(denoiser: "onnxruntime.InferenceSession", config: ModelConfig) -> None:
-    want = {"x": config.latent_dim, "hidden": config.hidden_size}
-    for output in denoiser.get_outputs():
-        if output.shape[-1] != want[output.name]:
-            raise BackendError(
-                f"{NAME}: the graphs do not have the sizes of the manifest ({output.name} is {output.shape[-1]} wide, "
-                f"not {want[output.name]}): export the checkpoint again"
-            )
 
 
 def _part(arrays: Mapping[str, np.ndarray], rows: slice) -> dict[str, np.ndarray]:

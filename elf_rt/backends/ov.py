@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from elf_rt.backends.base import token_slices
+from elf_rt.backends.base import check_widths, token_slices
 from elf_rt.bundle import Bundle
 from elf_rt.errors import BackendError
 from elf_rt.machine import cores, has_bf16, import_without_telemetry, user_cache
@@ -79,6 +79,9 @@ class OpenVinoBackend:
         self._encoder: openvino.CompiledModel | None = None
         cache = self._cache_option(variant)
         self._trained_length = self._compile(self._files["denoiser"], self.config.max_length, cache)
+        ports = {name: self._trained_length.output(name) for name in ("x", "hidden")}
+        widths = {name: port.get_partial_shape()[2].get_length() for name, port in ports.items()}
+        check_widths(NAME, self.config, widths)
         self.discretizer = self._compile(self._files["discretizer"], -1, cache)
 
     def denoiser(self, length: int) -> "openvino.CompiledModel":
@@ -91,11 +94,7 @@ class OpenVinoBackend:
             return self._any_length
 
     def bind(self, rows: int, length: int) -> "OpenVinoNetwork":
-        try:
-            return OpenVinoNetwork(self, rows, length)
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise BackendError(f"{NAME}: the graphs do not have the sizes of the manifest ({reason})") from error
+        return OpenVinoNetwork(self, rows, length)
 
     def encode(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         with self._lock:

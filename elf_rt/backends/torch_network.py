@@ -361,6 +361,7 @@ def final_norm(
 ) -> Tensor:
     """`added_norm` of the text alone, whose residual is written to `hidden` (R, L, H)."""
     text = h.shape[1] - hidden.shape[1]  # where it begins
+    # Not `added_norm` of the slices: of theirs a compiler does not know the length, of `hidden` it does, and fuses.
     hidden.copy_(h[:, text:] + finished(product[:, text:], scale, bias))
     return norm(hidden, weight, eps, dtype)
 

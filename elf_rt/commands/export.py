@@ -1,13 +1,13 @@
 """``elf-rt export``: a trained checkpoint becomes a bundle."""
 
 import importlib.util
-import json
 from pathlib import Path
 
 import click
 
+from elf_rt.bundle import Bundle
 from elf_rt.console import note, progress
-from elf_rt.errors import BackendError, InputError
+from elf_rt.errors import BackendError, BundleError, InputError
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-openvino")
 
@@ -104,7 +104,7 @@ def command(
         note(f"proven: {proof}")
     for change in changes:
         note(f"not the float32 text: {change}; --precision int8 asks for it, auto never does")
-    manifest = json.loads((output / "manifest.json").read_text(encoding="utf-8"))
+    manifest = Bundle.open(output).manifest
     if had_plans:
         note("warning: the engines of the bundle that was here are gone with it: elf-rt build-engine builds new ones")
     if lost := [name for name in had_presets if name not in manifest["presets"]]:
@@ -119,6 +119,6 @@ def command(
 def _presets_of(folder: Path) -> list[str]:
     """The names of a bundle's presets, as far as there is one."""
     try:
-        return list(json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["presets"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return list(Bundle.open(folder).presets)
+    except BundleError:
         return []
