@@ -28,7 +28,7 @@ from gpu_bandwidth import integrator_bandwidth
 import elf_rt
 from elf_rt import backends
 from elf_rt.bundle import Bundle, write_manifest
-from elf_rt.cudart import Gpu, find_gpu
+from elf_rt.device.cudart import Gpu, find_gpu
 from elf_rt.params import RELEASED, ModelConfig, SamplingParams
 
 Sample = Callable[[int, int], object]  # (batch, seed) -> token ids on the host

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from elf_rt import cudart
-from elf_rt.cudart import DeviceMemory, Gpu, find_gpu
+from elf_rt.device import cudart
 from elf_rt.device.cuda import Cuda
+from elf_rt.device.cudart import DeviceMemory, Gpu, find_gpu
 from elf_rt.device.workspace import Piece, Shape, Workspace
 from elf_rt.params import RELEASED, SamplingParams
-from elf_rt.sampler import Job
-from elf_rt.schedule import make_table
+from elf_rt.sampling.engine import Job
+from elf_rt.sampling.schedule import make_table
 
 STEPS, REPEATS = 50, 20
 # Tensors of (batch, length, width) float32 that one row of the table moves: z and the network's x read; z, x_last and

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from elf_rt.integrator import IMPLEMENTATION, step, step_numpy
-from elf_rt.noise import NoiseKey
-from elf_rt.schedule import MAIN
+from elf_rt.sampling.integrator import IMPLEMENTATION, step, step_numpy
+from elf_rt.sampling.noise import NoiseKey
+from elf_rt.sampling.schedule import MAIN
 
 TYPES = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}
 

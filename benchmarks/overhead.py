@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from elf_rt.bench_report import describe_machine
 from elf_rt.export.random_bundle import write_random_bundle
+from elf_rt.measure.bench_report import describe_machine
 from elf_rt.model import Model, load
 from elf_rt.params import RELEASED
 

@@ -19,11 +19,11 @@ import numpy as np
 from study import fluency, test_pairs
 
 import elf_rt
-from elf_rt import evaluation
 from elf_rt.backends import discover, held_precisions
-from elf_rt.bench_report import describe_machine
 from elf_rt.bundle import Bundle
 from elf_rt.console import progress
+from elf_rt.measure import evaluation
+from elf_rt.measure.bench_report import describe_machine
 
 SEED = 200_000
 STEPS = (8, 32)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from elf_rt import machine
-from elf_rt.bench_report import describe_machine
+from elf_rt.measure.bench_report import describe_machine
 from elf_rt.model import Model, load
 
 WINDOWS = 10

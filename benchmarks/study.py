@@ -23,9 +23,9 @@ import numpy as np
 from trigram import Trigram
 
 import elf_rt
-from elf_rt import evaluation
-from elf_rt.bench_report import describe_machine
 from elf_rt.console import progress
+from elf_rt.measure import evaluation
+from elf_rt.measure.bench_report import describe_machine
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FIRST_SEED = 100_000

@@ -1,11 +1,11 @@
-"""Types of the compiled extension (``bindings.cpp``); what each argument means is in ``elf_rt.integrator``."""
+"""Types of the compiled extension (``bindings.cpp``); what each argument means is in ``elf_rt.sampling.integrator``."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from elf_rt.noise import NoiseKey
-from elf_rt.schedule import Row
+from elf_rt.sampling.noise import NoiseKey
+from elf_rt.sampling.schedule import Row
 
 def step(
     z: np.ndarray,

@@ -1,4 +1,4 @@
-// The one boundary of the extension: step() takes what elf_rt.integrator.step_numpy takes and checks every array's
+// The one boundary of the extension: step() takes what elf_rt.sampling.integrator.step_numpy takes and checks every array's
 // type, shape and layout, with the same messages; the code behind it trusts them. The GIL is released while it runs.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -133,7 +133,7 @@ void step(py::array z, py::array x_last, const MaybeArray& x_rows, const MaybeAr
 }  // namespace
 
 PYBIND11_MODULE(_integrator, m) {
-  m.doc() = "The integrator step in C++; see elf_rt.integrator.";
+  m.doc() = "The integrator step in C++; see elf_rt.sampling.integrator.";
   m.def("step", &step, py::arg("z"), py::arg("x_last"), py::kw_only(), py::arg("x_rows") = py::none(),
         py::arg("weights") = py::none(), py::arg("coef"), py::arg("noise") = py::none(), py::arg("source") = py::none(),
         py::arg("mask") = py::none(), py::arg("next_z") = py::none(), py::arg("next_x_prev") = py::none(),

@@ -15,7 +15,7 @@ struct NetworkTensor {
   int rows = 0;
 };
 
-// One call of elf_rt.integrator.step. Arrays are contiguous; null where absent.
+// One call of elf_rt.sampling.integrator.step. Arrays are contiguous; null where absent.
 struct Step {
   int64_t batch, length, width;
   float *z, *x_last;                  // (batch, length, width)

@@ -1,4 +1,4 @@
-// The integrator on the GPU: elf_rt/integrator.py's step as one kernel, a sampler's table as data in device memory.
+// The integrator on the GPU: elf_rt/sampling/integrator.py's step as one kernel, a sampler's table as data in device memory.
 //
 // Which row of the table a launch runs is not in its arguments but in `Progress`, so that one captured graph serves
 // every seed, sampler, guidance and number of steps:

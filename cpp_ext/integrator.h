@@ -1,6 +1,6 @@
 // The arithmetic of the integrator, compiled twice: by the host compiler for the CPU extension, by NVRTC for the GPU.
 //
-// elf_rt/noise.py and elf_rt/integrator.py are the specification. The three give the same bits, because every operation
+// elf_rt/sampling/noise.py and elf_rt/sampling/integrator.py are the specification. The three give the same bits, because every operation
 // here is one correctly rounded +, -, x, sqrt or conversion, in the same order, and none is fused: through the _rn
 // intrinsics on the device, through -ffp-contract=off (setup.py) on the host.
 #pragma once
@@ -198,7 +198,7 @@ ELF_FN float add_term(float sum, float factor, float value) {
 }
 
 struct Coefficients {
-  float z, x, last, noise, prev;  // A, B, C, D, X of elf_rt/schedule.py
+  float z, x, last, noise, prev;  // A, B, C, D, X of elf_rt/sampling/schedule.py
 };
 
 ELF_FN float empty_sum(bool no_terms) { return no_terms ? 0.0f : -0.0f; }

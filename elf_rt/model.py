@@ -8,14 +8,14 @@ from typing import Any, Self
 
 import numpy as np
 
-from elf_rt import schedule
 from elf_rt.backends import open_backend
 from elf_rt.bundle import Bundle
 from elf_rt.errors import BackendError, InputError
 from elf_rt.params import SamplingParams
 from elf_rt.request import HOST_TOKENS_PER_BATCH, TOKENS_PER_BATCH, Batch, Pins, Request, check_length, is_whole
-from elf_rt.sampler import HostSampler, Job, Outcome, StepDone
-from elf_rt.text import TextCodec
+from elf_rt.sampling import schedule
+from elf_rt.sampling.engine import HostSampler, Job, Outcome, StepDone
+from elf_rt.text.codec import TextCodec
 
 
 @dataclass(frozen=True)

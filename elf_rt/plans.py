@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import Any, Self
 
 from elf_rt.bundle import Bundle, sha256
-from elf_rt.cudart import Gpu, find_gpu
+from elf_rt.device.cudart import Gpu, find_gpu
 from elf_rt.errors import BackendError
 
 RECORD = "plan.json"

@@ -9,12 +9,12 @@ from typing import Self
 
 import numpy as np
 
-from elf_rt import schedule
 from elf_rt.errors import InputError
 from elf_rt.params import ModelConfig, SamplingParams
-from elf_rt.pinned import Pinned
-from elf_rt.sampler import Job
-from elf_rt.text import TextCodec
+from elf_rt.sampling import schedule
+from elf_rt.sampling.engine import Job
+from elf_rt.text.codec import TextCodec
+from elf_rt.text.pins import Pinned
 
 # Rows x length of one network call; larger requests are cut into batches of this size. A CPU gains nothing from more,
 # and its first text would come later.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from elf_rt.export.reference import ELF, Block, RMSNorm
 from elf_rt.export.replay import Call, Run, sample
-from elf_rt.text import read_positions
+from elf_rt.text.codec import read_positions
 
 OPERATIONS = ("attn", "attn.qkv", "attn.proj", "mlp.w12", "mlp.w3")
 KEPT_AGREEMENT = 0.9975  # of tokens must stay the same: a proof, on few texts, then finds the 0.99 that verify asks for

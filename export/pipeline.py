@@ -26,7 +26,7 @@ from elf_rt.export.ranges import measure_ranges
 from elf_rt.export.reference import ELF
 from elf_rt.export.replay import Run, plan_runs, record
 from elf_rt.params import SamplingParams, presets_for
-from elf_rt.text import EOS_ID, TextCodec
+from elf_rt.text.codec import EOS_ID, TextCodec
 
 REPLAY_BATCH = 4
 RANGE_POSITIONS = 1536  # that activations are measured on together: enough that no single token at a near tie decides

@@ -1,7 +1,7 @@
 """Runs of the reference model, kept in the bundle so that every later stage can check itself without torch.
 
-The sampler here follows the official code step by step, in torch, and shares nothing with ``elf_rt.schedule``: the
-table is checked against it. The file format is that of the official golden runs:
+The sampler here follows the official code step by step, in torch, and shares nothing with
+``elf_rt.sampling.schedule``: the table is checked against it. The file format is that of the official golden runs:
 
     fwd_z, fwd_x_prev (B, L, C), fwd_t, fwd_sc (B) -> fwd_x (B, L, C)     one denoising call
     dec_ids (B, L)                                                        the decoding call at z = fwd_z

@@ -14,7 +14,7 @@ EXAMPLES = ROOT / "examples"
 def export(source: Path, output: Path, *, precisions: tuple[str, ...] = ("fp32",), append_eos: bool = True) -> Path:
     """Export a checkpoint as the command line does, proof included."""
     from elf_rt.export.pipeline import ExportOptions, export_bundle
-    from elf_rt.verify import verify_folder
+    from elf_rt.measure.verify import verify_folder
 
     def prove(folder: Path, precision: str) -> None:
         report = verify_folder(folder, backend="onnxruntime", precision=precision)

@@ -9,8 +9,8 @@ from plan_bundles import golden_bundle
 
 from elf_rt.bundle import Bundle
 from elf_rt.params import ModelConfig, SamplingParams
-from elf_rt.sampler import Job, Outcome
-from elf_rt.schedule import make_grid, make_table
+from elf_rt.sampling.engine import Job, Outcome
+from elf_rt.sampling.schedule import make_grid, make_table
 
 SOURCE_LENGTHS = (3, 1, 5, 2)
 

@@ -25,8 +25,8 @@ from cuda.bindings.runtime import cudaError_t
 
 from elf_rt.backends.ort import OrtBackend
 from elf_rt.bundle import Bundle
-from elf_rt.cudart import DeviceMemory
 from elf_rt.device import kernels
+from elf_rt.device.cudart import DeviceMemory
 
 ADDRESS_BYTES = 8
 OK = cudaError_t.cudaSuccess

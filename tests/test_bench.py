@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from conftest import GOLDEN
 
-from elf_rt import bench, machine
+from elf_rt import machine
 from elf_rt.backends import open_backend
 from elf_rt.bundle import Bundle
 from elf_rt.errors import BackendError, InputError
+from elf_rt.measure import bench
 from elf_rt.model import Model
 
 

@@ -13,7 +13,7 @@ from elf_rt.export.planner import plan_precision
 from elf_rt.export.precision import Precision, PrecisionPlan
 from elf_rt.export.replay import plan_runs, sample
 from elf_rt.params import SamplingParams
-from elf_rt.text import read_positions
+from elf_rt.text.codec import read_positions
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from plan_bundles import golden_bundle
 from elf_rt import plans
 from elf_rt.bundle import Bundle
 from elf_rt.cli import main
-from elf_rt.cudart import Gpu
+from elf_rt.device.cudart import Gpu
 from elf_rt.plans import Record, describe_plans
 from elf_rt.request import TOKENS_PER_BATCH
 

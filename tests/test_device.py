@@ -18,10 +18,10 @@ from elf_rt.device import sampler as device_sampler
 from elf_rt.device import workspace
 from elf_rt.device.sampler import DeviceSampler
 from elf_rt.errors import BackendError
+from elf_rt.measure.verify import verify
 from elf_rt.model import Model
 from elf_rt.params import ModelConfig
-from elf_rt.sampler import HostSampler, StepDone
-from elf_rt.verify import verify
+from elf_rt.sampling.engine import HostSampler, StepDone
 
 pytestmark = pytest.mark.filterwarnings("error")  # a refused capture warns
 gpu = pytest.fixture(install_gpu)

@@ -13,7 +13,7 @@ from fake_gpu import FakeBackend, FakeGpu, FakeNetwork, install_gpu
 from elf_rt.backends.ort import OrtBackend
 from elf_rt.device.sampler import DeviceSampler
 from elf_rt.errors import BackendError, GpuMemoryError
-from elf_rt.sampler import HostSampler, Outcome
+from elf_rt.sampling.engine import HostSampler, Outcome
 
 pytestmark = pytest.mark.filterwarnings("error")  # a refused capture warns
 NO_MEMORY = cudaError_t.cudaErrorMemoryAllocation

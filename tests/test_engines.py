@@ -17,7 +17,7 @@ from golden_cases import golden
 from plan_bundles import NO_GPU, golden_bundle, model_bundle, rtx_spec
 
 from elf_rt.bundle import Bundle
-from elf_rt.cudart import Gpu
+from elf_rt.device.cudart import Gpu
 from elf_rt.engines.build import Request, build, find_built, plan_spec
 from elf_rt.engines.recipe import Recipe, version_tuple
 from elf_rt.engines.shapes import buffer_bytes, parse_profiles, parse_range

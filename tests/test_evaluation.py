@@ -13,9 +13,9 @@ from conftest import EXAMPLES
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elf_rt import evaluation
 from elf_rt.cli import main
 from elf_rt.errors import InputError
+from elf_rt.measure import evaluation
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "dog", "ran"]
 

@@ -12,10 +12,10 @@ from golden_cases import CASES
 
 import elf_rt
 from elf_rt.backends import torch_cuda
-from elf_rt.cudart import Gpu, find_gpu
+from elf_rt.device.cudart import Gpu, find_gpu
 from elf_rt.errors import BackendError
+from elf_rt.measure.verify import verify
 from elf_rt.model import Draft, Model
-from elf_rt.verify import verify
 
 pytestmark = [
     pytest.mark.gpu,

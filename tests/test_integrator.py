@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from elf_rt.errors import InputError
-from elf_rt.integrator import IMPLEMENTATION, from_float32, step, step_numpy, to_float32
-from elf_rt.noise import NoiseKey, normal
-from elf_rt.schedule import Row
+from elf_rt.sampling.integrator import IMPLEMENTATION, from_float32, step, step_numpy, to_float32
+from elf_rt.sampling.noise import NoiseKey, normal
+from elf_rt.sampling.schedule import Row
 
 ROWS = (Row(True, True), Row(False, True), Row(True, False), Row(False, False))
 SHAPES = [(1, 1, 1), (1, 3, 5), (2, 7, 16), (3, 4, 33)]
@@ -258,7 +258,7 @@ def test_strided_arrays_are_refused(function):
 def test_numpy_runs_where_the_extension_is_absent(monkeypatch):
     monkeypatch.setitem(sys.modules, "elf_rt._csrc._integrator", None)
     monkeypatch.delattr("elf_rt._csrc._integrator", raising=False)
-    spec = importlib.util.find_spec("elf_rt.integrator")
+    spec = importlib.util.find_spec("elf_rt.sampling.integrator")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.IMPLEMENTATION == "numpy" and module.step is module.step_numpy

@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 from test_integrator import SHAPES, make_case, run
 
-from elf_rt import cudart
-from elf_rt.device import kernels
+from elf_rt.device import cudart, kernels
 from elf_rt.device.cuda import Cuda
 from elf_rt.device.kernels import StepArguments
-from elf_rt.integrator import step_numpy, to_float32
-from elf_rt.noise import NoiseKey
-from elf_rt.schedule import Row
+from elf_rt.sampling.integrator import step_numpy, to_float32
+from elf_rt.sampling.noise import NoiseKey
+from elf_rt.sampling.schedule import Row
 
 NUMPY_TYPES = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}
 GUARD = 0xA5

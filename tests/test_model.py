@@ -9,8 +9,8 @@ import pytest
 import elf_rt
 from elf_rt.errors import BackendError, InputError
 from elf_rt.model import Draft
-from elf_rt.noise import normal
-from elf_rt.sampler import MAX_IDLE_NETWORKS
+from elf_rt.sampling.engine import MAX_IDLE_NETWORKS
+from elf_rt.sampling.noise import normal
 
 SPOKEN = [
     "tina paid nine thousand three hundred and fifty dollars for the chair",

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from elf_rt.noise import box_muller, normal, philox4x32
+from elf_rt.sampling.noise import box_muller, normal, philox4x32
 
 # Random123, tests/kat_vectors, lines "philox4x32 10": counter, key, result.
 KNOWN_ANSWERS = """

@@ -17,8 +17,8 @@ from elf_rt import machine
 from elf_rt.backends import MODULES, base, open_backend, ort, ov
 from elf_rt.bundle import Bundle
 from elf_rt.errors import BackendError
+from elf_rt.measure.verify import verify_folder
 from elf_rt.model import load
-from elf_rt.verify import verify_folder
 
 openvino = pytest.importorskip("openvino")
 

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from elf_rt.errors import InputError
-from elf_rt.pinned import Pinned
+from elf_rt.text.pins import Pinned
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 EOS = 1

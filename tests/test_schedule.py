@@ -5,10 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from elf_rt import schedule
 from elf_rt.errors import InputError
 from elf_rt.params import ModelConfig, SamplingParams
-from elf_rt.schedule import MAIN, Row
+from elf_rt.sampling import schedule
+from elf_rt.sampling.schedule import MAIN, Row
 
 CONFIG = ModelConfig(2, 8, 2, 4, 16, 4, 4, 11, max_length=6, max_input_length=3)
 
@@ -29,7 +29,7 @@ def official(params, grid, z0, eps, net, source=None, mask=None):
 
 
 def by_table(table, z0, eps, net, source=None, mask=None):
-    """The table's own rule (the module docstring of elf_rt.schedule), one sample, float64."""
+    """The table's own rule (the module docstring of elf_rt.sampling.schedule), one sample, float64."""
     hold = (lambda x: x) if mask is None else (lambda x: np.where(mask[:, None], source, x))
     z, x_last, x = z0, np.zeros_like(z0), np.zeros_like(z0)
     for j in range(1, len(table.t)):

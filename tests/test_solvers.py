@@ -11,10 +11,10 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from elf_rt import schedule
 from elf_rt.errors import InputError
 from elf_rt.params import ModelConfig, SamplingParams
-from elf_rt.schedule import Row, Table
+from elf_rt.sampling import schedule
+from elf_rt.sampling.schedule import Row, Table
 
 NOISE_SCALE = 2.0
 CENTRES, SHARES, WIDTH = np.array([-1.5, 0.4, 2.0]), np.array([0.3, 0.5, 0.2]), 0.5

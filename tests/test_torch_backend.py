@@ -19,13 +19,13 @@ from elf_rt.backends.ort import OrtBackend
 from elf_rt.backends.torch_cuda import TorchBackend
 from elf_rt.backends.torch_network import Linear
 from elf_rt.bundle import Bundle
-from elf_rt.cudart import Gpu
 from elf_rt.device import kernels
+from elf_rt.device.cudart import Gpu
 from elf_rt.errors import BackendError, GpuMemoryError
 from elf_rt.export.graph import write_graphs
 from elf_rt.export.precision import Item, Precision, PrecisionPlan
+from elf_rt.measure.verify import verify
 from elf_rt.model import Model
-from elf_rt.verify import verify
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,8 @@ from plan_bundles import golden_bundle
 from elf_rt.backends.torch_cuda import TorchBackend, TorchNetwork
 from elf_rt.bundle import Bundle
 from elf_rt.errors import BackendError, GpuMemoryError
+from elf_rt.measure.verify import verify
 from elf_rt.model import Model
-from elf_rt.verify import verify
 
 CASE = "cond"
 GRAPH_SIGNATURE = inspect.signature(torch.cuda.graph)

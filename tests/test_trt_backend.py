@@ -18,14 +18,14 @@ from elf_rt.backends import open_backend, trt, trt_rtx
 from elf_rt.backends.ort import OrtBackend
 from elf_rt.backends.trt_inspect import inspect_denoiser
 from elf_rt.bundle import Bundle
-from elf_rt.cudart import Gpu
+from elf_rt.device.cudart import Gpu
 from elf_rt.engines.build import Request, build, plan_spec
 from elf_rt.engines.recipe import Recipe
 from elf_rt.engines.shapes import parse_profiles
 from elf_rt.errors import BackendError
+from elf_rt.measure.verify import verify
 from elf_rt.model import Model
 from elf_rt.plans import RECORD, TENSORRT, Profile, Range, Record, describe_plans, find_plans, this_machine
-from elf_rt.verify import verify
 
 NEWEST = "11.4.0.106"
 

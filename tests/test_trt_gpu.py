@@ -7,18 +7,18 @@ import pytest
 from golden_cases import GOLDEN, golden
 from plan_bundles import golden_bundle
 
-from elf_rt import cudart
 from elf_rt.backends import open_backend
 from elf_rt.backends.trt import TrtBackend, why_unavailable
 from elf_rt.backends.trt_inspect import inspect_denoiser
 from elf_rt.bundle import Bundle
-from elf_rt.cudart import Gpu, Stream, find_gpu
+from elf_rt.device import cudart
+from elf_rt.device.cudart import Gpu, Stream, find_gpu
 from elf_rt.engines.build import Request, build, plan_spec
 from elf_rt.engines.recipe import Recipe
 from elf_rt.engines.shapes import parse_profiles
+from elf_rt.measure.verify import verify
 from elf_rt.model import Model
 from elf_rt.plans import LIBRARIES, find_plans, this_machine
-from elf_rt.verify import verify
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not isinstance(find_gpu(), Gpu), reason="no NVIDIA GPU")]
 

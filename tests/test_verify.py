@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import elf_rt
 from elf_rt.bundle import MANIFEST, sha256
 from elf_rt.errors import InputError
-from elf_rt.verify import edit_distance, verify, verify_folder
+from elf_rt.measure.verify import edit_distance, verify, verify_folder
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 CASES = ("uncond", "cond", "no_sc_tokens", "no_self_cond", "head_dim_66", "t5")

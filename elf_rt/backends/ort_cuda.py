@@ -13,7 +13,7 @@ import numpy as np
 from elf_rt import device
 from elf_rt.backends.cpu_encoder import CpuEncoder
 from elf_rt.bundle import Bundle
-from elf_rt.cudart import DeviceMemory, synchronize
+from elf_rt.device.cudart import DeviceMemory, synchronize
 from elf_rt.device.host import HostNetwork
 from elf_rt.device.network import Enqueued, Launchable
 from elf_rt.errors import BackendError

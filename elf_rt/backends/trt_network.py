@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from elf_rt.backends.trt_engine import LoadedEngine
-from elf_rt.cudart import DeviceMemory, synchronize
+from elf_rt.device.cudart import DeviceMemory, synchronize
 from elf_rt.errors import BackendError
 from elf_rt.plans import GRAPHS
 

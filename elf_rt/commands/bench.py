@@ -17,15 +17,15 @@ import numpy as np
 from elf_rt import machine
 from elf_rt.backends import MODULES, discover, held_precisions, open_backend, variant_of
 from elf_rt.backends.cpu_encoder import CpuEncoder
-from elf_rt.bench import Contender, Opened, Report, Work, measure, open_contender
-from elf_rt.bench_report import describe_machine, draw, lines
 from elf_rt.bundle import Bundle, atomic_file, find_bundle
 from elf_rt.commands.generate import read_jsonl
 from elf_rt.console import note, progress
 from elf_rt.errors import BackendError, InputError
+from elf_rt.measure.bench import Contender, Opened, Report, Work, measure, open_contender
+from elf_rt.measure.bench_report import describe_machine, draw, lines
 from elf_rt.model import Model
 from elf_rt.params import RELEASED, ModelConfig
-from elf_rt.text import load_tokenizer
+from elf_rt.text.codec import load_tokenizer
 
 TINY = ModelConfig(
     depth=2,

@@ -116,7 +116,7 @@ def _recipe(target: str, sms: tuple[int, ...], machine: "Machine") -> "Recipe":
 def _default_batch(bundle: Bundle) -> str:
     """--batch for one text at its fastest, and for as many rows as ``Model`` and ``elf-rt verify`` put together."""
     from elf_rt.request import TOKENS_PER_BATCH
-    from elf_rt.schedule import guidance_rows
+    from elf_rt.sampling.schedule import guidance_rows
 
     config = bundle.config
     rows = guidance_rows(bundle.presets["default"], config, conditional=config.max_input_length > 0)

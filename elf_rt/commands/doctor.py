@@ -11,8 +11,8 @@ from elf_rt.machine import cores
 @click.command("doctor")
 def command() -> None:
     """Show which backends work on this machine, why the others do not, and which integrator runs."""
-    from elf_rt import integrator
     from elf_rt.backends import discover
+    from elf_rt.sampling import integrator
 
     click.echo(f"elf-rt {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
     click.echo(f"{cores()} CPU cores, integrator in {integrator.IMPLEMENTATION}")

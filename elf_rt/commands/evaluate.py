@@ -12,13 +12,13 @@ import click
 import numpy as np
 from click.core import ParameterSource
 
-from elf_rt import evaluation
 from elf_rt.bundle import Bundle
 from elf_rt.commands.generate import read_jsonl
 from elf_rt.commands.options import SAMPLING_NAMES, backend_options, sampling_options
 from elf_rt.console import Ticker, note, progress
 from elf_rt.errors import InputError
-from elf_rt.text import load_tokenizer
+from elf_rt.measure import evaluation
+from elf_rt.text.codec import load_tokenizer
 
 METRICS = ("fluency", "accuracy", "agreement", "self-bleu")
 WRITING = ("n", "seed", "seeds", "preset", *SAMPLING_NAMES, "backend", "precision", "threads")

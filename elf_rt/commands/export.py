@@ -68,7 +68,7 @@ def command(
     if "int8-openvino" in precision and importlib.util.find_spec("nncf") is None:
         raise BackendError("int8-openvino needs nncf: pip install 'elf-rt[int8]'")
     from elf_rt.commands.generate import read_jsonl
-    from elf_rt.verify import verify_folder
+    from elf_rt.measure.verify import verify_folder
 
     output = output or default_output(checkpoint)
     options = ExportOptions(

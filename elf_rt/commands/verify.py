@@ -23,7 +23,7 @@ def command(
     float32 must repeat latents to 5e-5 and every token; other precisions must agree on 99 % of the tokens, with a
     normalised edit distance of at most 0.01.
     """
-    from elf_rt.verify import verify_folder
+    from elf_rt.measure.verify import verify_folder
 
     report = verify_folder(bundle, replay, backend=backend, precision=precision, threads=threads)
     if as_json:

@@ -3,7 +3,7 @@
 import importlib
 import threading
 
-from elf_rt.cudart import find_gpu
+from elf_rt.device.cudart import find_gpu
 from elf_rt.errors import BackendError
 
 # Held by whatever allocates, compiles or captures, for all models of the process: a capture must not meet a wait for

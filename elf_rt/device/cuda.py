@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from elf_rt import cudart
-from elf_rt.cudart import DeviceMemory, PinnedMemory, Stream
+from elf_rt.device import cudart
+from elf_rt.device.cudart import DeviceMemory, PinnedMemory, Stream
 from elf_rt.device.kernels import load_kernels, threads
 from elf_rt.errors import BackendError, first_line
 

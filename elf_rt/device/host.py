@@ -4,8 +4,8 @@ from contextlib import ExitStack
 
 import numpy as np
 
-from elf_rt.cudart import Stream
 from elf_rt.device.cuda import PinnedArray
+from elf_rt.device.cudart import Stream
 from elf_rt.device.network import DeviceBackend
 
 

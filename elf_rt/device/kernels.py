@@ -20,7 +20,7 @@ import numpy as np
 
 from elf_rt.errors import BackendError
 from elf_rt.machine import user_cache
-from elf_rt.schedule import Row
+from elf_rt.sampling.schedule import Row
 
 TYPES = ("float32", "float16", "bfloat16")  # of the network's tensors
 NAMES = ("elf_advance", *(f"elf_{kernel}_{dtype}" for dtype in TYPES for kernel in ("step", "draft")))
@@ -127,7 +127,7 @@ def compile_cubin(sm: int) -> tuple[bytes, str]:
 def load_kernels(sm: int, cache: Path | None = None) -> dict[str, Any]:
     """The kernels by name (NAMES), as cuda.core kernels of the current context.
 
-    Only with a driver (``elf_rt.cudart.find_gpu``) and a device made current: cuda.core hangs without one.
+    Only with a driver (``elf_rt.device.cudart.find_gpu``) and a device made current: cuda.core hangs without one.
     """
     from cuda.core import ObjectCode
 

@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 
-from elf_rt.cudart import Stream
 from elf_rt.device.cuda import Cuda
+from elf_rt.device.cudart import Stream
 
 ALIGNMENT = 256  # bytes, of each array on the GPU
 

@@ -15,7 +15,7 @@ from elf_rt.device.network import Capturing, DeviceBackend, Enqueued, Launchable
 from elf_rt.device.workspace import DRAFT, Piece, Shape, Workspace
 from elf_rt.errors import BackendError, GpuMemoryError
 from elf_rt.params import ModelConfig
-from elf_rt.sampler import Job, Outcome, StepDone
+from elf_rt.sampling.engine import Job, Outcome, StepDone
 
 T = TypeVar("T")
 
@@ -23,7 +23,7 @@ MAX_IDLE_WORKSPACES = 16  # each number of samples is a shape of its own; where 
 
 
 class DeviceSampler:
-    """Runs jobs on a CUDA backend; the same face as ``elf_rt.sampler.HostSampler``.
+    """Runs jobs on a CUDA backend; the same face as ``elf_rt.sampling.engine.HostSampler``.
 
     A job without drafts is one graph launch, so its StepDone events come together, at the end. A job with drafts is cut
     into graphs of `drafts_every` steps, and can be cancelled between them.

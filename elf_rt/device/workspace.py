@@ -14,15 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from elf_rt.cudart import Stream
 from elf_rt.device import kernels, setup_lock
 from elf_rt.device.cuda import Cuda
+from elf_rt.device.cudart import Stream
 from elf_rt.device.kernels import StepArguments
 from elf_rt.device.memory import Fields, StagedArrays
 from elf_rt.device.network import DeviceBackend, DeviceNetwork, Launchable
-from elf_rt.noise import normal
-from elf_rt.sampler import Job
-from elf_rt.schedule import A
+from elf_rt.sampling.engine import Job
+from elf_rt.sampling.noise import normal
+from elf_rt.sampling.schedule import A
 
 MAX_GRAPHS = 8  # of one shape
 STEPS_GRANULE = 64  # tables are sized in multiples of this many steps

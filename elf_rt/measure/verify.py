@@ -10,7 +10,7 @@ import numpy as np
 
 from elf_rt.bundle import MIN_AGREEMENT
 from elf_rt.errors import BundleError, InputError
-from elf_rt.evaluation import edit_distance
+from elf_rt.measure.evaluation import edit_distance
 from elf_rt.model import Model, load
 from elf_rt.params import SamplingParams
 

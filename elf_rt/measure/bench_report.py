@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from elf_rt import integrator, machine
-from elf_rt.bench import Report, Row
+from elf_rt import machine
+from elf_rt.measure.bench import Report, Row
+from elf_rt.sampling import integrator
 
 STYLES = ("o-", "s--", "^:", "v-.")  # lines that lie on each other can be told apart
 LIBRARIES = ("elf-rt", "numpy", "openvino", "onnxruntime", "onnxruntime-gpu", "torch", "tensorrt", "tensorrt-rtx")

@@ -1,7 +1,7 @@
 """Every sampler as a table of coefficients, computed in float64 before the first network call.
 
 ELF integrates dz/dt = (x̂ - z) / (1 - t) from noise (t = 0) to text latents (t = 1), arXiv 2605.10938.
-One table has N + 2 rows, one for each pass of the integrator (``elf_rt.integrator``):
+One table has N + 2 rows, one for each pass of the integrator (``elf_rt.sampling.integrator``):
 
     row 0          the start, z = noise_scale * noise; no network call follows it
     rows 1 .. N    prepare the N denoising calls
@@ -18,8 +18,8 @@ from statistics import NormalDist
 import numpy as np
 
 from elf_rt.errors import InputError
-from elf_rt.noise import normal
 from elf_rt.params import ModelConfig, SamplingParams
+from elf_rt.sampling.noise import normal
 
 A, B, C, D, X = range(5)  # columns of Table.coef
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from elf_rt import integrator
 from elf_rt.backends.base import Backend, BoundNetwork
-from elf_rt.schedule import D, Table
+from elf_rt.sampling import integrator
+from elf_rt.sampling.schedule import D, Table
 
 MAX_IDLE_NETWORKS = 8
 

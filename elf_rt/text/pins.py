@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from elf_rt.errors import InputError
-from elf_rt.text import Encoder
+from elf_rt.text.codec import Encoder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -1,4 +1,4 @@
-"""The fused pass between two network calls: one row of a sampler's table (``elf_rt.schedule``).
+"""The fused pass between two network calls: one row of a sampler's table (``elf_rt.sampling.schedule``).
 
 For sample b, with A, B, C, D, X = coef[b] and ε the noise of (seed, row):
 
@@ -19,8 +19,8 @@ import numpy as np
 
 from elf_rt.errors import InputError
 from elf_rt.machine import cores
-from elf_rt.noise import NoiseKey, normal
-from elf_rt.schedule import Row
+from elf_rt.sampling.noise import NoiseKey, normal
+from elf_rt.sampling.schedule import Row
 
 MAX_ROWS = 4  # guidance rows in one network call
 

@@ -1,0 +1,1 @@
+"""How fast, how faithful, how good: bench, verify, eval."""

@@ -1,0 +1,1 @@
+"""How a text is drawn: tables of coefficients, noise, the integrator, and the engine that runs them."""

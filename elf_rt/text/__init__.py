@@ -1,0 +1,1 @@
+"""Text to token ids and source latents, and back."""
