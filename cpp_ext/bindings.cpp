@@ -1,9 +1,11 @@
-// The one boundary of the extension: step() takes what elf_rt.sampling.integrator.step_numpy takes and checks every array's
-// type, shape and layout, with the same messages; the code behind it trusts them. The GIL is released while it runs.
+// The one boundary of the extension: step() takes what elf_rt.sampling.integrator.step_numpy takes and checks the type,
+// shape and layout of every array, with the same messages; the code behind it trusts them. The GIL is released while it
+// runs.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <utility>
@@ -53,13 +55,13 @@ void check(const char* name, const py::array& array, const Shape& shape, const c
     refuse(std::string(name) + " must be " + type + ", got " + type_name(array));
 }
 
-void check_rows(const char* name, int64_t count) {
-  if (count > elf::MAX_ROWS)
-    refuse(std::string(name) + " must have at most " + std::to_string(elf::MAX_ROWS) + " guidance rows, got " +
-           std::to_string(count));
+int check_rows(const char* name, int64_t count, int most) {
+  if (count > most)
+    refuse(std::string(name) + " must have at most " + std::to_string(most) + " rows, got " + std::to_string(count));
+  return static_cast<int>(count);
 }
 
-float* floats(const char* name, py::array& array, const Shape& shape) {
+float* floats(const char* name, py::array array, const Shape& shape) {
   check(name, array, shape, "float32", 'f', 4, true);
   return static_cast<float*>(array.mutable_data());
 }
@@ -69,75 +71,67 @@ const float* const_floats(const char* name, const py::array& array, const Shape&
   return static_cast<const float*>(array.data());
 }
 
-elf::NetworkTensor network_tensor(const char* name, const MaybeArray& array, int64_t rows, const Shape& full,
-                                  bool written) {
-  if (!array) return {};
-  check_layout(name, *array, {rows, full[0], full[1], full[2]}, written);
-  elf::NetworkTensor tensor{const_cast<void*>(array->data()), elf::NetworkType::float32, static_cast<int>(rows)};
-  if (has_type(*array, 'f', 2))
-    tensor.type = elf::NetworkType::float16;
-  else if (has_type(*array, 'u', 2))
-    tensor.type = elf::NetworkType::bfloat16;
-  else if (!has_type(*array, 'f', 4))
-    refuse(std::string(name) + " must be float32, float16 or uint16, got " + type_name(*array));
-  return tensor;
+MaybeArray maybe(const py::handle& slot, const char* name) {
+  const py::object value = slot.attr(name);
+  return value.is_none() ? MaybeArray() : MaybeArray(value.cast<py::array>());
 }
 
-void step(py::array z, py::array x_last, const MaybeArray& x_rows, const MaybeArray& weights, const py::array& coef,
-          const py::object& noise, const MaybeArray& source, const MaybeArray& mask, const MaybeArray& next_z,
-          const MaybeArray& next_x_prev, const py::sequence& rows) {
-  if (z.ndim() != 3) refuse("z must have shape (B, L, C), got " + text(shape_of(z)));
+// What a SlotStep of Python holds, checked. The arrays outlive the call: the caller's list holds on to them.
+elf::SlotStep read_slot(const py::handle& slot, const Shape& full) {
+  elf::SlotStep s{};
+  s.z = floats("z", slot.attr("z").cast<py::array>(), full);
+  s.x_last = floats("x_last", slot.attr("x_last").cast<py::array>(), full);
+  const float* coef = const_floats("coef", slot.attr("coef").cast<py::array>(), {5});
+  s.coef = {coef[0], coef[1], coef[2], coef[3], coef[4]};
+  const MaybeArray x_rows = maybe(slot, "x_rows"), weights = maybe(slot, "weights");
   if (x_rows.has_value() != weights.has_value()) refuse("x_rows and weights go together");
-  if (source.has_value() != mask.has_value()) refuse("source and mask go together");
-  const Shape full = shape_of(z);
-  elf::Step s{};
-  s.batch = full[0], s.length = full[1], s.width = full[2];
-  s.z = floats("z", z, full);
-  s.x_last = floats("x_last", x_last, full);
-  s.coef = const_floats("coef", coef, {s.batch, 5});
   if (x_rows) {
-    const int64_t count = x_rows->ndim() ? x_rows->shape(0) : 0;
-    check_rows("x_rows", count);
-    s.x_rows = network_tensor("x_rows", x_rows, count, full, false);
-    s.weights = const_floats("weights", *weights, {count, s.batch});
+    s.num_outputs = check_rows("x_rows", x_rows->ndim() ? x_rows->shape(0) : 0, elf::MAX_ROWS);
+    s.x_rows = const_floats("x_rows", *x_rows, {s.num_outputs, full[0], full[1]});
+    std::copy_n(const_floats("weights", *weights, {s.num_outputs}), s.num_outputs, s.weights);
   }
+  const py::object noise = slot.attr("noise");
   if (py::isinstance<py::array>(noise)) {
     s.noise = const_floats("noise", noise.cast<py::array>(), full);
-  } else if (!noise.is_none()) {
-    const py::array seeds = noise.attr("seeds");
-    check("noise.seeds", seeds, {s.batch}, "uint64", 'u', 8);
-    s.seeds = static_cast<const uint64_t*>(seeds.data());
+  } else {
+    s.seed = noise.attr("seed").cast<uint64_t>();
     s.noise_index = noise.attr("index").cast<uint32_t>();
   }
+  const MaybeArray source = maybe(slot, "source"), mask = maybe(slot, "mask");
+  if (source.has_value() != mask.has_value()) refuse("source and mask go together");
   if (source) {
     s.source = const_floats("source", *source, full);
-    check("mask", *mask, {s.batch, s.length}, "bool", 'b', 1);
+    check("mask", *mask, {full[0]}, "bool", 'b', 1);
     s.mask = static_cast<const uint8_t*>(mask->data());
   }
-  bool sees_source[elf::MAX_ROWS], sees_prev[elf::MAX_ROWS];
-  const int64_t num_rows = static_cast<int64_t>(py::len(rows));
-  check_rows("rows", num_rows);
-  for (int64_t k = 0; k < num_rows; ++k) {
-    const py::object row = rows[k];
-    sees_source[k] = row.attr("sees_source").cast<bool>();
-    sees_prev[k] = row.attr("sees_prev").cast<bool>();
-  }
-  s.sees_source = sees_source, s.sees_prev = sees_prev;
-  s.next_z = network_tensor("next_z", next_z, num_rows, full, true);
-  s.next_x_prev = network_tensor("next_x_prev", next_x_prev, num_rows, full, true);
+  const py::sequence rows = slot.attr("rows");
+  s.num_rows = check_rows("rows", static_cast<int64_t>(py::len(rows)), elf::MAX_ROWS + 1);  // one of them a draft
+  for (int k = 0; k < s.num_rows; ++k) s.rows |= rows[k].attr("flags").cast<uint32_t>() << (elf::ROW_BITS * k);
+  const Shape next{s.num_rows, full[0], full[1]};
+  if (s.num_rows) s.next_z = floats("next_z", slot.attr("next_z").cast<py::array>(), next);
+  if (const MaybeArray next_x_prev = maybe(slot, "next_x_prev"); next_x_prev && s.num_rows)
+    s.next_x_prev = floats("next_x_prev", *next_x_prev, next);
+  return s;
+}
+
+void step(const py::sequence& slots) {
+  if (!py::len(slots)) return;
+  const py::array first = slots[0].attr("z").cast<py::array>();
+  if (first.ndim() != 2) refuse("z must have shape (L, C), got " + text(shape_of(first)));
+  const Shape full = shape_of(first);
+  std::vector<elf::SlotStep> steps;
+  steps.reserve(py::len(slots));
+  for (const py::handle& slot : slots) steps.push_back(read_slot(slot, full));
 
   py::gil_scoped_release release;
-  elf::run_step(s);
+  elf::run_step(steps, full[0], full[1]);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_integrator, m) {
   m.doc() = "The integrator step in C++; see elf_rt.sampling.integrator.";
-  m.def("step", &step, py::arg("z"), py::arg("x_last"), py::kw_only(), py::arg("x_rows") = py::none(),
-        py::arg("weights") = py::none(), py::arg("coef"), py::arg("noise") = py::none(), py::arg("source") = py::none(),
-        py::arg("mask") = py::none(), py::arg("next_z") = py::none(), py::arg("next_x_prev") = py::none(),
-        py::arg("rows") = py::tuple());
+  m.def("step", &step, py::arg("slots"));
   m.def("set_num_threads", &elf::set_num_threads, py::arg("count"),
         "Threads that one step may use, the calling one included.");
 }

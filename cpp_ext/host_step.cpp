@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstring>
 
-#include "integrator.h"
 #include "thread_pool.h"
 
 // One binary for every x86: the loader picks the widest of these that the machine has. Other targets get the baseline.
@@ -17,27 +16,28 @@ namespace elf {
 namespace {
 
 constexpr int64_t BLOCK = 1024;        // elements whose temporaries stay in the first-level cache; a multiple of 4
-constexpr int64_t CHUNK = 16 * BLOCK;  // elements of one sample that one thread takes at a time
+constexpr int64_t CHUNK = 16 * BLOCK;  // elements of one slot that one thread takes at a time
 
-template <typename T>
-ELF_FN void add_output(const Step& s, int row, int64_t at, int64_t count, float weight, float* sum) {
-  const T* output = static_cast<const T*>(s.x_rows.data) + row * s.batch * s.length * s.width + at;
-  for (int64_t i = 0; i < count; ++i) sum[i] = add(sum[i], mul(weight, to_float(output[i])));
-}
+struct Size {
+  int64_t length, width;
 
-// x = sum of weight * output over the guidance rows with a weight.
-ELF_FN void combine(const Step& s, int64_t b, int64_t at, int64_t count, float* x) {
+  int64_t elements() const { return length * width; }
+};
+
+// x = sum of weight * output over the guidance rows with a weight; without outputs, the last estimate.
+ELF_FN void combine(const SlotStep& s, Size size, int64_t first, int64_t count, float* x) {
+  if (!s.x_rows) {
+    std::memcpy(x, s.x_last + first, count * 4);
+    return;
+  }
   bool empty = true;
-  for (int k = 0; k < s.x_rows.rows; ++k) empty = empty && s.weights[k * s.batch + b] == 0.0f;
+  for (int k = 0; k < s.num_outputs; ++k) empty = empty && s.weights[k] == 0.0f;
   std::fill_n(x, count, empty_sum(empty));
-  for (int k = 0; k < s.x_rows.rows; ++k) {
-    const float weight = s.weights[k * s.batch + b];
+  for (int k = 0; k < s.num_outputs; ++k) {
+    const float weight = s.weights[k];
     if (weight == 0.0f) continue;
-    switch (s.x_rows.type) {
-      case NetworkType::float32: add_output<float>(s, k, at, count, weight, x); break;
-      case NetworkType::float16: add_output<Half>(s, k, at, count, weight, x); break;
-      case NetworkType::bfloat16: add_output<BFloat16>(s, k, at, count, weight, x); break;
-    }
+    const float* output = s.x_rows + k * size.elements() + first;
+    for (int64_t i = 0; i < count; ++i) x[i] = add(x[i], mul(weight, output[i]));
   }
 }
 
@@ -50,76 +50,66 @@ ELF_FN void draw(uint64_t seed, uint32_t index, int64_t first, int64_t count, fl
 
 // Calls f(offset from first, length) for each piece of [first, first + count) that lies in a masked position.
 template <typename F>
-ELF_FN void for_held(const Step& s, int64_t b, int64_t first, int64_t count, F f) {
-  for (int64_t l = first / s.width; l * s.width < first + count; ++l) {
-    if (!s.mask[b * s.length + l]) continue;
-    const int64_t begin = std::max(first, l * s.width), end = std::min(first + count, (l + 1) * s.width);
+ELF_FN void for_held(const SlotStep& s, Size size, int64_t first, int64_t count, F f) {
+  if (!s.mask) return;
+  for (int64_t l = first / size.width; l * size.width < first + count; ++l) {
+    if (!s.mask[l]) continue;
+    const int64_t begin = std::max(first, l * size.width), end = std::min(first + count, (l + 1) * size.width);
     f(begin - first, end - begin);
   }
 }
 
-template <typename T>
-ELF_FN void write_as(T* to, const float* from, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = from_float<T>(from[i]);
-}
-
-// One row of a network tensor, 0 at masked positions unless the row sees them.
-ELF_FN void write(const Step& s, const NetworkTensor& tensor, int row, int64_t b, int64_t first, int64_t count,
+// A row of the next call, 0 at masked positions unless the row sees them.
+ELF_FN void write(const SlotStep& s, Size size, int row, int64_t first, int64_t count, float* next,
                   const float* values) {
-  const int64_t at = (row * s.batch + b) * s.length * s.width + first;
-  const int64_t bytes = tensor.type == NetworkType::float32 ? 4 : 2;
-  char* to = static_cast<char*>(tensor.data) + at * bytes;
-  switch (tensor.type) {
-    case NetworkType::float32: std::memcpy(to, values, count * 4); break;
-    case NetworkType::float16: write_as(reinterpret_cast<Half*>(to), values, count); break;
-    case NetworkType::bfloat16: write_as(reinterpret_cast<BFloat16*>(to), values, count); break;
-  }
-  if (s.mask && !s.sees_source[row])
-    for_held(s, b, first, count, [&](int64_t i, int64_t n) { std::memset(to + i * bytes, 0, n * bytes); });
+  float* to = next + row * size.elements() + first;
+  std::memcpy(to, values, count * 4);
+  if (!(s.row(row) & SEES_SOURCE))
+    for_held(s, size, first, count, [&](int64_t i, int64_t n) { std::memset(to + i, 0, n * 4); });
 }
 
-// Elements [first, first + count) of sample b.
-ELF_EVERY_VECTOR_WIDTH void step_block(const Step& s, int64_t b, int64_t first, int64_t count) {
-  const float* coef = s.coef + 5 * b;
-  const Coefficients c = {coef[0], coef[1], coef[2], coef[3], coef[4]};
-  const int64_t at = b * s.length * s.width + first;
-  const bool draws = (s.noise || s.seeds) && c.noise != 0.0f;
-  alignas(64) float x[BLOCK], noise_block[BLOCK];
-  float *z = s.z + at, *x_last = s.x_last + at;
+// Elements [first, first + count) of one slot.
+ELF_EVERY_VECTOR_WIDTH void step_block(const SlotStep& s, Size size, int64_t first, int64_t count) {
+  const Coefficients c = s.coef;
+  alignas(64) float x[BLOCK], prev[BLOCK], noise_block[BLOCK];
+  float *z = s.z + first, *x_last = s.x_last + first;
 
-  combine(s, b, at, count, x);
-  const float* noise = draws && s.noise ? s.noise + at : noise_block;
-  if (draws && !s.noise) draw(s.seeds[b], s.noise_index, first, count, noise_block);
+  combine(s, size, first, count, x);
+  const float* noise = s.noise ? s.noise + first : noise_block;
+  if (c.noise != 0.0f && !s.noise) draw(s.seed, s.noise_index, first, count, noise_block);
   const auto restore = [&](float* values) {
-    if (s.mask)
-      for_held(s, b, first, count, [&](int64_t i, int64_t n) { std::memcpy(values + i, s.source + at + i, n * 4); });
+    for_held(s, size, first, count,
+             [&](int64_t i, int64_t n) { std::memcpy(values + i, s.source + first + i, n * 4); });
   };
   restore(x);
-  if (draws)
-    for (int64_t i = 0; i < count; ++i) z[i] = new_z(c, true, z[i], x[i], x_last[i], noise[i]);
+  if (c.noise != 0.0f)
+    for (int64_t i = 0; i < count; ++i) z[i] = new_z(c, z[i], x[i], x_last[i], noise[i]);
   else
-    for (int64_t i = 0; i < count; ++i) z[i] = new_z(c, false, z[i], x[i], x_last[i], 0.0f);
+    for (int64_t i = 0; i < count; ++i) z[i] = new_z(c, z[i], x[i], x_last[i], 0.0f);
   restore(z);
   std::memcpy(x_last, x, count * 4);
 
-  for (int k = 0; k < s.next_z.rows; ++k) write(s, s.next_z, k, b, first, count, z);
-  if (s.next_x_prev.rows == 0) return;
-  if (c.prev != 1.0f)
-    for (int64_t i = 0; i < count; ++i) x[i] = next_prev(c, true, x[i]);
-  alignas(64) static constexpr float zeros[BLOCK] = {};
-  for (int k = 0; k < s.next_x_prev.rows; ++k) write(s, s.next_x_prev, k, b, first, count, s.sees_prev[k] ? x : zeros);
+  for (int k = 0; k < s.num_rows; ++k) write(s, size, k, first, count, s.next_z, s.row(k) & OF_ESTIMATE ? x : z);
+  if (!s.next_x_prev) return;
+  for (int k = 0; k < s.num_rows; ++k) {
+    for (int64_t i = 0; i < count; ++i) prev[i] = next_prev(c, s.row(k), x[i]);
+    write(s, size, k, first, count, s.next_x_prev, prev);
+  }
 }
 
 }  // namespace
 
-void run_step(const Step& s) {
-  const int64_t size = s.length * s.width, chunks = (size + CHUNK - 1) / CHUNK;
+void run_step(const std::vector<SlotStep>& slots, int64_t length, int64_t width) {
+  const Size size{length, width};
+  const int64_t elements = size.elements(), chunks = (elements + CHUNK - 1) / CHUNK;
+  const int64_t total = static_cast<int64_t>(slots.size()) * chunks;
   const auto step_chunk = [&](int64_t chunk) {
-    const int64_t b = chunk / chunks, begin = chunk % chunks * CHUNK, end = std::min(size, begin + CHUNK);
-    for (int64_t first = begin; first < end; first += BLOCK) step_block(s, b, first, std::min(BLOCK, end - first));
+    const SlotStep& slot = slots[chunk / chunks];
+    const int64_t begin = chunk % chunks * CHUNK, end = std::min(elements, begin + CHUNK);
+    for (int64_t first = begin; first < end; first += BLOCK) step_block(slot, size, first, std::min(BLOCK, end - first));
   };
-  const bool worth_waking_threads = s.batch * size >= 2 * CHUNK;
-  ThreadPool::shared().run(s.batch * chunks, worth_waking_threads, step_chunk);
+  const bool worth_waking_threads = static_cast<int64_t>(slots.size()) * elements >= 2 * CHUNK;
+  ThreadPool::shared().run(total, worth_waking_threads, step_chunk);
 }
 
 void set_num_threads(int count) { ThreadPool::shared().resize(count); }

@@ -26,7 +26,11 @@ typedef unsigned long long uint64_t;
 
 namespace elf {
 
-constexpr int MAX_ROWS = 4;  // guidance rows in one network call
+constexpr int MAX_ROWS = 4;  // guidance rows of one text in one network call
+
+// Flags of a row of a network call, as in elf_rt/sampling/schedule.py.
+constexpr unsigned int SEES_SOURCE = 1, SEES_PREV = 2, DECODES = 4, OF_ESTIMATE = 8;
+constexpr int ROW_BITS = 4;
 
 // ---- single operations
 
@@ -57,64 +61,6 @@ ELF_FN uint32_t multiply_high(uint32_t a, uint32_t b) {
   return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32);
 }
 #endif
-
-// ---- network types; rounding to nearest, ties to even. Branch-free, so that host loops vectorise.
-
-struct Half {
-  uint16_t bits;
-};
-struct BFloat16 {
-  uint16_t bits;
-};
-
-ELF_FN float to_float(float value) { return value; }
-
-ELF_FN float to_float(BFloat16 value) { return float_of(static_cast<uint32_t>(value.bits) << 16); }
-
-ELF_FN float to_float(Half value) {
-#if defined(__CUDA_ARCH__)
-  float result;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
-  return result;
-#else
-  const uint32_t magnitude = value.bits & 0x7fffu;
-  const uint32_t normal = (magnitude << 13) + (magnitude < 0x7c00u ? 112u << 23 : 224u << 23);
-  const uint32_t subnormal = bits_of(mul(static_cast<float>(static_cast<int32_t>(magnitude)), 0x1p-24f));
-  return float_of((magnitude < 0x0400u ? subnormal : normal) | (value.bits & 0x8000u) << 16);
-#endif
-}
-
-template <typename T>
-ELF_FN T from_float(float value);
-
-template <>
-ELF_FN float from_float<float>(float value) {
-  return value;
-}
-
-template <>
-ELF_FN BFloat16 from_float<BFloat16>(float value) {
-  const uint32_t bits = bits_of(value);
-  const uint32_t rounded = (bits + (0x7fffu + (bits >> 16 & 1u))) >> 16;
-  return {static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded)};
-}
-
-template <>
-ELF_FN Half from_float<Half>(float value) {
-#if defined(__CUDA_ARCH__)
-  Half result;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
-  return result;
-#else
-  const uint32_t bits = bits_of(value), magnitude = bits & 0x7fffffffu;
-  const uint32_t normal = (magnitude - (112u << 23) + 0x0fffu + (magnitude >> 13 & 1u)) >> 13;
-  // Adding 1/2 rounds to multiples of 2^-24, the spacing of subnormal halves.
-  const uint32_t subnormal = bits_of(add(float_of(magnitude), 0.5f)) - bits_of(0.5f);
-  const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
-  const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  return {static_cast<uint16_t>((magnitude < 0x477ff000u ? finite : special) | (bits >> 16 & 0x8000u))};
-#endif
-}
 
 // ---- noise: Philox4x32-10 (Salmon et al., SC11) and Box-Muller
 
@@ -203,18 +149,39 @@ struct Coefficients {
 
 ELF_FN float empty_sum(bool no_terms) { return no_terms ? 0.0f : -0.0f; }
 
-// z <- A z + B x + C x_last + D noise for one element; `draws` says whether there is a noise term at all.
-ELF_FN float new_z(const Coefficients& c, bool draws, float z, float x, float x_last, float noise) {
-  float sum = empty_sum(c.z == 0.0f && c.x == 0.0f && c.last == 0.0f && (c.noise == 0.0f || !draws));
+// z <- A z + B x + C x_last + D noise for one element.
+ELF_FN float new_z(const Coefficients& c, float z, float x, float x_last, float noise) {
+  float sum = empty_sum(c.z == 0.0f && c.x == 0.0f && c.last == 0.0f && c.noise == 0.0f);
   sum = add_term(sum, c.z, z);
   sum = add_term(sum, c.x, x);
   sum = add_term(sum, c.last, x_last);
-  return draws ? add_term(sum, c.noise, noise) : sum;
+  return add_term(sum, c.noise, noise);
 }
 
 // The next call's x_prev; 0 where X is 0, whatever x holds.
-ELF_FN float next_prev(const Coefficients& c, bool seen, float x) {
-  return seen && c.prev != 0.0f ? mul(c.prev, x) : 0.0f;
+ELF_FN float next_prev(const Coefficients& c, uint32_t row, float x) {
+  return (row & SEES_PREV) && c.prev != 0.0f ? mul(c.prev, x) : 0.0f;
 }
+
+// One text in one pass: what elf_rt/sampling/integrator.py calls a SlotStep. Addresses may be null where it says so.
+struct SlotStep {
+  float *z, *x_last;            // (length, width), the slot's state
+  const float* x_rows;          // (num_outputs, length, width), the last call's outputs; null: x is x_last as it stands
+  float *next_z, *next_x_prev;  // (num_rows, length, width), the rows of the next call; x_prev null: no such input
+  const float* source;          // (length, width), with mask (length); both null: nothing is held
+  const uint8_t* mask;
+  const float* noise;           // (length, width); null: drawn from seed and noise_index
+  int32_t* not_finite;          // set to 1 where the new z is not finite; null: not asked
+  uint64_t seed;
+  Coefficients coef;
+  float weights[MAX_ROWS];
+  uint32_t noise_index;
+  uint32_t rows;                // ROW_BITS of flags for each row of the next call, the first one lowest
+  int32_t num_outputs, num_rows;
+  int32_t first_row;            // of the next call: where its t, s and mode are
+  float t, s;                   // of the denoising rows; a decoding row has t = 1
+
+  ELF_FN uint32_t row(int k) const { return rows >> (ROW_BITS * k) & ((1u << ROW_BITS) - 1u); }
+};
 
 }  // namespace elf

@@ -4,8 +4,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from elf_rt.errors import BackendError, BundleError, CheckpointError, ElfError, InputError
-    from elf_rt.model import Draft, Model, Result, Timings, load
+    from elf_rt.errors import BackendError, BundleError, CheckpointError, ElfError, GpuMemoryError, InputError
+    from elf_rt.model import Draft, Model, Outcome, Pending, Result, Stats, Text, Timings, load
     from elf_rt.params import SamplingParams
 
 __version__ = "0.1.0"
@@ -15,10 +15,15 @@ __all__ = [
     "CheckpointError",
     "Draft",
     "ElfError",
+    "GpuMemoryError",
     "InputError",
     "Model",
+    "Outcome",
+    "Pending",
     "Result",
     "SamplingParams",
+    "Stats",
+    "Text",
     "Timings",
     "load",
 ]

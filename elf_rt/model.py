@@ -1,7 +1,12 @@
-"""The public API: ``load`` a bundle, ``generate`` text, ``stream`` it, or ``sample`` latents with everything given."""
+"""The public API: ``load`` a bundle, ``generate`` or ``write`` texts, ``stream`` or ``submit`` them, or ``sample``
+latents with everything given."""
 
+import ctypes
+import os
+import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -11,49 +16,42 @@ import numpy as np
 from elf_rt.backends import open_backend
 from elf_rt.bundle import Bundle
 from elf_rt.errors import BackendError, InputError
+from elf_rt.network import Backend
 from elf_rt.params import SamplingParams
-from elf_rt.request import HOST_TOKENS_PER_BATCH, TOKENS_PER_BATCH, Batch, Pins, Request, check_length, is_whole
-from elf_rt.sampling import schedule
-from elf_rt.sampling.engine import HostSampler, Job, Outcome, StepDone
+from elf_rt.pending import Pending, Run
+from elf_rt.request import (
+    Checked,
+    Encoded,
+    Pins,
+    Prepared,
+    Text,
+    check,
+    check_length,
+    check_many,
+    check_seeds,
+    is_whole,
+    prepare,
+    preset_of,
+)
+from elf_rt.results import Draft, Outcome, Result, Timings
+from elf_rt.sampling.driver import CLOSED, Driver, Stats
+from elf_rt.sampling.engine import Engine, HostEngine
+from elf_rt.sampling.given import make_programs
+from elf_rt.sampling.program import Event, Program, StepDone, Written
+from elf_rt.sampling.schedule import Table, guidance_rows
 from elf_rt.text.codec import TextCodec
 
-
-@dataclass(frozen=True)
-class Timings:
-    """Milliseconds of the batch that a text was written in."""
-
-    total_ms: float
-    network_ms: float
-    integrator_ms: float
-    batch: int
-    calls: int
-
-
-@dataclass(frozen=True)
-class Result:
-    """One text. ids: (L,) int64 final token ids; text is None for a bundle without a tokenizer."""
-
-    text: str | None
-    ids: np.ndarray = field(repr=False)
-    seed: int
-    prompt: str | None
-    timings: Timings
-
-
-@dataclass(frozen=True)
-class Draft:
-    """A step of a stream. texts: what each sample would read now, on the steps that draft, else None. batch: how many
-    are written together."""
-
-    step: int
-    steps: int
-    t: float
-    texts: list[str | None] | None
-    batch: int
+__all__ = ["Draft", "Model", "Outcome", "Pending", "Result", "Stats", "Text", "Timings", "load"]
 
 
 def load(
-    path: str | Path, backend: str = "auto", *, precision: str = "auto", threads: int | None = None, check: bool = False
+    path: str | Path,
+    backend: str = "auto",
+    *,
+    precision: str = "auto",
+    threads: int | None = None,
+    max_rows: int | None = None,
+    check: bool = False,
 ) -> "Model":
     """Open a bundle.
 
@@ -62,34 +60,48 @@ def load(
         backend: "auto", or a name that ``elf-rt doctor`` lists.
         precision: "auto", fp32, bf16, fp16 or int8, as the backend allows.
         threads: CPU threads of the engine; all cores by default.
+        max_rows: the most rows of one network call; by default as many as were measured to pay.
         check: verify the sha256 of every file now, not only of those that are used.
 
     Raises:
         BundleError, BackendError: with one line that says how to mend it.
     """
+    if max_rows is not None and (not is_whole(max_rows) or max_rows < 1):
+        raise InputError(f"max_rows must be a whole number, 1 or more, got {max_rows!r}")
     bundle = Bundle.open(path)
     if check:
         bundle.check()
-    return Model(bundle, *open_backend(bundle, backend, precision, threads))
+    return Model(bundle, lambda: open_backend(bundle, backend, precision, threads), threads=threads, max_rows=max_rows)
 
 
 class Model:
-    """A loaded model. Safe to share between threads; ``close()`` it, or use it as a context manager."""
+    """A loaded model. Safe to share between threads, whose texts share network calls; ``close()`` it, or use it as a
+    context manager."""
 
-    def __init__(self, bundle: Bundle, backend: Any, reason: str) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        open_backend: Callable[[], tuple[Backend, str]],
+        *,
+        threads: int | None = None,
+        max_rows: int | None = None,
+    ) -> None:
         self.bundle = bundle
         self.config = bundle.config
-        self.backend = backend
-        self.backend_reason = reason
-        self.codec = TextCodec(bundle, backend.encode)
-        self._sampler: Any = _make_sampler(backend, bundle)
-        self._closed = False
+        self._open, self._threads, self._max_rows = open_backend, threads, max_rows
+        self._start()
+        _models.add(self)
+
+    def _start(self) -> None:
+        bundle, max_rows = self.bundle, self._max_rows
+        self.backend, self.backend_reason = backend, _ = self._open()
+        self.codec = TextCodec(bundle, self._threads)
+        self._driver = Driver(lambda: _open_engine(backend, bundle, max_rows), bundle.config.max_length)
+        self._finalizer = weakref.finalize(self, _close, self._driver, backend)
 
     def params(self, preset: str = "default", **overrides: Any) -> SamplingParams:
         """The bundle's preset with some values changed (None keeps the preset's)."""
-        if preset not in self.bundle.presets:
-            raise InputError(f"preset must be one of {', '.join(self.bundle.presets)}, got {preset!r}")
-        return self.bundle.presets[preset].replace(**overrides)
+        return preset_of(self.bundle.presets, preset).replace(**overrides)
 
     def generate(
         self,
@@ -106,28 +118,47 @@ class Model:
         """Write n texts for each prompt, or n texts without one.
 
         Result k has seed ``seed + k``, and its text depends on that seed, its prompt and the sampling parameters
-        alone: not on the batch or its place in it. So any result can be had again by itself.
+        alone: not on what is written beside it. So any result can be had again by itself.
 
         Args:
             seed: 0 .. 2**64 - 1; drawn at random when None, and told in the results.
-            length: tokens of canvas, up to the model's max_length; another length than the trained one changes results.
-            pinned: {position: token} of the text (a token is an id, or a text of one token), or a template with blanks
-                of n tokens, "The train to [2] leaves at [5]."; the rest is written around them.
+            length, pinned: see ``Text``.
             on_step: called after each step with (steps done, all to do), summed over the texts.
             **overrides: fields of SamplingParams, such as steps=16.
 
         Returns:
             len(prompts) * n results, the n of the first prompt first.
+
+        Raises:
+            InputError: an argument is not possible. BackendError: a call failed, or the model is closed.
         """
-        results: list[Result] = []
-        request = Request.make(self.codec, self.params(preset, **overrides), prompts, n, seed, length, pinned)
-        for batch in request.batches(self.codec, self._max_rows(request.length)):
-            for event in self._open_sampler.run(batch.job):
-                if isinstance(event, Outcome):
-                    results += self._results(batch, event)
-                elif on_step is not None:
-                    on_step(batch.done + event.step * len(batch.job.seeds), batch.total)
-        return results
+        params = self.params(preset, **overrides)
+        texts = check_many(self.codec, params, prompts, n, seed, length, pinned)
+        return self._write(texts, on_step)
+
+    def write(self, texts: Sequence[Text], on_step: Callable[[int, int], None] | None = None) -> list[Result]:
+        """Write texts with different prompts, parameters and lengths side by side, and return them in their order.
+
+        Raises:
+            InputError, BackendError: see ``generate``.
+        """
+        return self._write([check(self.codec, self.bundle.presets, text) for text in texts], on_step)
+
+    def submit(self, text: Text, *, drafts_every: int = 0) -> Pending:
+        """Start writing a text and return at once, when its prompt is encoded. It shares the network calls of all texts
+        that are being written, from the next call on.
+
+        Args:
+            drafts_every: after so many steps each, the current estimate is decoded; 0: never.
+
+        Raises:
+            InputError, BackendError: see ``generate``.
+        """
+        _check_drafts(drafts_every)
+        driver = self._open_driver
+        checked = check(self.codec, self.bundle.presets, text)
+        (prepared,) = prepare(self.codec, [checked], drafts_every, {})
+        return Pending(driver, prepared.program, partial(self._result, prepared), partial(self._read, prepared))
 
     def stream(
         self,
@@ -143,18 +174,13 @@ class Model:
     ) -> Iterator[Draft | list[Result]]:
         """Like ``generate``, step by step: a Draft after each step, each batch's results after its last.
 
-        Every ``drafts_every`` steps (0: never) the current estimate is decoded, which costs one more network call.
-        Stop iterating (or close the iterator) to cancel.
+        Every ``drafts_every`` steps (0: never) the current estimate is decoded, which costs one more row of a network
+        call. Stop iterating (or close the iterator) to cancel.
         """
-        if not is_whole(drafts_every) or drafts_every < 0:
-            raise InputError(f"drafts_every must be a whole number, 0 or more, got {drafts_every!r}")
-        request = Request.make(self.codec, self.params(preset, **overrides), prompts, n, seed, length, pinned)
-        for batch in request.batches(self.codec, self._max_rows(request.length), drafts_every):
-            for event in self._open_sampler.run(batch.job):
-                if isinstance(event, Outcome):
-                    yield self._results(batch, event)
-                else:
-                    yield self._draft(batch, event)
+        _check_drafts(drafts_every)
+        params = self.params(preset, **overrides)
+        texts = check_many(self.codec, params, prompts, n, seed, length, pinned)
+        return self._told(texts, *self._run(texts, drafts_every))
 
     def sample(
         self,
@@ -168,6 +194,8 @@ class Model:
         params: SamplingParams | None = None,
         length: int | None = None,
         latents: bool = True,
+        table: Table | None = None,
+        x_prev: np.ndarray | None = None,
     ) -> Outcome:
         """The sampler with everything given, below text: what ``elf-rt verify`` replays.
 
@@ -177,39 +205,52 @@ class Model:
             eps: (N - 1, B, L, C) unit noise of each SDE step but the last, which has none, or (N, B, L, C); drawn from
                 ``seeds`` when None.
             source, mask: (B, L, C) normalised source latents and (B, L) where they stand.
+            seeds: (B,), or one for all.
             latents: False where only the ids are of use: it saves a copy from the GPU.
+            table: a sampler of your own, instead of the one that ``params`` and ``grid`` make.
+            x_prev: (B, L, C) the estimate that the first call sees; zeros when None.
 
         Returns:
             latents (B, L, C) at t = 1 and ids (B, L) as the decoding call gave them, with timings.
+
+        Raises:
+            InputError: an array has another shape than it says here, or holds other things than numbers.
         """
-        params = params or self.params()
-        seeds = np.asarray(seeds, np.uint64)
-        batch = len(seeds) if z0 is None else len(z0)
-        seeds = np.repeat(seeds, batch) if len(seeds) == 1 else seeds
-        length = check_length(self.config, length if z0 is None else z0.shape[1])
-        mask = None if mask is None else np.asarray(mask, bool)
-        shape = (batch, length, self.config.latent_dim)
-        _check_shape("seeds", seeds, (batch,))
-        _check_shape("z0", z0, shape)
-        _check_shape("source", source, shape)
-        _check_shape("mask", mask, shape[:2])
-        if (source is None) != (mask is None):
-            raise InputError("source and mask go together: give both or neither")
-        grid = schedule.make_grid(params, self.config, seeds) if grid is None else schedule.check_grid(grid)
-        grid = np.repeat(grid, batch, axis=0) if len(grid) == 1 else grid
-        _check_shape("grid", grid, (batch, grid.shape[1]))
-        noisy = grid.shape[1] - 2  # steps with noise
-        _check_shape("eps", eps if eps is None else eps[:noisy], (noisy, *shape))
-        table = schedule.make_table(params, self.config, grid, conditional=source is not None)
-        job = Job(table, length, seeds, params.sc_cfg, source, mask, z0, eps, latents=latents)
-        return next(event for event in self._open_sampler.run(job) if isinstance(event, Outcome))
+        whole = check_seeds(seeds)
+        batch = len(whole) if z0 is None else len(z0)
+        whole = whole * batch if len(whole) == 1 else whole
+        if len(whole) != batch:
+            raise InputError(f"seeds must have shape ({batch},), got ({len(whole)},)")
+        length = check_length(self.config, length if z0 is None or z0.ndim != 3 else z0.shape[1])
+        programs = make_programs(
+            self.config,
+            params or self.params(),
+            whole,
+            length,
+            z0=z0,
+            grid=grid,
+            eps=eps,
+            source=source,
+            mask=mask,
+            x_prev=x_prev,
+            table=table,
+            latents=latents,
+        )
+        written: dict[int, Written] = {}
+        for index, event in Run(self._open_driver, iter([programs])):
+            if isinstance(event, Written):
+                written[index] = event
+        return _outcome([written[i] for i in range(batch)])
+
+    def stats(self) -> Stats:
+        """What the model is doing now, and what its calls cost."""
+        return self._open_driver.stats()
 
     def close(self) -> None:
-        """Free the engine's memory. The model cannot be used after it."""
-        if not self._closed:
-            self._closed = True
-            self._sampler.close()
-            self.backend.close()
+        """Free the engine's memory. Texts that are being written end with a BackendError, and the model cannot be used
+        after it."""
+        self._finalizer()
+        self.codec.close()
 
     def __repr__(self) -> str:
         return f"Model({str(self.bundle.folder)!r}, {self.backend_reason})"
@@ -221,46 +262,124 @@ class Model:
         self.close()
 
     @property
-    def _open_sampler(self) -> Any:
-        if self._closed:
-            raise BackendError("the model is closed: load it again")
-        return self._sampler
+    def _open_driver(self) -> Driver:
+        if not self._finalizer.alive:
+            raise BackendError(CLOSED)
+        if self._driver.forked:
+            if self.backend.device == "cuda":
+                raise BackendError("a GPU cannot be used in a process forked after load: load the model in the child")
+            self._finalizer.detach()
+            self._start()
+        return self._driver
 
-    def _max_rows(self, length: int) -> int:
-        """The most rows of one network call: what is worth putting together, or fewer where the engine takes fewer."""
-        worth = (TOKENS_PER_BATCH if self.backend.device == "cuda" else HOST_TOKENS_PER_BATCH) // length
-        limit = getattr(self.backend, "max_rows", None)
-        return worth if limit is None else min(worth, int(limit(length)) or worth)  # 0: no plan, as the call will tell
+    def _run(self, texts: Sequence[Checked], drafts_every: int = 0) -> tuple[Run, list[range], dict[int, Prepared]]:
+        """The events of texts; the groups that are prepared together and share a call; and what was prepared."""
+        driver, prepared, encoded = self._open_driver, dict[int, Prepared](), Encoded()
+        groups: list[range] = []
 
-    def _results(self, batch: Batch, outcome: Outcome) -> list[Result]:
-        ids = batch.finish(self.codec, outcome.ids)
-        timings = Timings(
-            outcome.seconds * 1e3,
-            outcome.network_seconds * 1e3,
-            outcome.integrator_seconds * 1e3,
-            len(ids),
-            outcome.calls,
-        )
-        return [
-            Result(self.codec.decode(row), row, int(seed), None if batch.prompts is None else batch.prompts[i], timings)
-            for i, (row, seed) in enumerate(zip(ids, batch.job.seeds, strict=True))
-        ]
+        def programs() -> Iterator[list[Program]]:
+            start = 0
+            while start < len(texts):
+                first = texts[start]
+                rows = guidance_rows(first.params, self.config, conditional=bool(first.source or first.pins))
+                group = range(start, min(len(texts), start + max(1, driver.share(first.length) // len(rows))))
+                made = prepare(self.codec, texts[group.start : group.stop], drafts_every, encoded)
+                prepared.update(zip(group, made, strict=True))
+                groups.append(group)
+                start = group.stop
+                yield [each.program for each in made]
 
-    def _draft(self, batch: Batch, event: StepDone) -> Draft:
-        texts = None
-        if event.draft is not None:
-            texts = [self.codec.decode(row) for row in batch.finish(self.codec, event.draft)]
-        return Draft(event.step, batch.job.table.num_steps, event.t, texts, len(batch.job.seeds))
+        return Run(driver, programs()), groups, prepared
+
+    def _write(self, texts: Sequence[Checked], on_step: Callable[[int, int], None] | None) -> list[Result]:
+        if not texts:
+            return []
+        run, _, prepared = self._run(texts)
+        results: dict[int, Result] = {}
+        done, total = 0, sum(text.params.steps for text in texts)
+        for index, event in run:
+            if isinstance(event, Written):
+                results[index] = self._result(prepared.pop(index), event)
+                continue
+            done += 1
+            if on_step is not None:
+                on_step(done, total)
+        return [results[index] for index in range(len(texts))]
+
+    def _told(
+        self, texts: Sequence[Checked], run: Run, groups: list[range], prepared: dict[int, Prepared]
+    ) -> Iterator[Draft | list[Result]]:
+        """The events of texts that all have the same steps, group by group: a step when the whole group has done it."""
+        steps, end = texts[0].params.steps, 0
+        events: defaultdict[int, dict[int, Event]] = defaultdict(dict)  # by step, of texts that are not told of yet
+        told, step = 0, 1  # groups, and what comes next of the one behind them
+        for index, event in run:
+            events[event.step if isinstance(event, StepDone) else end][index] = event
+            while told < len(groups) and events[step].keys() >= set(groups[told]):
+                mine = [(prepared[i], events[step].pop(i)) for i in groups[told]]
+                if step == end:
+                    yield [self._result(each, event) for each, event in mine if isinstance(event, Written)]
+                    told, step = told + 1, 1
+                else:
+                    yield self._draft([(each, event) for each, event in mine if isinstance(event, StepDone)], steps)
+                    step = step + 1 if step < steps else end
+
+    def _draft(self, told: list[tuple[Prepared, StepDone]], steps: int) -> Draft:
+        done = told[0][1]
+        read = [self._read(prepared, each.draft) for prepared, each in told if each.draft is not None]
+        texts = read or None
+        return Draft(done.step, steps, done.t, texts, len(told))
+
+    def _result(self, prepared: Prepared, written: Written) -> Result:
+        ids, checked = prepared.finish(self.codec, written.ids), prepared.checked
+        return Result(self.codec.decode(ids), ids, checked.seed, checked.prompt, Timings.of(written.times))
+
+    def _read(self, prepared: Prepared, ids: np.ndarray) -> str | None:
+        return self.codec.decode(prepared.finish(self.codec, ids))
 
 
-def _check_shape(name: str, array: np.ndarray | None, want: tuple[int, ...]) -> None:
-    if array is not None and array.shape != want:
-        raise InputError(f"{name} must have shape {want}, got {array.shape}")
-
-
-def _make_sampler(backend: Any, bundle: Bundle) -> Any:
+def _open_engine(backend: Backend, bundle: Bundle, max_rows: int | None) -> Engine[Any]:
     if backend.device == "cuda":
-        from elf_rt.device.sampler import DeviceSampler
+        from elf_rt.device.engine import DeviceEngine
 
-        return DeviceSampler(backend, bundle.config)
-    return HostSampler(backend, bundle.config.latent_dim)
+        return DeviceEngine(backend, bundle.config, max_rows)
+    return HostEngine(backend, bundle.config.latent_dim, max_rows)
+
+
+def _close(driver: Driver, backend: Backend) -> None:
+    if not driver.forked:
+        driver.close()
+        backend.close()
+
+
+def _outcome(written: Sequence[Written]) -> Outcome:
+    times = [each.times for each in written]
+    latents = [each.latents for each in written if each.latents is not None]
+    return Outcome(
+        np.stack(latents) if latents else np.empty(0, np.float32),
+        np.stack([each.ids for each in written]),
+        max(each.total for each in times),
+        max(each.network for each in times),
+        max(each.integrator for each in times),
+        max(each.calls for each in times),
+    )
+
+
+def _check_drafts(drafts_every: object) -> None:
+    if not isinstance(drafts_every, int) or isinstance(drafts_every, bool) or drafts_every < 0:
+        raise InputError(f"drafts_every must be a whole number, 0 or more, got {drafts_every!r}")
+
+
+_models: "weakref.WeakSet[Model]" = weakref.WeakSet()
+
+
+def _keep_in_child() -> None:
+    """A forked child has none of the threads that an engine library waits for when it is freed, so it never frees what
+    its parent opened: a reference that nobody gives back."""
+    for model in _models:
+        for part in (model.backend, model.codec, model._driver):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(part))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_keep_in_child)

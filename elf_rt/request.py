@@ -1,143 +1,183 @@
-"""What a caller asks for, checked once and cut into batches of bounded size."""
+"""What a caller asks for: checked once, then made into programs for the engine."""
 
 import secrets
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from numbers import Integral
-from typing import Self
+from typing import TypeGuard
 
 import numpy as np
 
-from elf_rt.errors import InputError
+from elf_rt.errors import InputError, warn
 from elf_rt.params import ModelConfig, SamplingParams
 from elf_rt.sampling import schedule
-from elf_rt.sampling.engine import Job
+from elf_rt.sampling.program import Program
 from elf_rt.text.codec import TextCodec
 from elf_rt.text.pins import Pinned
 
-# Rows x length of one network call; larger requests are cut into batches of this size. A CPU gains nothing from more,
-# and its first text would come later.
-TOKENS_PER_BATCH = 8192
-HOST_TOKENS_PER_BATCH = 2048
 MAX_SEED = 2**64
 
 Pins = Mapping[int, int | str] | str  # {position: token}, or a template with blanks
-Encoded = dict[int, tuple[np.ndarray, np.ndarray]]  # prompt -> source latents (L, C), mask (L,)
+Encoded = dict[tuple[tuple[int, ...], int], tuple[np.ndarray, np.ndarray]]  # (source, length) -> latents, mask
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Texts that are written together. ``done`` and ``total`` count steps x samples, before and in all."""
+class Text:
+    """One text to write, beside others that may differ in everything.
 
-    job: Job
-    prompts: Sequence[str] | None
-    source_lengths: np.ndarray | None  # (B,)
-    pins: Pinned | None
-    done: int
-    total: int
-
-    def finish(self, codec: TextCodec, ids: np.ndarray) -> np.ndarray:
-        """Final ids of the raw ids (B, L) of the decoding call. No text ends before its last pin."""
-        if self.pins is None:
-            return codec.finish(ids, self.source_lengths)
-        starts = np.zeros(len(ids), int) if self.source_lengths is None else self.source_lengths
-        return codec.finish(self.pins.restore(ids, starts), self.source_lengths, ends_from=len(self.pins) - 1)
-
-
-@dataclass(frozen=True)
-class Request:
-    """n texts for each prompt, or n texts without one. Text k has seed ``seed + k``.
-
-    sources: token ids of each prompt. length: tokens of canvas.
+    Args:
+        prompt: the source text of a conditional model.
+        seed: 0 .. 2**64 - 1; drawn at random when None, and told in the result.
+        preset: of the bundle, where `params` is None.
+        params: how it is drawn; ``Model.params`` makes them from a preset.
+        length: tokens of canvas, up to the model's max_length; another length than the trained one changes results.
+        pinned: {position: token} of the text (a token is an id, or a text of one token), or a template with blanks of
+            n tokens, "The train to [2] leaves at [5]."; the rest is written around them.
     """
 
+    prompt: str | None = None
+    seed: int | None = None
+    preset: str = "default"
+    params: SamplingParams | None = None
+    length: int | None = None
+    pinned: Pins | None = None
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A text that the model can write. source: token ids of the prompt."""
+
     params: SamplingParams
-    n: int
     seed: int
     length: int
-    prompts: Sequence[str] | None
-    sources: Sequence[Sequence[int]] | None
+    prompt: str | None
+    source: tuple[int, ...] | None
     pins: Pinned | None
 
-    @classmethod
-    def make(
-        cls,
-        codec: TextCodec,
-        params: SamplingParams,
-        prompts: str | Sequence[str] | None,
-        n: int,
-        seed: int | None,
-        length: int | None,
-        pinned: Pins | None,
-    ) -> Self:
-        """Check a request.
 
-        Raises:
-            InputError: n, seed, length, a prompt or a pin is not possible; the message says what is.
-        """
-        if not is_whole(n) or n < 1:
-            raise InputError(f"n must be a whole number, 1 or more, got {n!r}")
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        if not isinstance(prompts, Sequence | None):
-            raise InputError(f"prompts must be a text or a sequence of texts, got {prompts!r}")
-        total = n if prompts is None else n * len(prompts)
-        seed = secrets.randbits(32) if seed is None else seed
-        if not is_whole(seed) or not 0 <= seed <= MAX_SEED - total:
-            raise InputError(f"seed must be a whole number between 0 and 2**64 - {total}, got {seed!r}")
-        length = check_length(codec.config, length)
-        sources = None if prompts is None else codec.tokenize(prompts)
-        room = codec.room(length, sourced=prompts is not None)
-        pins = None if pinned is None else _pins(codec, pinned, room)
-        return cls(params, n, seed, length, prompts, sources, pins)
+@dataclass(frozen=True)
+class Prepared:
+    """A program, and what makes its raw ids the final ones."""
 
-    def batches(self, codec: TextCodec, max_rows: int, drafts_every: int = 0) -> Iterator[Batch]:
-        """The jobs, each made when it is needed. max_rows: the most of one network call."""
-        config = codec.config
-        total = self.n if self.prompts is None else self.n * len(self.prompts)
-        conditional = self.sources is not None or self.pins is not None
-        rows = schedule.guidance_rows(self.params, config, conditional=conditional)
-        size = max(1, max_rows // len(rows))
-        encoded: Encoded = {}
-        for start in range(0, total, size):
-            index = range(start, min(total, start + size))
-            seeds = np.array([self.seed + i for i in index], np.uint64)
-            source, mask, lengths = self._hold(codec, [i // self.n for i in index], encoded)
-            grid = schedule.make_grid(self.params, config, seeds)
-            table = schedule.make_table(self.params, config, grid, conditional=conditional)
-            yield Batch(
-                Job(table, self.length, seeds, self.params.sc_cfg, source, mask, drafts_every=drafts_every),
-                None if self.prompts is None else [self.prompts[i // self.n] for i in index],
-                lengths,
-                self.pins,
-                start * self.params.steps,
-                total * self.params.steps,
-            )
+    program: Program
+    checked: Checked
 
-    def _hold(
-        self, codec: TextCodec, prompts: list[int], encoded: Encoded
-    ) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
-        """Source latents (B, L, C), mask (B, L) and source lengths (B,) of samples of these prompts.
+    def finish(self, codec: TextCodec, ids: np.ndarray) -> np.ndarray:
+        """Final ids of the raw ids (L,) of the decoding call. No text ends before its last pin."""
+        source, pins = self.checked.source, self.checked.pins
+        start = 0 if source is None else len(source)
+        ids = ids if pins is None else pins.restore(ids, start)
+        lengths = None if source is None else np.array([start])
+        return codec.finish(ids[None], lengths, ends_from=0 if pins is None else len(pins) - 1)[0]
 
-        ``encoded`` keeps the prompts of the last batch, so that each is encoded once however many texts it gets.
-        """
-        source = mask = lengths = None
-        if self.sources is not None:
-            new = sorted(set(prompts) - encoded.keys())
-            for old in encoded.keys() - set(prompts):
-                del encoded[old]
-            if new:
-                latents, masks = codec.encode([self.sources[p] for p in new], self.length)
-                encoded |= {p: (latents[i], masks[i]) for i, p in enumerate(new)}
-            source, mask = (np.stack(held) for held in zip(*(encoded[p] for p in prompts), strict=True))
-            lengths = np.array([len(self.sources[p]) for p in prompts])
-        if self.pins is not None:
-            if source is None or mask is None:
-                source = np.zeros((len(prompts), self.length, codec.config.latent_dim), np.float32)
-                mask = np.zeros((len(prompts), self.length), bool)
-            starts = np.zeros(len(prompts), int) if lengths is None else lengths
-            source, mask = self.pins.hold(codec.latents, source, mask, starts)
-        return source, mask, lengths
+
+def check(codec: TextCodec, presets: Mapping[str, SamplingParams], text: Text) -> Checked:
+    """Check a text against a model.
+
+    Raises:
+        InputError: a field is not possible; the message names it and says what is.
+    """
+    if not isinstance(text, Text):
+        raise InputError(f"a text must be an elf_rt.Text, got {text!r}")
+    if text.params is not None and not isinstance(text.params, SamplingParams):
+        raise InputError(f"params must be SamplingParams, as Model.params makes them, got {text.params!r}")
+    if text.prompt is not None and not isinstance(text.prompt, str):
+        raise InputError(f"prompt must be a text, got {text.prompt!r}")
+    seed = check_seed(secrets.randbits(32) if text.seed is None else text.seed)
+    length = check_length(codec.config, text.length)
+    source = None if text.prompt is None else tuple(codec.tokenize([text.prompt])[0])
+    pins = None if text.pinned is None else _pins(codec, text.pinned, codec.room(length, sourced=source is not None))
+    return Checked(text.params or preset_of(presets, text.preset), seed, length, text.prompt, source, pins)
+
+
+def check_many(
+    codec: TextCodec,
+    params: SamplingParams,
+    prompts: str | Sequence[str] | None,
+    n: int,
+    seed: int | None,
+    length: int | None,
+    pinned: Pins | None,
+) -> list[Checked]:
+    """n texts for each prompt, or n texts without one. Text k has seed ``seed + k``.
+
+    Raises:
+        InputError: n, seed, length, a prompt or a pin is not possible; the message says what is.
+    """
+    if not is_whole(n) or n < 1:
+        raise InputError(f"n must be a whole number, 1 or more, got {n!r}")
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    if not isinstance(prompts, Sequence | None):
+        raise InputError(f"prompts must be a text or a sequence of texts, got {prompts!r}")
+    total = n if prompts is None else n * len(prompts)
+    seed = check_seed(secrets.randbits(32) if seed is None else seed, total)
+    length = check_length(codec.config, length)
+    pins = None if pinned is None else _pins(codec, pinned, codec.room(length, sourced=prompts is not None))
+    alone = Checked(params, seed, length, None, None, pins)
+    if prompts is None:
+        return [replace(alone, seed=seed + k) for k in range(n)]
+    sources = [tuple(ids) for ids in codec.tokenize(prompts)]
+    return [replace(alone, seed=seed + k, prompt=prompts[k // n], source=sources[k // n]) for k in range(total)]
+
+
+def prepare(codec: TextCodec, texts: Sequence[Checked], drafts_every: int, encoded: Encoded) -> list[Prepared]:
+    """Programs of texts that are written together.
+
+    ``encoded`` keeps the prompts of the last call, so that each is encoded once however many texts it gets.
+    """
+    _encode(codec, texts, encoded)
+    grids: dict[int, np.ndarray] = {}
+    for params in {text.params for text in texts}:
+        mine = [i for i, text in enumerate(texts) if text.params == params]
+        seeds = np.array([texts[i].seed for i in mine], np.uint64)
+        grids |= dict(zip(mine, schedule.make_grid(params, codec.config, seeds), strict=True))
+    pinned = {id(text.pins): text.pins.latents(codec.latents) for text in texts if text.pins is not None}
+    prepared = []
+    for i, text in enumerate(texts):
+        source, mask = (None, None) if text.source is None else encoded[text.source, text.length]
+        if text.pins is not None:
+            shape = (text.length, codec.config.latent_dim)
+            source = np.zeros(shape, np.float32) if source is None else source.copy()
+            mask = np.zeros(text.length, bool) if mask is None else mask.copy()
+            text.pins.hold(pinned[id(text.pins)], source, mask, len(text.source or ()))
+        table = schedule.make_table(text.params, codec.config, grids[i], conditional=source is not None)
+        program = Program(table, text.length, text.seed, text.params.sc_cfg, source, mask, drafts_every=drafts_every)
+        prepared.append(Prepared(program, text))
+    return prepared
+
+
+def _encode(codec: TextCodec, texts: Sequence[Checked], encoded: Encoded) -> None:
+    wanted = {(text.source, text.length) for text in texts if text.source is not None}
+    for old in encoded.keys() - wanted:
+        del encoded[old]
+    for length in sorted({length for _, length in wanted - encoded.keys()}):
+        new = sorted(source for source, at in wanted - encoded.keys() if at == length)
+        latents, masks = codec.encode(new, length)
+        encoded |= {(source, length): (latents[i], masks[i]) for i, source in enumerate(new)}
+
+
+def preset_of(presets: Mapping[str, SamplingParams], name: str) -> SamplingParams:
+    if name not in presets:
+        raise InputError(f"preset must be one of {', '.join(presets)}, got {name!r}")
+    return presets[name]
+
+
+def check_seed(seed: object, total: int = 1) -> int:
+    """A seed for `total` texts, of which the last has seed + total - 1."""
+    if not is_whole(seed) or not 0 <= seed <= MAX_SEED - total:
+        raise InputError(f"seed must be a whole number between 0 and 2**64 - {total}, got {seed!r}")
+    return int(seed)
+
+
+def check_seeds(seeds: Sequence[int] | np.ndarray) -> list[int]:
+    """A caller's seeds, at least one."""
+    try:
+        checked = [check_seed(seed) for seed in seeds]
+    except TypeError:
+        raise InputError(f"seeds must be a sequence of whole numbers, got {seeds!r}") from None
+    if not checked:
+        raise InputError("seeds must hold at least one seed")
+    return checked
 
 
 def check_length(config: ModelConfig, length: int | None) -> int:
@@ -147,13 +187,12 @@ def check_length(config: ModelConfig, length: int | None) -> int:
         return trained
     if not is_whole(length) or not 1 <= length <= trained:
         raise InputError(f"length must be a whole number between 1 and {trained}, got {length!r}")
-    if length == trained:
-        return trained
-    warnings.warn(f"the model was trained on {trained} tokens; a length of {length} changes results", stacklevel=5)
-    return length
+    if length != trained:
+        warn(f"the model was trained on {trained} tokens; a length of {length} changes results")
+    return int(length)
 
 
-def is_whole(value: object) -> bool:
+def is_whole(value: object) -> TypeGuard[int]:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 

@@ -16,7 +16,7 @@ from elf_rt.bundle import SUFFIX, Bundle, atomic_folder, write_manifest
 from elf_rt.errors import CheckpointError, InputError
 from elf_rt.export.bf16 import engine_agreement, operations_to_keep
 from elf_rt.export.checkpoint import Checkpoint, load_checkpoint
-from elf_rt.export.encoder import check_tokenizer, find_tokenizer, run_encoder, write_encoder
+from elf_rt.export.encoder import check_tokenizer, find_tokenizer, write_encoder
 from elf_rt.export.graph import FUSED_OPSET, write_graphs
 from elf_rt.export.planner import plan_precision
 from elf_rt.export.precision import FP32, Precision
@@ -210,7 +210,7 @@ def _sources(
         return None, None
     config = checkpoint.config
     write_manifest(folder, manifest | {"variants": {}})
-    codec = TextCodec(Bundle.open(folder), lambda ids, mask: run_encoder(folder / "encoder.onnx", ids, mask))
+    codec = TextCodec(Bundle.open(folder))
     if options.prompts:
         sources = codec.tokenize(options.prompts[:MOST_TEXTS])
     else:

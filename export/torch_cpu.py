@@ -1,11 +1,11 @@
 """The reference network in PyTorch as a backend of the sampler, for ``elf-rt bench --vs`` to compare with.
 
-It has the interface of the runtime's backends (elf_rt.backends.base), so that everything but the network is the same.
+It has the interface of the runtime's backends (elf_rt.network), so that everything but the network is the same.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from elf_rt.errors import BackendError
 from elf_rt.export.reference import ELF, Attention, rotate
+from elf_rt.network import Graph, tensor_shapes
 from elf_rt.params import ModelConfig
 
 
@@ -33,8 +34,7 @@ class FusedAttention(Attention):
 class TorchBackend:
     """ELF on the CPU: eager float32, or compiled, in bfloat16 autocast where ``bf16`` says so."""
 
-    device = "cpu"
-    encode: Callable[[np.ndarray, np.ndarray], np.ndarray]  # set by who opens it: the text encoder is no part of this
+    device: Literal["cpu"] = "cpu"
 
     def __init__(
         self, config: ModelConfig, state: dict[str, torch.Tensor], *, compiled: bool, bf16: bool, threads: int
@@ -52,8 +52,11 @@ class TorchBackend:
         with _clear_errors(self.name):
             self.forward: Any = torch.compile(self.model, dynamic=False) if compiled else self.model
 
-    def bind(self, rows: int, length: int) -> "TorchNetwork":
-        return TorchNetwork(self, rows, length)
+    def bind(self, graph: Graph, rows: int, length: int) -> "TorchGraph":
+        return TorchGraph(self, graph, tensor_shapes(graph, self.config, rows, length))
+
+    def max_rows(self, length: int) -> int | None:
+        return None
 
     def describe(self) -> Mapping[str, str]:
         return {
@@ -66,36 +69,27 @@ class TorchBackend:
         del self.model, self.forward
 
 
-class TorchNetwork:
-    """Numpy arrays that share their memory with torch tensors."""
+class TorchGraph:
+    """Numpy arrays whose memory torch tensors share."""
 
-    def __init__(self, backend: TorchBackend, rows: int, length: int) -> None:
-        config = backend.config
-        self._backend = backend
-        self.z = np.zeros((rows, length, config.latent_dim), np.float32)
-        self.x_prev = np.zeros_like(self.z) if config.self_cond else None
-        self.t = np.zeros(rows, np.float32)
-        self.s = np.zeros(rows, np.float32) if config.num_self_cond_cfg_tokens else None
-        self.mode = np.zeros(rows, np.float32) if config.num_model_mode_tokens else None
-        self.x = np.zeros_like(self.z)
-        self._hidden: torch.Tensor | None = None
+    def __init__(self, backend: TorchBackend, graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._backend, self._graph = backend, graph
+        self.arrays = {n: np.zeros(shape, np.int64 if n == "ids" else np.float32) for n, shape in shapes.items()}
 
     @torch.inference_mode()
-    def denoise(self) -> None:
-        arrays = (self.z, self.x_prev, self.t, self.s, self.mode)
-        call = [None if array is None else torch.from_numpy(array) for array in arrays]
-        backend = self._backend
+    def run(self) -> None:
+        backend, arrays = self._backend, self.arrays
+        if self._graph == "discretizer":
+            logits = backend.model.discretize_logits(torch.from_numpy(arrays["hidden"]))
+            arrays["ids"][:] = logits.argmax(-1).numpy()
+            return
+        call = [torch.from_numpy(arrays[n]) if n in arrays else None for n in ("z", "x_prev", "t", "s", "mode")]
         with _clear_errors(backend.name), torch.autocast("cpu", torch.bfloat16, enabled=backend.precision == "bf16"):
-            x, self._hidden = backend.forward(*call)
-        self.x[:] = x.float().numpy()
-
-    @torch.inference_mode()
-    def discretize(self) -> np.ndarray:
-        assert self._hidden is not None
-        return self._backend.model.discretize_logits(self._hidden.float()).argmax(-1).numpy()
+            x, hidden = backend.forward(*call)
+        arrays["x"][:], arrays["hidden"][:] = x.float().numpy(), hidden.float().numpy()
 
     def close(self) -> None:
-        self._hidden = None
+        self.arrays.clear()
 
 
 @contextmanager

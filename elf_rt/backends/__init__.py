@@ -1,29 +1,15 @@
-"""Engine libraries, best first. A backend's library is imported only when that backend is asked for."""
+"""Engine libraries. A backend's library is imported only when that backend is asked for."""
 
 import importlib
-import warnings
 from dataclasses import dataclass
-from types import ModuleType
+from typing import Any
 
-from elf_rt.backends.base import Backend
+from elf_rt.backends.table import BACKENDS, PRECISIONS, held_precisions, variant_of
 from elf_rt.bundle import MIN_AGREEMENT, Bundle
-from elf_rt.errors import BackendError, InputError
+from elf_rt.errors import BackendError, InputError, warn
+from elf_rt.network import Backend
 
-# In the order in which "auto" tries them.
-# Each module has NAME, PRECISIONS (best first), unavailable() and open_backend(). VARIANTS names the graphs that it
-# reads for a precision, where they are not those of the same name; ACCEPTED, what may be asked for where that is more
-# than PRECISIONS, and gives the nearest one with a warning.
-MODULES: dict[str, str] = {
-    "tensorrt": "elf_rt.backends.trt",
-    "tensorrt-rtx": "elf_rt.backends.trt_rtx",
-    "torch": "elf_rt.backends.torch_cuda",
-    "onnxruntime-cuda": "elf_rt.backends.ort_cuda",
-    "openvino": "elf_rt.backends.ov",
-    "onnxruntime": "elf_rt.backends.ort",
-}
-
-
-PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8")  # what may be asked for
+__all__ = ["BACKENDS", "PRECISIONS", "Availability", "discover", "held_precisions", "open_backend", "variant_of"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +22,7 @@ class Availability:
 
 def discover() -> list[Availability]:
     """Every backend with the reason why it cannot be used here, best first."""
-    return [Availability(name, _module(name).unavailable()) for name in MODULES]
+    return [Availability(name, _module(name).unavailable()) for name in BACKENDS]
 
 
 def open_backend(
@@ -45,7 +31,7 @@ def open_backend(
     """Open a bundle in an engine library.
 
     Args:
-        name: one of MODULES, or "auto" for the best that works here.
+        name: one of BACKENDS, or "auto" for the best that works here.
         precision: "auto" for the library's best safe one, or fp32, fp16, bf16, int8.
 
     Returns:
@@ -60,15 +46,14 @@ def open_backend(
         raise InputError(f"threads must be 1 or more, got {threads}")
     if name == "auto":
         return _open_best(bundle, precision, threads)
-    if name not in MODULES:
-        raise InputError(f"backend must be one of auto, {', '.join(MODULES)}, got {name!r}")
-    module = _module(name)
-    if reason := module.unavailable():
+    if name not in BACKENDS:
+        raise InputError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {name!r}")
+    if reason := _module(name).unavailable():
         raise BackendError(f"{name}: {reason}")
-    accepted = getattr(module, "ACCEPTED", module.PRECISIONS)
+    accepted = BACKENDS[name].accepted
     if precision not in ("auto", *accepted):
         raise InputError(f"precision of {name} must be one of auto, {', '.join(accepted)}, got {precision!r}")
-    backend = module.open_backend(bundle, _precision(module, bundle, precision), threads)
+    backend = _open(name, bundle, precision, threads)
     asked = "as asked" if precision in ("auto", backend.precision) else f"instead of {precision}"
     return backend, f"{name} {backend.precision}, {asked}"
 
@@ -78,68 +63,58 @@ def _open_best(bundle: Bundle, precision: str, threads: int | None) -> tuple[Bac
     absent: list[str] = []
     refused: list[str] = []
     lacking: list[str] = []  # of those refused: what another export would mend
-    for candidate in MODULES:
-        module = _module(candidate)
-        if reason := module.unavailable():
-            absent.append(f"{candidate}: {reason}")
+    for name, ability in BACKENDS.items():
+        if reason := _module(name).unavailable():
+            absent.append(f"{name}: {reason}")
             continue
-        if precision != "auto" and precision not in held_precisions(bundle, candidate):
-            if precision in module.PRECISIONS:
-                lacking.append(f"{candidate}: the bundle has no {variant_of(candidate, precision)} graphs")
+        if precision != "auto" and precision not in held_precisions(bundle, name):
+            if precision in ability.precisions:
+                lacking.append(f"{name}: the bundle has no {variant_of(name, precision)} graphs")
                 refused.append(lacking[-1])
             else:
-                refused.append(f"{candidate}: runs no {precision}")
+                refused.append(f"{name}: runs no {precision}")
             continue
         try:
-            backend = module.open_backend(bundle, _precision(module, bundle, precision), threads)
+            backend = _open(name, bundle, precision, threads)
         except BackendError as error:
-            refused.append(f"{candidate}: {str(error).removeprefix(f'{candidate}: ')}")
+            refused.append(f"{name}: {str(error).removeprefix(f'{name}: ')}")
             continue
         if precision != "auto":
-            return backend, f"{candidate} {backend.precision}, as asked"
-        refused += _passed_over(module, bundle, backend.precision)
-        why = f"{candidate} {backend.precision} is the fastest safe one here"
+            return backend, f"{name} {backend.precision}, as asked"
+        refused += _passed_over(name, bundle, backend.precision)
+        why = f"{name} {backend.precision} is the fastest safe one here"
         return backend, why + (f" ({'; '.join(refused)})" if refused else "")
     if precision in ("fp16", "bf16"):
         backend, why = _open_best(bundle, "auto", threads)
-        warnings.warn(f"nothing here runs {precision} ({'; '.join(refused)}): {why}", stacklevel=5)
+        warn(f"nothing here runs {precision} ({'; '.join(refused)}): {why}")
         return backend, why
     if lacking:
         raise BackendError(f"{'; '.join(lacking)}: export the checkpoint again with them (elf-rt export --precision)")
     raise BackendError(f"no backend can run {bundle.folder} in {precision} here: {'; '.join(absent + refused)}")
 
 
-def held_precisions(bundle: Bundle, name: str) -> list[str]:
-    """The precisions of a backend, best first, that the bundle has graphs for: float32, and others."""
-    return [p for p in _module(name).PRECISIONS if variant_of(name, p) in bundle.variants]
-
-
-def variant_of(name: str, precision: str) -> str:
-    """The graphs of a bundle that a backend reads for a precision."""
-    return str(getattr(_module(name), "VARIANTS", {}).get(precision, precision))
-
-
-def _precision(module: ModuleType, bundle: Bundle, precision: str) -> str:
-    """The precision asked for; for "auto", the module's best safe one that the bundle has graphs for."""
+def _open(name: str, bundle: Bundle, precision: str, threads: int | None) -> Backend:
+    """In the precision asked for; for "auto", in the backend's best safe one that the bundle has graphs for."""
     if precision == "auto":
-        held = held_precisions(bundle, module.NAME)
-        return next((p for p in held if _unsafe(module, bundle, p) is None), "fp32")
-    return precision
+        held = held_precisions(bundle, name)
+        precision = next((p for p in held if _unsafe(name, bundle, p) is None), "fp32")
+    backend: Backend = _module(name).open_backend(bundle, precision, threads)
+    return backend
 
 
-def _passed_over(module: ModuleType, bundle: Bundle, chosen: str) -> list[str]:
+def _passed_over(name: str, bundle: Bundle, chosen: str) -> list[str]:
     """Why better precisions than the chosen one were not taken."""
-    better = module.PRECISIONS[: module.PRECISIONS.index(chosen)]
-    return [reason for p in better if (reason := _unsafe(module, bundle, p))]
+    precisions = BACKENDS[name].precisions
+    return [reason for p in precisions[: precisions.index(chosen)] if (reason := _unsafe(name, bundle, p))]
 
 
-def _unsafe(module: ModuleType, bundle: Bundle, precision: str) -> str | None:
+def _unsafe(name: str, bundle: Bundle, precision: str) -> str | None:
     """Why the text in a precision does not count as float32's, or None.
 
     Graphs of that precision were proven at export; of an engine that rounds the float32 graphs, export measured what
     it changes.
     """
-    if precision == "fp32" or variant_of(module.NAME, precision) != "fp32":
+    if precision == "fp32" or variant_of(name, precision) != "fp32":
         return None
     agreement = bundle.agreement.get(precision)
     if agreement is None:
@@ -147,5 +122,5 @@ def _unsafe(module: ModuleType, bundle: Bundle, precision: str) -> str | None:
     return None if agreement >= MIN_AGREEMENT else f"{precision} would change {1 - agreement:.1%} of the tokens"
 
 
-def _module(name: str) -> ModuleType:
-    return importlib.import_module(MODULES[name])
+def _module(name: str) -> Any:
+    return importlib.import_module(BACKENDS[name].module)

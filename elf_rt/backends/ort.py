@@ -1,23 +1,22 @@
 """ONNX Runtime on the CPU: the backend that is always there."""
 
-import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from elf_rt.backends.base import check_widths, token_slices
 from elf_rt.backends.rounding import rounded_graph
 from elf_rt.bundle import Bundle
 from elf_rt.errors import BackendError
 from elf_rt.machine import cores
+from elf_rt.network import Graph, check_widths, tensor_shapes
 
 if TYPE_CHECKING:
     import onnxruntime
 
 NAME = "onnxruntime"
-PRECISIONS = ("fp32", "int8", "fp16", "bf16")  # the last two are computed in float32 and rounded, to check them
+DISCRETIZED_TOKENS = 256  # positions whose logits, each V wide, are in memory at the same time
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -38,26 +37,29 @@ def open_backend(bundle: Bundle, precision: str, threads: int | None = None) -> 
 
 
 class OrtBackend:
-    """Two sessions over one copy of the weights; every bound network has its own IO binding."""
+    """Two sessions over one copy of the weights; every bound graph has its own IO binding.
+
+    fp16 and bf16 graphs are computed in float32 and rounded, to check them.
+    """
 
     name = NAME
-    device = "cpu"
+    device: Literal["cpu"] = "cpu"
 
     def __init__(self, bundle: Bundle, precision: str, threads: int | None) -> None:
         import onnxruntime as ort
 
         self.precision = precision
         self.config = bundle.config
-        self._bundle = bundle
         self._threads = threads or cores()
         self._ort = ort
         files = bundle.variant(precision)
         rounded = precision in ("fp16", "bf16")
-        self.denoiser = self._session(str(files["denoiser"]), rounded)
-        self.discretizer = self._session(str(files["discretizer"]), rounded)
-        check_widths(NAME, self.config, {output.name: output.shape[-1] for output in self.denoiser.get_outputs()})
-        self._encoder: onnxruntime.InferenceSession | None = None
-        self._lock = threading.Lock()
+        self.sessions: dict[Graph, onnxruntime.InferenceSession] = {
+            "denoiser": self._session(str(files["denoiser"]), rounded),
+            "discretizer": self._session(str(files["discretizer"]), rounded),
+        }
+        outputs = self.sessions["denoiser"].get_outputs()
+        check_widths(NAME, self.config, {output.name: output.shape[-1] for output in outputs})
 
     def _session(self, path: str, rounded: bool = False) -> "onnxruntime.InferenceSession":
         """`rounded`: the graph has 16-bit types, which this provider does not compute in."""
@@ -75,15 +77,16 @@ class OrtBackend:
         except Exception as error:  # onnxruntime's own errors have no common base
             raise BackendError(f"{NAME} cannot load {path}: {str(error).splitlines()[0]}") from error
 
-    def bind(self, rows: int, length: int) -> "OrtNetwork":
-        return OrtNetwork(self, rows, length)
+    def bind(self, graph: Graph, rows: int, length: int) -> "OrtGraph":
+        """int8 products take the range of their whole input: a call for each row keeps one text from changing another.
+        The discretizer runs on pieces of the tokens."""
+        shapes = tensor_shapes(graph, self.config, rows, length)
+        if graph == "denoiser":
+            return OrtGraph(self._ort, self.sessions[graph], shapes, 1 if self.precision == "int8" else rows)
+        return OrtGraph(self._ort, self.sessions[graph], shapes, DISCRETIZED_TOKENS, merged=True)
 
-    def encode(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        with self._lock:
-            if self._encoder is None:
-                self._encoder = self._session(str(self._bundle.path("encoder.onnx")))
-        (latents,) = self._encoder.run(None, {"ids": ids, "mask": mask})
-        return np.asarray(latents)
+    def max_rows(self, length: int) -> int | None:
+        return None
 
     def describe(self) -> Mapping[str, str]:
         return {
@@ -93,75 +96,47 @@ class OrtBackend:
         }
 
     def close(self) -> None:
-        self._encoder = None
-        del self.denoiser, self.discretizer
+        self.sessions.clear()
 
 
-class OrtNetwork:
-    """Numpy arrays bound to the inputs and outputs of both sessions, so that a call copies nothing."""
+class OrtGraph:
+    """Numpy arrays bound to the inputs and outputs of a session, so that a call copies nothing.
 
-    def __init__(self, backend: OrtBackend, rows: int, length: int) -> None:
-        config = backend.config
-        inputs = {i.name for i in backend.denoiser.get_inputs()}
+    Args:
+        size: rows of one call of the session. merged: rows and positions are one axis, of which `size` are taken.
+    """
 
-        def array(name: str, *shape: int) -> Any:
-            return np.zeros(shape, np.float32) if name in inputs else None
-
-        self.z = array("z", rows, length, config.latent_dim)
-        self.x_prev = array("x_prev", rows, length, config.latent_dim)
-        self.t = array("t", rows)
-        self.s = array("s", rows)
-        self.mode = array("mode", rows)
-        self.x = np.zeros((rows, length, config.latent_dim), np.float32)
-        hidden = np.zeros((rows, length, config.hidden_size), np.float32)
-        self._ids = np.zeros((rows, length), np.int64)
-        self._backend = backend
+    def __init__(self, ort: Any, session: Any, shapes: Mapping[str, tuple[int, ...]], size: int, merged: bool = False):
+        known = {value.name for value in session.get_inputs()}
+        outputs = {value.name for value in session.get_outputs()}
+        self._ort, self._session = ort, session
         self._values: list[Any] = []  # an OrtValue over a numpy array shares its memory, and must outlive its binding
-        outputs = {"x": self.x, "hidden": hidden}
-        # int8 products take the range of their whole input: a call for each row keeps one text from changing another.
-        size = 1 if backend.precision == "int8" else rows
-        self._denoise = [
-            self._bind(backend.denoiser, _part(self._inputs(), part), _part(outputs, part))
-            for part in (slice(start, start + size) for start in range(0, rows, size))
-        ]
-        tokens, ids = hidden.reshape(1, -1, config.hidden_size), self._ids.reshape(1, -1)
-        self._discretize = [
-            self._bind(backend.discretizer, {"hidden": tokens[:, part]}, {"ids": ids[:, part]})
-            for part in token_slices(ids.size)
-        ]
+        self.arrays = {
+            name: np.zeros(shape, np.int64 if name == "ids" else np.float32) for name, shape in shapes.items()
+        }
+        views = {n: a.reshape(1, -1, *a.shape[2:]) if merged else a for n, a in self.arrays.items()}
+        axis = 1 if merged else 0
+        count = next(iter(views.values())).shape[axis]
+        self._calls = []
+        for start in range(0, count, size):
+            part = (slice(None),) * axis + (slice(start, start + size),)
+            here = {name: view[part] for name, view in views.items()}
+            self._calls.append(self._bind({n: here[n] for n in known}, {n: here[n] for n in outputs}))
 
-    def _bind(
-        self,
-        session: "onnxruntime.InferenceSession",
-        inputs: Mapping[str, np.ndarray],
-        outputs: Mapping[str, np.ndarray],
-    ) -> "onnxruntime.IOBinding":
-        binding = session.io_binding()
-        for arrays, bind in ((inputs, binding.bind_ortvalue_input), (outputs, binding.bind_ortvalue_output)):
-            for name, array in arrays.items():
-                value = self._backend._ort.OrtValue.ortvalue_from_numpy(array)
-                self._values.append(value)
-                bind(name, value)
-        return binding
-
-    def _inputs(self) -> dict[str, np.ndarray]:
-        named = {"z": self.z, "x_prev": self.x_prev, "t": self.t, "s": self.s, "mode": self.mode}
-        return {name: value for name, value in named.items() if value is not None}
-
-    def denoise(self) -> None:
-        for part in self._denoise:
-            self._backend.denoiser.run_with_iobinding(part)
-
-    def discretize(self) -> np.ndarray:
-        for part in self._discretize:
-            self._backend.discretizer.run_with_iobinding(part)
-        return self._ids.copy()
+    def run(self) -> None:
+        for call in self._calls:
+            self._session.run_with_iobinding(call)
 
     def close(self) -> None:
-        for binding in (*self._denoise, *self._discretize):
+        for binding in self._calls:
             binding.clear_binding_inputs()
             binding.clear_binding_outputs()
 
-
-def _part(arrays: Mapping[str, np.ndarray], rows: slice) -> dict[str, np.ndarray]:
-    return {name: array[rows] for name, array in arrays.items()}
+    def _bind(self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> Any:
+        binding = self._session.io_binding()
+        for arrays, bind in ((inputs, binding.bind_ortvalue_input), (outputs, binding.bind_ortvalue_output)):
+            for name, array in arrays.items():
+                value = self._ort.OrtValue.ortvalue_from_numpy(array)
+                self._values.append(value)
+                bind(name, value)
+        return binding

@@ -7,26 +7,23 @@ the weights for every batch size. Other lengths share one second network, compil
 
 import hashlib
 import threading
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from elf_rt.backends.base import check_widths, token_slices
+from elf_rt.backends.table import variant_of
 from elf_rt.bundle import Bundle
-from elf_rt.errors import BackendError
-from elf_rt.machine import cores, has_bf16, import_without_telemetry, user_cache
+from elf_rt.errors import BackendError, warn
+from elf_rt.machine import cores, import_without_telemetry, user_cache
+from elf_rt.network import Graph, check_widths, tensor_shapes
 
 if TYPE_CHECKING:
     import openvino
 
 NAME = "openvino"
-# Best first of those whose text can be float32's; int8's is not.
-PRECISIONS = ("bf16", "fp32", "int8") if has_bf16() else ("fp32", "int8")
-ACCEPTED = ("fp32", "bf16", "fp16", "int8")
-VARIANTS = {"bf16": "fp32", "int8": "int8-openvino"}  # OpenVINO rounds the float32 graphs itself
+DISCRETIZED_TOKENS = 256  # positions whose logits, each V wide, are in memory at the same time
 # OpenVINO sets the process's locale to "C" while it reads a cached network, and back. Of two threads that do so at the
 # same time, one may put back what the other had set, and Python's open() then takes every file for ASCII.
 _COMPILING = threading.Lock()
@@ -53,10 +50,10 @@ def open_backend(bundle: Bundle, precision: str, threads: int | None = None) -> 
 
 
 class OpenVinoBackend:
-    """Compiled networks that share one stream; every bound network has its own request, so threads may share this."""
+    """Compiled networks that share one stream; every bound graph has its own request."""
 
     name = NAME
-    device = "cpu"
+    device: Literal["cpu"] = "cpu"
 
     def __init__(self, bundle: Bundle, precision: str, threads: int | None) -> None:
         self._ov = import_without_telemetry("openvino")
@@ -64,7 +61,7 @@ class OpenVinoBackend:
         self.config = bundle.config
         bf16 = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         self.precision = _supported(precision, bf16)
-        variant = VARIANTS.get(self.precision, self.precision)
+        variant = variant_of(NAME, self.precision)
         self._files = bundle.variant(variant)
         self._bundle = bundle
         self._threads = threads or cores()
@@ -74,9 +71,7 @@ class OpenVinoBackend:
             "INFERENCE_NUM_THREADS": self._threads,
             "ENABLE_CPU_PINNING": threads is None,
         }
-        self._lock = threading.Lock()
         self._any_length: openvino.CompiledModel | None = None
-        self._encoder: openvino.CompiledModel | None = None
         cache = self._cache_option(variant)
         self._trained_length = self._compile(self._files["denoiser"], self.config.max_length, cache)
         ports = {name: self._trained_length.output(name) for name in ("x", "hidden")}
@@ -88,22 +83,18 @@ class OpenVinoBackend:
         """The network for texts of this length and any number of them."""
         if length == self.config.max_length:
             return self._trained_length
-        with self._lock:
-            if self._any_length is None:
-                self._any_length = self._compile(self._files["denoiser"], -1)
-            return self._any_length
+        if self._any_length is None:
+            self._any_length = self._compile(self._files["denoiser"], -1)
+        return self._any_length
 
-    def bind(self, rows: int, length: int) -> "OpenVinoNetwork":
-        return OpenVinoNetwork(self, rows, length)
+    def bind(self, graph: Graph, rows: int, length: int) -> "OpenVinoGraph | OpenVinoHead":
+        shapes = tensor_shapes(graph, self.config, rows, length)
+        if graph == "denoiser":
+            return OpenVinoGraph(self._ov, self.denoiser(length), shapes)
+        return OpenVinoHead(self._ov, self.discretizer, shapes)
 
-    def encode(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        with self._lock:
-            if self._encoder is None:
-                # It runs once a text and all steps depend on it: always float32.
-                path = self._bundle.path("encoder.onnx")
-                self._encoder = self._compile(path, options={"INFERENCE_PRECISION_HINT": "f32"})
-        results = self._encoder.create_infer_request().infer({"ids": ids, "mask": mask})
-        return np.array(results[0])
+    def max_rows(self, length: int) -> int | None:
+        return None
 
     def describe(self) -> Mapping[str, str]:
         return {
@@ -113,18 +104,15 @@ class OpenVinoBackend:
         }
 
     def close(self) -> None:
-        self._any_length = self._encoder = None
+        self._any_length = None
         del self._trained_length, self.discretizer
 
-    def _compile(
-        self, path: Path, length: int | None = None, options: Mapping[str, Any] | None = None
-    ) -> "openvino.CompiledModel":
-        """``length``: of the text axis; -1 for any; None leaves all axes as they are in the file."""
+    def _compile(self, path: Path, length: int, options: Mapping[str, Any] | None = None) -> "openvino.CompiledModel":
+        """``length``: of the text axis; -1 for any."""
         try:
             with _COMPILING:
                 model = self._core.read_model(path)
-                if length is not None:
-                    model.reshape({port: _fixed(port.get_partial_shape(), length) for port in model.inputs})
+                model.reshape({port: _fixed(port.get_partial_shape(), length) for port in model.inputs})
                 return self._core.compile_model(model, "CPU", self._options | dict(options or {}))
         except RuntimeError as error:
             raise BackendError(f"{NAME} cannot load {path}: {str(error).strip().splitlines()[-1]}") from error
@@ -137,59 +125,50 @@ class OpenVinoBackend:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            warnings.warn(f"compiled networks are not cached: {error}", stacklevel=2)
+            warn(f"compiled networks are not cached: {error}")
             return {}
         return {"CACHE_DIR": str(folder)}
 
 
-class OpenVinoNetwork:
-    """A request of each network over shared tensors, so that a call copies nothing."""
+class OpenVinoGraph:
+    """A request over tensors of its own, so that a call copies nothing."""
 
-    def __init__(self, backend: OpenVinoBackend, rows: int, length: int) -> None:
-        ov, config = backend._ov, backend.config
-        compiled = backend.denoiser(length)
-        self._denoise = compiled.create_infer_request()
-        self._discretize = backend.discretizer.create_infer_request()
-        names = {port.get_any_name() for port in compiled.inputs}
+    def __init__(self, ov: Any, compiled: "openvino.CompiledModel", shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._request = compiled.create_infer_request()
+        self._tensors = {name: ov.Tensor(ov.Type.f32, ov.Shape(shape)) for name, shape in shapes.items()}
+        self.arrays: dict[str, np.ndarray] = {name: tensor.data for name, tensor in self._tensors.items()}
+        for name, tensor in self._tensors.items():
+            tensor.data[:] = 0.0
+            self._request.set_tensor(name, tensor)
 
-        def tensor(*shape: int) -> Any:
-            made = ov.Tensor(ov.Type.f32, ov.Shape(shape))
-            made.data[:] = 0.0
-            return made
-
-        def bound(name: str, *shape: int) -> Any:
-            if name not in names:
-                return None
-            made = tensor(*shape)
-            self._denoise.set_tensor(name, made)
-            return made.data
-
-        self.z = bound("z", rows, length, config.latent_dim)
-        self.x_prev = bound("x_prev", rows, length, config.latent_dim)
-        self.t = bound("t", rows)
-        self.s = bound("s", rows)
-        self.mode = bound("mode", rows)
-        x = tensor(rows, length, config.latent_dim)
-        self._hidden = tensor(rows, length, config.hidden_size)
-        self._denoise.set_tensor("x", x)
-        self._denoise.set_tensor("hidden", self._hidden)
-        self.x = x.data
-        self._ids = np.zeros((rows, length), np.int64)
-
-    def denoise(self) -> None:
-        self._denoise.infer(share_outputs=True)
-
-    def discretize(self) -> np.ndarray:
-        hidden, ids = self._hidden.data, self._ids.reshape(1, -1)
-        tokens, Tensor = hidden.reshape(1, -1, hidden.shape[-1]), type(self._hidden)
-        for part in token_slices(ids.size):
-            self._discretize.set_tensor("hidden", Tensor(tokens[:, part], shared_memory=True))
-            (found,) = self._discretize.infer(share_outputs=True).values()
-            ids[:, part] = found
-        return self._ids.copy()
+    def run(self) -> None:
+        self._request.infer(share_outputs=True)
 
     def close(self) -> None:
-        del self._denoise, self._discretize
+        self.arrays.clear()
+        del self._request
+
+
+class OpenVinoHead:
+    """The discretizer, on pieces of the tokens."""
+
+    def __init__(self, ov: Any, compiled: "openvino.CompiledModel", shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._request = compiled.create_infer_request()
+        hidden, ids = np.zeros(shapes["hidden"], np.float32), np.zeros(shapes["ids"], np.int64)
+        self.arrays: dict[str, np.ndarray] = {"hidden": hidden, "ids": ids}
+        tokens, found = hidden.reshape(1, -1, hidden.shape[-1]), ids.reshape(1, -1)
+        pieces = [slice(start, start + DISCRETIZED_TOKENS) for start in range(0, ids.size, DISCRETIZED_TOKENS)]
+        self._pieces = [(ov.Tensor(tokens[:, piece], shared_memory=True), found[:, piece]) for piece in pieces]
+
+    def run(self) -> None:
+        for tokens, ids in self._pieces:
+            self._request.set_tensor("hidden", tokens)
+            (ids[:],) = self._request.infer(share_outputs=True).values()
+
+    def close(self) -> None:
+        self.arrays.clear()
+        self._pieces.clear()
+        del self._request
 
 
 def _supported(precision: str, bf16: bool) -> str:
@@ -197,7 +176,7 @@ def _supported(precision: str, bf16: bool) -> str:
     if precision in ("fp32", "int8") or (precision == "bf16" and bf16):
         return precision
     nearest = "bf16" if bf16 else "fp32"
-    warnings.warn(f"{NAME} has no {precision} on this processor: {nearest} instead", stacklevel=4)
+    warn(f"{NAME} has no {precision} on this processor: {nearest} instead")
     return nearest
 
 

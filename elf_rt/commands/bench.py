@@ -1,6 +1,5 @@
 """``elf-rt bench``: how fast engines are on this machine, and whether their text is the float32 one."""
 
-import importlib
 import importlib.util
 import json
 import tempfile
@@ -8,15 +7,13 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import click
 import numpy as np
 
 from elf_rt import machine
-from elf_rt.backends import MODULES, discover, held_precisions, open_backend, variant_of
-from elf_rt.backends.cpu_encoder import CpuEncoder
+from elf_rt.backends import BACKENDS, discover, held_precisions, open_backend, variant_of
 from elf_rt.bundle import Bundle, atomic_file, find_bundle
 from elf_rt.commands.generate import read_jsonl
 from elf_rt.console import note, progress
@@ -159,8 +156,8 @@ def _run(contenders: Sequence[Contender], work: Work, vs: Sequence[str], *, stri
 def _parse(name: str) -> tuple[str, str]:
     """NAME or NAME:PRECISION."""
     backend, _, precision = name.partition(":")
-    if backend not in MODULES:
-        raise InputError(f"backend must be one of {', '.join(MODULES)}, got {backend!r}")
+    if backend not in BACKENDS:
+        raise InputError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     return backend, precision or "auto"
 
 
@@ -178,18 +175,14 @@ def _all_here(bundle: Bundle) -> list[tuple[str, str]]:
 
 def _with_reference(choices: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """A float32 backend first: one of the choices, or ONNX Runtime."""
-    exact = [(name, "fp32") for name, precision in choices if "fp32" in (precision, _module(name).PRECISIONS[0])]
+    exact = [(name, "fp32") for name, p in choices if "fp32" in (p, BACKENDS[name].precisions[0])]
     reference = exact[0] if exact else ("onnxruntime", "fp32")
     return [reference, *(choice for choice in choices if choice != reference)]
 
 
-def _module(backend: str) -> ModuleType:
-    return importlib.import_module(MODULES[backend])
-
-
 def _contender(bundle: Bundle, backend: str, precision: str, threads: int | None) -> Contender:
     def make() -> Model:
-        return Model(bundle, *open_backend(bundle, backend, precision, threads))
+        return Model(bundle, partial(open_backend, bundle, backend, precision, threads), threads=threads)
 
     return Contender(f"{backend} {precision}", make)
 
@@ -214,8 +207,7 @@ def _torch_contenders(bundle: Bundle, state: Any, options: dict[str, Any]) -> li
         compiled = name == "torch-compile"
         bf16 = compiled and machine.has_bf16()
         backend = TorchBackend(bundle.config, state, compiled=compiled, bf16=bf16, threads=threads)
-        backend.encode = CpuEncoder(bundle)
-        return Model(bundle, backend, "asked for")
+        return Model(bundle, lambda: (backend, "asked for"), threads=threads)
 
     return [Contender(name, partial(load, name)) for name in options["vs"]]
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from elf_rt.backends import MODULES, PRECISIONS
+from elf_rt.backends import BACKENDS, PRECISIONS
 from elf_rt.bundle import find_bundle
 from elf_rt.params import SAMPLERS, SCHEDULES, SamplingParams
 
@@ -28,7 +28,7 @@ def backend_options(command: F) -> F:
     for option in reversed(
         [
             click.option(
-                "--backend", type=click.Choice(("auto", *MODULES)), default="auto", help="Engine library; see doctor."
+                "--backend", type=click.Choice(("auto", *BACKENDS)), default="auto", help="Engine library; see doctor."
             ),
             click.option("--precision", type=click.Choice(PRECISIONS), default="auto", help="Of the large products."),
             click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all cores]"),

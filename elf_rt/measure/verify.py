@@ -13,6 +13,7 @@ from elf_rt.errors import BundleError, InputError
 from elf_rt.measure.evaluation import edit_distance
 from elf_rt.model import Model, load
 from elf_rt.params import SamplingParams
+from elf_rt.sampling.schedule import MAIN, A, B, Table, X
 
 MAX_LATENT_ERROR = 5e-5  # relative, float32
 MAX_EDIT_DISTANCE = 0.01
@@ -128,25 +129,23 @@ def _call(model: Model, arrays: dict[str, np.ndarray]) -> tuple[Any, Any, Any, A
     if width != model.config.latent_dim or length > model.config.max_length:
         raise InputError(f"the replay is of another model: its latents have shape {arrays['fwd_z'].shape}")
     want_ids = arrays["dec_ids"] if "dec_ids" in arrays else arrays["dec_logits"].argmax(-1)
-    network = model.backend.bind(rows, length)
-    try:
-        network.z[:], network.t[:] = arrays["fwd_z"], arrays["fwd_t"]
-        for buffer, value in (
-            (network.x_prev, arrays["fwd_x_prev"]),
-            (network.s, arrays["fwd_sc"]),
-            (network.mode, np.zeros(rows)),
-        ):
-            if buffer is not None:
-                buffer[:] = value
-        network.denoise()
-        x = network.x.copy()
-        for buffer, number in ((network.x_prev, 0.0), (network.t, 1.0), (network.mode, 1.0)):
-            if buffer is not None:
-                buffer[:] = number
-        network.denoise()
-        return x, network.discretize(), arrays["fwd_x"], want_ids
-    finally:
-        network.close()
+    xs, ids = [], []
+    for b in range(rows):
+        z0, x_prev, t = arrays["fwd_z"][b : b + 1], arrays["fwd_x_prev"][b : b + 1], float(arrays["fwd_t"][b])
+        params = SamplingParams(sc_cfg=float(arrays["fwd_sc"][b]))
+        xs.append(model.sample(z0=z0, x_prev=x_prev, params=params, table=single_call(t)).latents)
+        ids.append(model.sample(z0=z0, params=params, table=DECODE_ALONE, latents=False).ids)
+    return np.concatenate(xs), np.concatenate(ids), arrays["fwd_x"], want_ids
+
+
+def single_call(t: float) -> Table:
+    """One denoising call at time t on the given start and estimate, whose output becomes z."""
+    coef = np.zeros((3, 5))
+    coef[1, [A, X]] = coef[2, B] = 1.0
+    return Table(np.array([0.0, t, 1.0]), coef, np.array([[0.0], [0.0], [1.0]]), (MAIN,))
+
+
+DECODE_ALONE = Table(np.array([0.0, 1.0]), np.array([[1.0, 0, 0, 0, 0]] * 2), np.zeros((2, 1)), (MAIN,))
 
 
 def _parse_spec(text: str) -> SamplingParams:

@@ -1,202 +1,312 @@
-"""The one loop that runs every sampler's table on a backend of the host."""
+"""The engine of rows: one network call for whatever texts are in flight, each at its own step.
 
-import threading
+A **slot** holds a text's state: z and the last estimate. A **row** is one row of a network call: a text takes one, or
+one per guidance row, one more for a draft, and one for its decoding call. ``enqueue`` advances the slots that it is
+given by one pass, packs their rows behind each other, and calls the network once on all of them. A slot that was in the
+last call and is not in this one is advanced too, since its outputs would be overwritten; its inputs are written when
+its turn comes.
+
+``HostEngine`` computes on the CPU; ``elf_rt.device.engine.DeviceEngine`` is the same on a GPU.
+"""
+
 import time
-from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections import OrderedDict, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Protocol, TypeVar
 
 import numpy as np
 
-from elf_rt.backends.base import Backend, BoundNetwork
+from elf_rt.errors import BackendError
+from elf_rt.network import BoundGraph, Graph, HostBackend
 from elf_rt.sampling import integrator
-from elf_rt.sampling.schedule import D, Table
+from elf_rt.sampling.cost import CallCost
+from elf_rt.sampling.integrator import SlotStep
+from elf_rt.sampling.program import Program
+from elf_rt.sampling.schedule import Row, X
 
-MAX_IDLE_NETWORKS = 8
-
-
-@dataclass(frozen=True)
-class Job:
-    """One batch to sample.
-
-    seeds: (B,) uint64. source: (B, L, C) float32 clean latents and mask: (B, L) bool where they stand, or None.
-    z0: (B, L, C) a given start instead of noise. eps: (N, B, L, C) given noise, eps[i] for step i, instead of Philox.
-    latents: whether the Outcome must hold them, which from a GPU takes a copy.
-    """
-
-    table: Table
-    length: int
-    seeds: np.ndarray
-    sc_cfg: float
-    source: np.ndarray | None = None
-    mask: np.ndarray | None = None
-    z0: np.ndarray | None = None
-    eps: np.ndarray | None = None
-    drafts_every: int = 0  # 0: no drafts
-    latents: bool = False
+MAX_BOUND = 12  # graphs of different shapes that stay bound
+MAX_TOKENS = 16384  # rows x length of one call, whatever pays
 
 
 @dataclass
-class Outcome:
-    """latents: (B, L, C) z at t = 1, or () where the job did not ask for them. ids: (B, L) int64, as the network gave
-    them. Seconds are wall time."""
+class Progress:
+    """What one call did for one text: the step that its pass ended, at time t of the next; 0 for the first call.
 
-    latents: np.ndarray
-    ids: np.ndarray
-    seconds: float = 0.0
-    network_seconds: float = 0.0
-    integrator_seconds: float = 0.0
-    calls: int = 0
-
-
-@dataclass(frozen=True)
-class StepDone:
-    """step 1 .. N of N is done, at time t of the first sample; draft ids (B, L) where one was asked for."""
+    draft and ids: (L,) raw ids of a draft and of the decoding call; latents: (L, C) where the program asks for them.
+    """
 
     step: int
     t: float
     draft: np.ndarray | None = None
+    ids: np.ndarray | None = None
+    latents: np.ndarray | None = None
+    error: BackendError | None = None
 
 
 @dataclass
-class _Clock:
-    network: float = 0.0
-    integrator: float = 0.0
-    calls: int = 0
-    started: float = field(default_factory=time.perf_counter)
+class Call:
+    """One finished call: progress in the order of the slots, and seconds."""
+
+    progress: list[Progress]
+    rows: int
+    network: float
+    integrator: float
 
 
-class HostSampler:
-    """Runs jobs on a CPU backend. Safe to share between threads: each job takes its own networks from a pool."""
+class Slot(Protocol):
+    """The state of a text in an engine."""
 
-    def __init__(self, backend: Backend, latent_dim: int) -> None:
-        self.latent_dim = latent_dim
-        self._pool = _NetworkPool(backend)
+    program: Program
+    j: int  # the pass that comes next
 
-    def run(self, job: Job) -> Iterator[StepDone | Outcome]:
-        """Sample a batch: one StepDone after each step, the Outcome last. Stop iterating to cancel."""
-        table, clock = job.table, _Clock()
-        batch, last = table.t.shape[1], len(table.t) - 1
-        shape = (batch, job.length, self.latent_dim)
-        z, x_last = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+
+S = TypeVar("S", bound=Slot)
+
+
+class Engine(Protocol[S]):
+    """Used by one thread: the driver's. S: its slots."""
+
+    depth: int  # calls that may be under way before the oldest is waited for
+    captures: int  # CUDA graphs captured so far
+    cost: CallCost
+
+    def max_rows(self, length: int) -> int:
+        """The rows that a call of this length should hold now."""
+        ...
+
+    def share(self, length: int) -> int:
+        """The rows that one caller may have in flight: those of a call, or more while it is not known what pays."""
+        ...
+
+    def open(self, program: Program) -> S:
+        """A slot for a text, started.
+
+        Raises:
+            BackendError: the engine takes no call of so many rows or this length. Nothing else is disturbed.
+        """
+        ...
+
+    def enqueue(self, slots: Sequence[S]) -> None:
+        """Advance slots of one length by one pass, and call the network on their rows.
+
+        Raises:
+            GpuMemoryError: no memory for so many rows; ``max_rows`` is smaller now, and no slot was touched.
+            BackendError: the call failed, and with it these slots.
+        """
+        ...
+
+    def collect(self) -> Call:
+        """Wait for the oldest call under way."""
+        ...
+
+    def free(self, slot: S) -> None:
+        """Give a slot back, at any time."""
+        ...
+
+    def num_bytes(self) -> int:
+        """Bytes of the slots and of the buffers of bound graphs."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def share_of(rows: int, settled: bool, most: int) -> int:
+    """See ``Engine.share``: enough for two larger sizes of call to be tried."""
+    return rows if settled else min(4 * rows, most)
+
+
+def refuse_rows(program: Program, limit: int | None, name: str) -> None:
+    """Raises BackendError when a text needs more rows in one call than the library takes."""
+    if limit is not None and program.max_rows > limit:
+        raise BackendError(
+            f"{name} takes {limit} rows of {program.length} tokens in one call, and this text needs {program.max_rows}"
+        )
+
+
+@dataclass(eq=False)
+class HostSlot:
+    """outputs: (K, L, C) of the last call, a view of the network's own array. advanced: pass j was done without inputs
+    being written, because the slot was not in that call."""
+
+    program: Program
+    z: np.ndarray
+    x_last: np.ndarray
+    coef: np.ndarray  # float32 copies of the table's
+    weights: np.ndarray
+    j: int = 1
+    outputs: np.ndarray | None = None
+    advanced: bool = False
+
+    def step(
+        self, rows: Sequence[Row] = (), next_z: np.ndarray | None = None, next_x_prev: np.ndarray | None = None
+    ) -> SlotStep:
+        """Pass j as a step of the integrator; one that was done already only writes the inputs."""
+        program, coef, weights = self.program, self.coef[self.j], None
+        if self.advanced:
+            coef = np.array([1, 0, 0, 0, coef[X]], np.float32)
+        elif self.outputs is not None:
+            weights = self.weights[self.j, : len(self.outputs)]
+        return SlotStep(
+            self.z,
+            self.x_last,
+            coef,
+            program.noise(self.j),
+            None if self.advanced else self.outputs,
+            weights,
+            program.source,
+            program.mask,
+            next_z,
+            next_x_prev,
+            rows,
+        )
+
+
+class HostEngine:
+    """Runs texts on a CPU backend: a call is over when ``enqueue`` returns."""
+
+    depth = 1
+    captures = 0
+
+    def __init__(self, backend: HostBackend, latent_dim: int, max_rows: int | None = None) -> None:
+        self.cost = CallCost()
+        self._backend, self._latent_dim, self._limit = backend, latent_dim, max_rows
+        self._bound: OrderedDict[tuple[Graph, int, int], BoundGraph] = OrderedDict()
+        self._slots: set[HostSlot] = set()
+        self._called: list[HostSlot] = []  # those of the last call, whose outputs are still to be read
+        self._done: deque[Call] = deque()
+
+    def max_rows(self, length: int) -> int:
+        return self.cost.worth(length, self._most(length))[0]
+
+    def share(self, length: int) -> int:
+        return share_of(*self.cost.worth(length, self._most(length)), self._most(length))
+
+    def _most(self, length: int) -> int:
+        limits = (max(1, MAX_TOKENS // length), self._limit, self._backend.max_rows(length))
+        return min(limit for limit in limits if limit)
+
+    def open(self, program: Program) -> HostSlot:
+        refuse_rows(program, self._backend.max_rows(program.length), self._backend.name)
+        shape, table = (program.length, self._latent_dim), program.table
         coef, weights = table.coef.astype(np.float32), table.weights.astype(np.float32)
-        with ExitStack() as stack:
-            networks: dict[int, BoundNetwork] = {}
-            called: BoundNetwork | None = None
-            for j in range(last + 1):
-                if j == 0 and job.z0 is not None:
-                    z[:] = job.z0
-                    continue
-                k = table.calls(j) if j else 0
-                if k and k not in networks:
-                    networks[k] = stack.enter_context(self._pool.take(k * batch, job.length))
-                network = networks.get(k)
-                begun = time.perf_counter()
-                _integrate(job, j, z, x_last, coef[j], weights[j], called, network)
-                clock.integrator += time.perf_counter() - begun
-                if network is None:
-                    continue
-                if j > 1:
-                    yield StepDone(j - 1, float(table.t[j, 0]), self._draft(job, j, x_last))
-                _call(network, table.t[j], job.sc_cfg, float(j == last), clock)
-                called = network
-            assert called is not None
-            begun = time.perf_counter()
-            ids = called.discretize()
-            clock.network += time.perf_counter() - begun
-        total = time.perf_counter() - clock.started
-        yield Outcome(z, ids, total, clock.network, clock.integrator, clock.calls)
+        x_last = np.zeros(shape, np.float32) if program.x_prev is None else program.x_prev.copy()
+        z = np.zeros(shape, np.float32) if program.z0 is None else program.z0.copy()
+        if program.z0 is None:
+            start = SlotStep(z, x_last, coef[0], program.noise(0), source=program.source, mask=program.mask)
+            integrator.step([start])
+        slot = HostSlot(program, z, x_last, coef, weights)
+        self._slots.add(slot)
+        return slot
 
-    def _draft(self, job: Job, j: int, x_last: np.ndarray) -> np.ndarray | None:
-        """Token ids of the current estimate x̂, by a decoding call of its own."""
-        if not job.drafts_every or (j - 1) % job.drafts_every or j == len(job.table.t) - 1:
-            return None
-        with self._pool.take(len(x_last), job.length) as network:
-            network.z[:] = x_last
-            if network.x_prev is not None:
-                network.x_prev[:] = 0
-            _call(network, np.ones(len(x_last)), job.sc_cfg, 1.0, _Clock())
-            return network.discretize()
+    def enqueue(self, slots: Sequence[HostSlot]) -> None:
+        begun = time.perf_counter()
+        length, packed = slots[0].program.length, [slot.program.rows(slot.j) for slot in slots]
+        places = row_slices(packed)
+        rows = [row for mine in packed for row in mine]
+        network = self._graph("denoiser", len(rows), length)
+        self._integrate(slots, packed, places, network.arrays)
+        _fill(network.arrays, slots, packed)
+        between = time.perf_counter()
+        network.run()
+        ids = self._discretize(network.arrays["hidden"], [r for r, row in enumerate(rows) if row.decodes], length)
+        ended = time.perf_counter()
+        self.cost.record(len(rows), length, ended - between)
+        x = network.arrays["x"]
+        progress = [
+            self._progress(slot, x[place], ids.get(place.stop - 1)) for slot, place in zip(slots, places, strict=True)
+        ]
+        self._called = [slot for slot in slots if slot.outputs is not None]
+        self._done.append(Call(progress, len(rows), ended - between, between - begun))
+
+    def collect(self) -> Call:
+        return self._done.popleft()
+
+    def free(self, slot: HostSlot) -> None:
+        self._slots.discard(slot)
+        if slot in self._called:
+            self._called.remove(slot)
+
+    def num_bytes(self) -> int:
+        slots = sum(slot.z.nbytes + slot.x_last.nbytes for slot in self._slots)
+        return slots + sum(array.nbytes for graph in self._bound.values() for array in graph.arrays.values())
 
     def close(self) -> None:
-        self._pool.close()
+        self._slots.clear()
+        self._called.clear()
+        while self._bound:
+            self._bound.popitem()[1].close()
+
+    def _integrate(
+        self,
+        slots: Sequence[HostSlot],
+        packed: Sequence[Sequence[Row]],
+        places: Sequence[slice],
+        arrays: Mapping[str, np.ndarray],
+    ) -> None:
+        """The next pass of these slots, into the inputs of their call; and of those that wait, before it."""
+        left = [slot for slot in self._called if slot not in set(slots)]
+        z, x_prev = arrays["z"], arrays.get("x_prev")
+        steps = [slot.step() for slot in left]
+        for slot, rows, place in zip(slots, packed, places, strict=True):
+            steps.append(slot.step(rows, z[place], None if x_prev is None else x_prev[place]))
+        integrator.step(steps)
+        for slot in (*left, *slots):
+            slot.advanced, slot.outputs = True, None
+        self._called = []
+
+    def _progress(self, slot: HostSlot, x: np.ndarray, decoded: np.ndarray | None) -> Progress:
+        """What the call did for a slot, which goes on to its next pass. x: (K, L, C) of its rows."""
+        program, j = slot.program, slot.j
+        slot.j, slot.advanced = j + 1, False
+        done = Progress(j - 1, float(program.table.t[j]))
+        if j < program.last:
+            done.draft, slot.outputs = decoded, x[: len(x) - (decoded is not None)]
+            return done
+        done.ids, done.latents = decoded, slot.z if program.latents else None
+        if not np.isfinite(slot.z).all():
+            done.error = not_finite(self._backend.name, self._backend.precision)
+        return done
+
+    def _discretize(self, hidden: np.ndarray, rows: list[int], length: int) -> dict[int, np.ndarray]:
+        """(L,) ids of each of these rows of the last call."""
+        if not rows:
+            return {}
+        head = self._graph("discretizer", len(rows), length)
+        head.arrays["hidden"][:] = hidden[rows]
+        head.run()
+        return dict(zip(rows, head.arrays["ids"].copy(), strict=True))
+
+    def _graph(self, graph: Graph, rows: int, length: int) -> BoundGraph:
+        key = (graph, rows, length)
+        if key not in self._bound:
+            if len(self._bound) >= MAX_BOUND:
+                self._bound.popitem(last=False)[1].close()
+            self._bound[key] = self._backend.bind(graph, rows, length)
+        self._bound.move_to_end(key)
+        return self._bound[key]
 
 
-def _integrate(
-    job: Job,
-    j: int,
-    z: np.ndarray,
-    x_last: np.ndarray,
-    coef: np.ndarray,
-    weights: np.ndarray,
-    called: BoundNetwork | None,
-    network: BoundNetwork | None,
-) -> None:
-    """Row j of the table: the outputs of the network called last become the inputs of the next call."""
-    batch = len(z)
-    noise: np.ndarray | integrator.NoiseKey | None = None
-    if np.any(coef[:, D]):
-        noise = integrator.NoiseKey(job.seeds, j) if job.eps is None or j == 0 else job.eps[j - 1]
-    k_out = 0 if called is None else len(called.z) // batch
-    k_in = 0 if network is None else len(network.z) // batch
-    integrator.step(
-        z,
-        x_last,
-        x_rows=None if called is None else called.x.reshape(k_out, *z.shape),
-        weights=None if called is None else weights[:k_out],
-        coef=coef,
-        noise=noise,
-        source=job.source,
-        mask=job.mask,
-        next_z=None if network is None else network.z.reshape(k_in, *z.shape),
-        next_x_prev=None if network is None or network.x_prev is None else network.x_prev.reshape(k_in, *z.shape),
-        rows=job.table.rows[:k_in],
+def row_slices(packed: Sequence[Sequence[Row]]) -> list[slice]:
+    """Where each text's rows are in a call that holds them behind each other."""
+    ends = list(accumulate(map(len, packed)))
+    return [slice(end - len(rows), end) for end, rows in zip(ends, packed, strict=True)]
+
+
+def _fill(arrays: Mapping[str, np.ndarray], slots: Sequence[Slot], packed: Sequence[Sequence[Row]]) -> None:
+    """The time, guidance scale and mode of each row."""
+    flat = [(slot, row) for slot, rows in zip(slots, packed, strict=True) for row in rows]
+    arrays["t"][:] = [1.0 if row.decodes else slot.program.table.t[slot.j] for slot, row in flat]
+    if "s" in arrays:
+        arrays["s"][:] = [slot.program.sc_cfg for slot, _ in flat]
+    if "mode" in arrays:
+        arrays["mode"][:] = [row.decodes for _, row in flat]
+
+
+def not_finite(name: str, precision: str) -> BackendError:
+    """What a text ends with whose latents are not numbers."""
+    return BackendError(
+        f"the network gave latents that are not finite ({name} {precision}): "
+        "check the bundle with elf-rt verify, or take another precision"
     )
-
-
-def _call(network: BoundNetwork, t: np.ndarray, sc_cfg: float, mode: float, clock: _Clock) -> None:
-    network.t.reshape(-1, len(t))[:] = t
-    if network.s is not None:
-        network.s[:] = sc_cfg
-    if network.mode is not None:
-        network.mode[:] = mode
-    begun = time.perf_counter()
-    network.denoise()
-    clock.network += time.perf_counter() - begun
-    clock.calls += 1
-
-
-class _NetworkPool:
-    """Bound networks by shape, reused between jobs; at most MAX_IDLE_NETWORKS wait."""
-
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-        self._idle: OrderedDict[BoundNetwork, tuple[int, int]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    @contextmanager
-    def take(self, rows: int, length: int) -> Iterator[BoundNetwork]:
-        shape = (rows, length)
-        with self._lock:
-            network = next((n for n, s in reversed(self._idle.items()) if s == shape), None)
-            if network is not None:
-                del self._idle[network]
-        network = network or self._backend.bind(rows, length)
-        try:
-            yield network
-        finally:
-            self._give_back(network, shape)
-
-    def _give_back(self, network: BoundNetwork, shape: tuple[int, int]) -> None:
-        with self._lock:
-            self._idle[network] = shape
-            surplus = self._idle.popitem(last=False)[0] if len(self._idle) > MAX_IDLE_NETWORKS else None
-        if surplus is not None:
-            surplus.close()
-
-    def close(self) -> None:
-        with self._lock:
-            networks, self._idle = list(self._idle), OrderedDict()
-        for network in networks:
-            network.close()

@@ -1,11 +1,11 @@
-"""The fused pass between two network calls: one row of a sampler's table (``elf_rt.sampling.schedule``).
+"""The fused pass between two network calls, over the slots of all texts that take part.
 
-For sample b, with A, B, C, D, X = coef[b] and ε the noise of (seed, row):
+Each slot is at its own row of its own table (``elf_rt.sampling.schedule``). With A, B, C, D, X = coef:
 
-    x̂      = Σ_k weights[k, b] · x_rows[k, b]                     then x̂ = source where mask
-    z      <- A·z + B·x̂ + C·x_last + D·ε                          then z = source where mask
+    x̂      = Σ_k weights[k] · x_rows[k], or x_last where no call has been made   then x̂ = source where mask
+    z      <- A·z + B·x̂ + C·x_last + D·noise                                       then z = source where mask
     x_last <- x̂
-    next_z[k] = z        next_x_prev[k] = X·x̂, or 0 unless rows[k].sees_prev
+    next_z[k] = z, or x̂ for a draft        next_x_prev[k] = X·x̂, or 0 unless rows[k].sees_prev
     both are 0 at masked positions unless rows[k].sees_source
 
 ``step_numpy`` is the specification; the C++ extension and the CUDA kernel (``cpp_ext/``) give the same bits. So sums
@@ -13,7 +13,8 @@ run from left to right in float32, without fused multiply-adds, and a term whose
 would have read may be uninitialised.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -22,60 +23,49 @@ from elf_rt.machine import cores
 from elf_rt.sampling.noise import NoiseKey, normal
 from elf_rt.sampling.schedule import Row
 
-MAX_ROWS = 4  # guidance rows in one network call
-
-_NETWORK_TYPES = ("float32", "float16", "uint16")
+MAX_ROWS = 4  # guidance rows of one text in one network call; a draft may come to them
 
 
-def step_numpy(
-    z: np.ndarray,
-    x_last: np.ndarray,
-    *,
-    x_rows: np.ndarray | None = None,
-    weights: np.ndarray | None = None,
-    coef: np.ndarray,
-    noise: np.ndarray | NoiseKey | None = None,
-    source: np.ndarray | None = None,
-    mask: np.ndarray | None = None,
-    next_z: np.ndarray | None = None,
-    next_x_prev: np.ndarray | None = None,
-    rows: Sequence[Row] = (),
-) -> None:
-    """Advance z and x_last (B, L, C) float32 in place and write the inputs of the next call.
+@dataclass(slots=True)
+class SlotStep:
+    """One text in one pass. Arrays are float32 and C-contiguous; z and x_last (L, C) are advanced in place.
 
-    x_rows (K, B, L, C) are the network's outputs, weights (K, B) float32, coef (B, 5) float32; noise is ε (B, L, C)
-    float32 or the key to draw it; source (B, L, C) float32 goes with mask (B, L) bool; next_z and next_x_prev
-    (K', B, L, C) have one entry for each of `rows`. Network tensors are float32, float16, or bfloat16 as uint16.
-    Raises InputError when a shape or type differs.
+    coef (5,). x_rows (K, L, C) are the network's outputs, with weights (K,). noise is ε (L, C), or the key to draw it.
+    source (L, C) goes with mask (L,) bool. next_z and next_x_prev (K', L, C) have one entry for each of `rows`;
+    next_x_prev is None for a network without that input.
     """
-    _check(z, x_last, x_rows, weights, coef, noise, source, mask, next_z, next_x_prev, rows)
-    for b in range(len(z)):
-        x_hat = _combine(x_rows, weights, b, z[b].shape)
-        held = None
-        if source is not None and mask is not None:
-            held = mask[b]
-            x_hat[held] = source[b][held]
-        scale_z, scale_x, scale_last, scale_noise, scale_prev = coef[b]
-        terms = [(scale_z, z[b]), (scale_x, x_hat), (scale_last, x_last[b])]
-        if noise is not None and scale_noise != 0:
-            terms.append((scale_noise, _noise(noise, b, z[b].shape)))
-        z[b] = _sum(terms, z[b].shape)
-        if source is not None and held is not None:
-            z[b][held] = source[b][held]
-        x_last[b] = x_hat
-        for k, row in enumerate(rows):
-            hidden = None if row.sees_source else held
-            if next_z is not None:
-                _write(next_z[k, b], z[b], hidden)
-            if next_x_prev is not None:
-                seen = row.sees_prev and scale_prev != 0
-                _write(next_x_prev[k, b], scale_prev * x_hat if seen else np.zeros_like(x_hat), hidden)
 
+    z: np.ndarray
+    x_last: np.ndarray
+    coef: np.ndarray
+    noise: np.ndarray | NoiseKey
+    x_rows: np.ndarray | None = None
+    weights: np.ndarray | None = None
+    source: np.ndarray | None = None
+    mask: np.ndarray | None = None
+    next_z: np.ndarray | None = None
+    next_x_prev: np.ndarray | None = None
+    rows: Sequence[Row] = ()
+
+
+def step_numpy(slots: Sequence[SlotStep]) -> None:
+    """Advance the slots, all of one shape (L, C).
+
+    Raises:
+        InputError: the shape, type or layout of an array is not what ``SlotStep`` says.
+    """
+    for slot in slots:
+        _check(slot, slots[0].z.shape)
+    for slot in slots:
+        _advance(slot)
+
+
+Step = Callable[[Sequence[SlotStep]], None]
 
 try:
     from elf_rt._csrc import _integrator
 except ImportError:  # no compiler when elf-rt was installed
-    step = step_numpy
+    step: Step = step_numpy
     IMPLEMENTATION = "numpy"
 else:
     step = _integrator.step
@@ -84,28 +74,28 @@ else:
     _integrator.set_num_threads(min(8, cores()))
 
 
-def to_float32(values: np.ndarray) -> np.ndarray:
-    """float32 of a network tensor: float32, float16, or bfloat16 as uint16."""
-    if values.dtype == np.uint16:
-        return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return values.astype(np.float32, copy=False)
-
-
-def from_float32(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Round float32 to the nearest, ties to even, in a network type: float32, float16, or bfloat16 as uint16."""
-    if dtype == np.uint16:
-        bits = np.ascontiguousarray(values).view(np.uint32)
-        rounded = (bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)
-        return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)
-    with np.errstate(over="ignore"):  # the network's own overflow, not ours
-        return values.astype(dtype, copy=False)
-
-
-def _combine(x_rows: np.ndarray | None, weights: np.ndarray | None, b: int, shape: tuple[int, ...]) -> np.ndarray:
-    """x̂ of sample b from the guidance rows that have a weight."""
-    if x_rows is None or weights is None:
-        return np.zeros(shape, np.float32)
-    return _sum([(weights[k, b], to_float32(x_rows[k, b])) for k in np.flatnonzero(weights[:, b])], shape)
+def _advance(slot: SlotStep) -> None:
+    scale_z, scale_x, scale_last, scale_noise, scale_prev = slot.coef
+    if slot.x_rows is None or slot.weights is None:
+        x_hat = slot.x_last.copy()
+    else:
+        x_hat = _sum(list(zip(slot.weights, slot.x_rows, strict=True)), slot.z.shape)
+    if slot.source is not None and slot.mask is not None:
+        x_hat[slot.mask] = slot.source[slot.mask]
+    terms = [(scale_z, slot.z), (scale_x, x_hat), (scale_last, slot.x_last)]
+    if scale_noise != 0:
+        terms.append((scale_noise, _noise(slot)))
+    slot.z[...] = _sum(terms, slot.z.shape)
+    if slot.source is not None and slot.mask is not None:
+        slot.z[slot.mask] = slot.source[slot.mask]
+    slot.x_last[...] = x_hat
+    for k, row in enumerate(slot.rows):
+        hidden = None if row.sees_source else slot.mask
+        if slot.next_z is not None:
+            _write(slot.next_z[k], x_hat if row.of_estimate else slot.z, hidden)
+        if slot.next_x_prev is not None:
+            seen = row.sees_prev and scale_prev != 0
+            _write(slot.next_x_prev[k], scale_prev * x_hat if seen else np.zeros_like(x_hat), hidden)
 
 
 def _sum(terms: list[tuple[np.float32, np.ndarray]], shape: tuple[int, ...]) -> np.ndarray:
@@ -117,64 +107,50 @@ def _sum(terms: list[tuple[np.float32, np.ndarray]], shape: tuple[int, ...]) -> 
     return np.zeros(shape, np.float32) if total is None else total
 
 
-def _noise(noise: np.ndarray | NoiseKey, b: int, shape: tuple[int, ...]) -> np.ndarray:
-    if isinstance(noise, NoiseKey):
-        return normal(noise.seeds[b : b + 1], noise.index, shape)[0]
-    return noise[b]
+def _noise(slot: SlotStep) -> np.ndarray:
+    if isinstance(slot.noise, NoiseKey):
+        return normal(np.array([slot.noise.seed], np.uint64), slot.noise.index, slot.z.shape)[0]
+    return slot.noise
 
 
 def _write(out: np.ndarray, values: np.ndarray, hidden: np.ndarray | None) -> None:
-    out[...] = from_float32(values, out.dtype)
+    out[...] = values
     if hidden is not None:
         out[hidden] = 0
 
 
-def _check(
-    z: np.ndarray,
-    x_last: np.ndarray,
-    x_rows: np.ndarray | None,
-    weights: np.ndarray | None,
-    coef: np.ndarray,
-    noise: np.ndarray | NoiseKey | None,
-    source: np.ndarray | None,
-    mask: np.ndarray | None,
-    next_z: np.ndarray | None,
-    next_x_prev: np.ndarray | None,
-    rows: Sequence[Row],
-) -> None:
+def _check(slot: SlotStep, full: tuple[int, ...]) -> None:
     """The same checks and messages as in ``cpp_ext/bindings.cpp``."""
-    if z.ndim != 3:
-        raise InputError(f"z must have shape (B, L, C), got {z.shape}")
-    if (x_rows is None) != (weights is None):
+    if len(full) != 2:
+        raise InputError(f"z must have shape (L, C), got {full}")
+    if (slot.x_rows is None) != (slot.weights is None):
         raise InputError("x_rows and weights go together")
-    if (source is None) != (mask is None):
+    if (slot.source is None) != (slot.mask is None):
         raise InputError("source and mask go together")
-    full, batch, num_outputs = z.shape, z.shape[:1], 0 if x_rows is None else len(x_rows)
-    for name, count in (("x_rows", num_outputs), ("rows", len(rows))):
-        if count > MAX_ROWS:
-            raise InputError(f"{name} must have at most {MAX_ROWS} guidance rows, got {count}")
-    _check_array("z", z, full)
-    _check_array("x_last", x_last, full)
-    _check_array("coef", coef, (*batch, 5))
-    _check_array("x_rows", x_rows, (num_outputs, *full), *_NETWORK_TYPES)
-    _check_array("weights", weights, (num_outputs, *batch))
-    if isinstance(noise, NoiseKey):
-        _check_array("noise.seeds", noise.seeds, batch, "uint64")
-    else:
-        _check_array("noise", noise, full)
-    _check_array("source", source, full)
-    _check_array("mask", mask, full[:2], "bool")
-    _check_array("next_z", next_z, (len(rows), *full), *_NETWORK_TYPES)
-    _check_array("next_x_prev", next_x_prev, (len(rows), *full), *_NETWORK_TYPES)
+    num_outputs, num_rows = 0 if slot.x_rows is None else len(slot.x_rows), len(slot.rows)
+    for name, count, most in (("x_rows", num_outputs, MAX_ROWS), ("rows", num_rows, MAX_ROWS + 1)):
+        if count > most:
+            raise InputError(f"{name} must have at most {most} rows, got {count}")
+    _check_array("z", slot.z, full)
+    _check_array("x_last", slot.x_last, full)
+    _check_array("coef", slot.coef, (5,))
+    _check_array("x_rows", slot.x_rows, (num_outputs, *full))
+    _check_array("weights", slot.weights, (num_outputs,))
+    if isinstance(slot.noise, np.ndarray):
+        _check_array("noise", slot.noise, full)
+    _check_array("source", slot.source, full)
+    _check_array("mask", slot.mask, full[:1], "bool")
+    if num_rows:
+        _check_array("next_z", slot.next_z, (num_rows, *full))
+        _check_array("next_x_prev", slot.next_x_prev, (num_rows, *full))
 
 
-def _check_array(name: str, array: np.ndarray | None, shape: tuple[int, ...], *types: str) -> None:
+def _check_array(name: str, array: np.ndarray | None, shape: tuple[int, ...], dtype: str = "float32") -> None:
     if array is None:
         return
     if array.shape != shape:
         raise InputError(f"{name} must have shape {shape}, got {array.shape}")
     if not array.flags.c_contiguous:
         raise InputError(f"{name} must be C-contiguous")
-    if array.dtype.name not in (types or ("float32",)):
-        expected = "float32, float16 or uint16" if len(types) == 3 else (types or ("float32",))[0]
-        raise InputError(f"{name} must be {expected}, got {array.dtype.name}")
+    if array.dtype.name != dtype:
+        raise InputError(f"{name} must be {dtype}, got {array.dtype.name}")

@@ -39,9 +39,9 @@ _MANTISSA = np.int32(0x007FFFFF)
 
 @dataclass(frozen=True)
 class NoiseKey:
-    """The noise of one integrator step: seeds (B,) uint64 and the index of the table's row."""
+    """The noise of one text in one pass: its seed and the index of its table's row."""
 
-    seeds: np.ndarray
+    seed: int
     index: int
 
 

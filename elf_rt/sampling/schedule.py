@@ -1,18 +1,20 @@
 """Every sampler as a table of coefficients, computed in float64 before the first network call.
 
 ELF integrates dz/dt = (x̂ - z) / (1 - t) from noise (t = 0) to text latents (t = 1), arXiv 2605.10938.
-One table has N + 2 rows, one for each pass of the integrator (``elf_rt.sampling.integrator``):
+The table of a text has N + 2 rows, one for each pass of the integrator (``elf_rt.sampling.integrator``):
 
     row 0          the start, z = noise_scale * noise; no network call follows it
     rows 1 .. N    prepare the N denoising calls
     row N + 1      prepares the decoding call
 
 Row j does   x̂ = Σ_k weights[j, k] x_k,   z <- A z + B x̂ + C x̂_last + D noise_j,   next x_prev = X x̂,
-so one loop, or one CUDA graph, runs every sampler. Each sample has its own column: its time grid comes from its own
-seed, and its text does not depend on what else is in the batch.
+so one engine runs every sampler. Each text has its own table: its time grid comes from its own seed, and it does not
+depend on what else is in a call.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import NormalDist
 
 import numpy as np
@@ -28,23 +30,36 @@ MAX_EXTRAPOLATION = 4.0  # longest continuation of a line through two estimates,
 
 @dataclass(frozen=True)
 class Row:
-    """One guidance row of a network call: does it see the source, does it see the previous estimate?"""
+    """One row of a network call: does it see the source, and the previous estimate? Does it decode, in mode 1 at t = 1,
+    and is its z the estimate itself?"""
 
     sees_source: bool
     sees_prev: bool
+    decodes: bool = False
+    of_estimate: bool = False
+
+    @cached_property
+    def flags(self) -> int:
+        """For the integrator: see ``cpp_ext/integrator.h``."""
+        return self.sees_source | self.sees_prev << 1 | self.decodes << 2 | self.of_estimate << 3
 
 
 MAIN = Row(sees_source=True, sees_prev=True)
+DECODE = Row(sees_source=True, sees_prev=False, decodes=True)
+DRAFT = Row(sees_source=True, sees_prev=False, decodes=True, of_estimate=True)
 
 
 @dataclass(frozen=True)
 class Table:
-    """J = N + 2 rows for a batch of samples, K guidance rows a call. Arrays are float64.
+    """J = N + 2 rows for one text, K guidance rows a call.
 
-    t: (J, batch) the time given to the network call that follows row j.
-    coef: (J, batch, 5) A, B, C, D, X.
-    weights: (J, K, batch) how row j combines the K outputs of the call before it.
-    rows: the K guidance rows; the first sees the source, and the decoding call makes only that one.
+    t: (J,) the time given to the network call that follows row j.
+    coef: (J, 5) A, B, C, D, X.
+    weights: (J, K) how row j combines the K outputs of the call before it.
+    rows: the K guidance rows; the first sees the source.
+
+    Raises:
+        InputError: an array does not have its shape, or is not finite.
     """
 
     t: np.ndarray
@@ -52,55 +67,99 @@ class Table:
     weights: np.ndarray
     rows: tuple[Row, ...]
 
+    def __post_init__(self) -> None:
+        count = len(self.t) if np.ndim(self.t) == 1 else 0
+        if count < 2:
+            raise InputError(f"t of a table must have shape (N + 2,), got {np.shape(self.t)}")
+        for name, shape in (("coef", (count, 5)), ("weights", (count, len(self.rows))), ("t", (count,))):
+            array = np.asarray(getattr(self, name))
+            if array.shape != shape:
+                raise InputError(f"{name} of a table must have shape {shape}, got {array.shape}")
+            if not np.all(np.isfinite(array)):
+                raise InputError(f"{name} of a table must be finite")
+        if not self.rows or not self.rows[0].sees_source:
+            raise InputError("the first guidance row of a table must see the source")
+
     @property
     def num_steps(self) -> int:
         return len(self.t) - 2
 
     def calls(self, j: int) -> int:
         """How many guidance rows the call that follows row j needs: those that row j + 1 gives a weight."""
-        if j == len(self.t) - 1:
-            return 1
-        return max(1, 1 + int(np.flatnonzero(np.any(self.weights[j + 1] != 0, axis=1)).max(initial=0)))
+        return max(1, 1 + int(np.flatnonzero(self.weights[j + 1]).max(initial=0)))
+
+
+@dataclass(frozen=True)
+class Moves:
+    """What a sampler does in its N steps; arrays (N,). Step i opens with z <- keep z + noise ε, calls the network at
+    time t, and ends with z <- (1 - kappa) z + kappa x̂ + last (x̂ - x̂_last)."""
+
+    t: np.ndarray
+    keep: np.ndarray
+    noise: np.ndarray
+    kappa: np.ndarray
+    last: np.ndarray
+
+
+def ode(grid: np.ndarray, params: SamplingParams, config: ModelConfig) -> Moves:
+    """Euler steps of the flow, in the exact form that a constant x̂ has."""
+    t, t_next, zero = grid[:-1], grid[1:], np.zeros(len(grid) - 1)
+    return Moves(t, zero + 1.0, zero, _kappa(t, t_next, config), zero)
+
+
+def sde(grid: np.ndarray, params: SamplingParams, config: ModelConfig) -> Moves:
+    """The official stochastic sampler: each step but the last goes back to α t with fresh noise, then to t'."""
+    t, t_next, zero = grid[:-1], grid[1:], np.zeros(len(grid) - 1)
+    gamma = params.gamma * (1.0 - t) ** params.gamma_power
+    alpha = np.clip(1.0 - gamma * (t_next - t), 0.0, 1.0)
+    alpha[-1] = 1.0
+    noise = (1.0 - alpha) * config.noise_scale * params.temperature
+    return Moves(alpha * t, alpha, noise, _kappa(alpha * t, t_next, config), zero)
+
+
+def ab2(grid: np.ndarray, params: SamplingParams, config: ModelConfig) -> Moves:
+    """The two-step exponential Adams-Bashforth method: see ``second_order``."""
+    first = ode(grid, params, config)
+    return Moves(first.t, first.keep, first.noise, first.kappa, second_order(grid[:-1], grid[1:]))
+
+
+Sampler = Callable[[np.ndarray, SamplingParams, ModelConfig], Moves]  # of a time grid (N + 1,)
+SAMPLERS: dict[str, Sampler] = {"ode": ode, "sde": sde, "ab2": ab2}
 
 
 def make_table(params: SamplingParams, config: ModelConfig, grid: np.ndarray, *, conditional: bool) -> Table:
     """The table of a sampler on a time grid.
 
     Args:
-        grid: (batch, N + 1) rising from 0 to 1.
+        grid: (N + 1,) rising from 0 to 1.
         conditional: whether any source position is held; without one, guidance_scale has no effect.
     """
-    batch, n = grid.shape[0], grid.shape[1] - 1
-    t, t_next = grid[:, :-1].T, grid[:, 1:].T  # (N, batch)
-    alpha = np.ones((n, batch))
-    if params.sampler == "sde":
-        gamma = params.gamma * (1.0 - t) ** params.gamma_power
-        alpha[:-1] = np.clip(1.0 - gamma * (t_next - t), 0.0, 1.0)[:-1]
-    t_in = alpha * t
-    kappa = (t_next - t_in) / np.maximum(1.0 - t_in, config.t_eps)
-    noise = config.noise_scale * params.temperature
-    previous = second_order(t_in, t_next) if params.sampler == "ab2" else np.zeros((n, batch))
-
-    table_t = np.zeros((n + 2, batch))
-    table_t[1:-1], table_t[-1] = t_in, 1.0
-    coef = np.zeros((n + 2, batch, 5))
-    coef[0, :, D] = noise
-    # Row i + 1 ends step i - 1, z <- (1 - κ) z + (κ + c) x̂ - c x̂_last, and opens step i, z <- α z + (1 - α) noise.
-    opens = np.concatenate([alpha, np.ones((1, batch))])  # of rows 1 .. N + 1; nothing opens after the last
-    coef[1, :, A] = opens[0]
-    coef[2:, :, A] = opens[1:] * (1.0 - kappa)
-    coef[2:, :, B] = opens[1:] * (kappa + previous)
-    coef[2:, :, C] = opens[1:] * -previous
-    coef[1:-1, :, D] = (1.0 - alpha) * noise
-    coef[1:-1, :, X] = params.x_prev_scale  # in row 1, x̂ holds the source alone
+    moves, n = SAMPLERS[params.sampler](grid, params, config), len(grid) - 1
+    t = np.zeros(n + 2)
+    t[1:-1], t[-1] = moves.t, 1.0
+    coef = np.zeros((n + 2, 5))
+    coef[0, D] = config.noise_scale * params.temperature
+    # Row i + 1 ends step i - 1 and opens step i; nothing opens after the last.
+    opens = np.append(moves.keep, 1.0)  # of rows 1 .. N + 1
+    coef[1, A] = opens[0]
+    coef[2:, A] = opens[1:] * (1.0 - moves.kappa)
+    coef[2:, B] = opens[1:] * (moves.kappa + moves.last)
+    coef[2:, C] = opens[1:] * -moves.last
+    coef[1:-1, D] = moves.noise
+    coef[1:-1, X] = params.x_prev_scale  # in row 1, x̂ holds the source alone
     rows = guidance_rows(params, config, conditional=conditional)
-    weights = np.zeros((n + 2, len(rows), batch))
-    weights[2:] = guidance_weights(rows, params, config, t_in, conditional=conditional)
-    return Table(table_t, coef, weights, rows)
+    weights = np.zeros((n + 2, len(rows)))
+    weights[2:] = guidance_weights(rows, params, config, moves.t, conditional=conditional)
+    return Table(t, coef, weights, rows)
+
+
+def _kappa(t: np.ndarray, t_next: np.ndarray, config: ModelConfig) -> np.ndarray:
+    """The share of the way to x̂ that the flow goes from t to t'."""
+    return (t_next - t) / np.maximum(1.0 - t, config.t_eps)
 
 
 def second_order(t: np.ndarray, t_next: np.ndarray) -> np.ndarray:
-    """c (N, batch) of the two-step exponential Adams-Bashforth method, z' = (1 - κ) z + κ x̂ + c (x̂ - x̂_last).
+    """c (N,) of the two-step exponential Adams-Bashforth method, z' = (1 - κ) z + κ x̂ + c (x̂ - x̂_last).
 
     The exact solution over a step from t to t' is z' = (1 - κ) z + (1 - t') ∫ x̂ / (1 - τ)² dτ. With x̂ continued in
     a straight line through its last two values, that is κ x̂ + c (x̂ - x̂_last), where
@@ -113,7 +172,7 @@ def second_order(t: np.ndarray, t_next: np.ndarray) -> np.ndarray:
     c = np.zeros_like(t)
     if len(t) < 3:
         return c
-    w, w_next, last = (1.0 - t)[1:-1], (1.0 - t_next)[1:-1], np.diff(t, axis=0)[:-1]
+    w, w_next, last = (1.0 - t)[1:-1], (1.0 - t_next)[1:-1], np.diff(t)[:-1]
     usable = (w - w_next <= MAX_EXTRAPOLATION * last) & (last > 0)
     with np.errstate(divide="ignore", invalid="ignore"):  # where not usable, or a step before the last that reaches 1
         slope = (w - w_next - np.where(w_next > 0, w_next * np.log(w / w_next), 0.0)) / last
@@ -139,9 +198,9 @@ def guidance_rows(params: SamplingParams, config: ModelConfig, *, conditional: b
 
 
 def guidance_weights(
-    rows: tuple[Row, ...], params: SamplingParams, config: ModelConfig, t: np.ndarray, *, conditional: bool
+    rows: Sequence[Row], params: SamplingParams, config: ModelConfig, t: np.ndarray, *, conditional: bool
 ) -> np.ndarray:
-    """(N, K, batch) weights of the rows at times t (N, batch); those of a time add up to 1.
+    """(N, K) weights of the rows at times t (N,); those of a time add up to 1.
 
     Outside guidance_from <= t <= guidance_until there is no classifier-free guidance (Kynkäänniemi et al. 2024), so the
     rows without the source weigh nothing, and `Table.calls` leaves them out of the call.
@@ -150,7 +209,7 @@ def guidance_weights(
     inside = np.array([_weight(row, params.guidance_scale if conditional else 1.0, s) for row in rows])
     outside = np.array([_weight(row, 1.0, s) for row in rows])
     active = (t >= params.guidance_from) & (t <= params.guidance_until)
-    return np.where(active[:, None], inside[:, None], outside[:, None])
+    return np.where(active[:, None], inside, outside)
 
 
 def _weight(row: Row, w: float, s: float) -> float:
@@ -185,7 +244,7 @@ def make_grid(params: SamplingParams, config: ModelConfig, seeds: np.ndarray) ->
 
 
 def check_grid(grid: np.ndarray) -> np.ndarray:
-    """A caller's grid as (batch, N + 1) float64, or InputError."""
+    """A caller's grid as (1 or batch, N + 1) float64, or InputError."""
     grid = np.atleast_2d(np.asarray(grid, np.float64))
     if grid.ndim != 2 or grid.shape[1] < 2 or np.any(grid[:, 0] != 0) or np.any(grid[:, -1] != 1):
         raise InputError("a time grid must have shape (N + 1,) or (batch, N + 1) and run from 0 to 1")

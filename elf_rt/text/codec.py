@@ -1,22 +1,21 @@
 """Text to source latents, token ids to text."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from elf_rt.bundle import Bundle
-from elf_rt.errors import InputError, first_line
+from elf_rt.errors import BackendError, InputError, first_line
+from elf_rt.text.encoder import open_encoder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 PAD_ID = 0
 EOS_ID = 1
-
-Encoder = Callable[[np.ndarray, np.ndarray], np.ndarray]  # ids (B, S), mask (B, S) -> latents (B, S, C)
 
 
 def load_tokenizer(path: Path) -> "Tokenizer":
@@ -44,14 +43,14 @@ def read_positions(ids: np.ndarray, source: np.ndarray | None = None, eos_id: in
     return free & (ids != PAD_ID) & (np.cumsum(ends, axis=1) - ends == 0)
 
 
+def _closed(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    raise BackendError("the model is closed: load it again")
+
+
 class TextCodec:
-    """The tokenizer and the source encoder of a bundle.
+    """The tokenizer and the source encoder of a bundle. threads: of an encoder that is a network."""
 
-    Args:
-        encode_onnx: runs the bundle's encoder.onnx, for bundles whose encoder is a network.
-    """
-
-    def __init__(self, bundle: Bundle, encode_onnx: Encoder) -> None:
+    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
         self.config = bundle.config
         self.eos_id = int(bundle.tokenizer.get("eos_id", EOS_ID))
         self.pad_id = int(bundle.tokenizer.get("pad_id", PAD_ID))
@@ -59,13 +58,12 @@ class TextCodec:
         self.tokenizer = None
         if "file" in bundle.tokenizer:
             self.tokenizer = load_tokenizer(bundle.path(bundle.tokenizer["file"]))
-        self._encode: Encoder | None = None
-        if bundle.encoder is not None:
-            if bundle.encoder["kind"] == "embedding":
-                table = np.load(bundle.path(bundle.encoder["file"]), mmap_mode="r")  # (V, C)
-                self._encode = lambda ids, mask: np.asarray(table[ids], np.float32)
-            else:
-                self._encode = encode_onnx
+        self._encode = open_encoder(bundle, threads)
+
+    def close(self) -> None:
+        """Free the encoder, which refuses to be called from now on."""
+        if self._encode is not None:
+            self._encode = _closed
 
     def decode(self, ids: np.ndarray) -> str | None:
         """(L,) token ids -> text without padding and special tokens; None for a bundle without a tokenizer."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from elf_rt.errors import InputError
-from elf_rt.text.codec import Encoder
+from elf_rt.text.encoder import Encoder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -113,35 +113,28 @@ class Pinned:
             raise InputError(f"the pinned text needs {len(ids)} tokens, but a text has room for {room}")
         return cls(np.array(ids, np.int64), np.array(mask))
 
-    def hold(
-        self, encode: Encoder, source: np.ndarray, mask: np.ndarray, source_lengths: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Source latents and mask with the pins added; the arguments are left as they are.
+    def latents(self, encode: Encoder) -> np.ndarray:
+        """(S, C) normalised latents of the pins. They are encoded apart from the source, as texts are in training, with
+        free positions masked out."""
+        return encode(self.ids[None], self.mask[None].astype(np.int64))[0]
 
-        The pins are encoded apart from the source, as texts are in training, with free positions masked out.
+    def hold(self, latents: np.ndarray, source: np.ndarray, mask: np.ndarray, start: int) -> None:
+        """Add the pins to what a text holds, in place.
 
         Args:
-            encode: gives normalised latents.
-            source, mask: (B, L, C) clean latents and (B, L) bool where they stand; zeros and False without a source.
-            source_lengths: (B,) where each text begins.
+            latents: (S, C) of the pins.
+            source, mask: (L, C) clean latents and (L,) bool where they stand; zeros and False without a source.
+            start: where the text begins.
         """
-        latents = encode(self.ids[None], self.mask[None].astype(np.int64))[0]  # (S, C)
-        source, mask = source.copy(), mask.copy()
-        for b, columns in enumerate(self._columns(source_lengths)):
-            source[b, columns] = latents[self.mask]
-            mask[b, columns] = True
-        return source, mask
+        columns = start + np.flatnonzero(self.mask)
+        source[columns] = latents[self.mask]
+        mask[columns] = True
 
-    def restore(self, ids: np.ndarray, source_lengths: np.ndarray) -> np.ndarray:
-        """Ids (B, L) of the decoding call with the pinned tokens in their places: they come back verbatim."""
+    def restore(self, ids: np.ndarray, start: int) -> np.ndarray:
+        """Ids (L,) of the decoding call with the pinned tokens in their places: they come back verbatim."""
         ids = ids.copy()
-        for b, columns in enumerate(self._columns(source_lengths)):
-            ids[b, columns] = self.ids[self.mask]
+        ids[start + np.flatnonzero(self.mask)] = self.ids[self.mask]
         return ids
-
-    def _columns(self, source_lengths: np.ndarray) -> np.ndarray:
-        """(B, pinned tokens) positions on the canvas."""
-        return np.asarray(source_lengths)[:, None] + np.flatnonzero(self.mask)[None]
 
 
 def _token_id(text: str, tokenizer: "Tokenizer | None") -> int:

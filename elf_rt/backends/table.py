@@ -1,0 +1,58 @@
+"""What each engine library can do: one declared line a library, best first, as "auto" tries them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from elf_rt.bundle import Bundle
+from elf_rt.machine import has_bf16
+
+
+@dataclass(frozen=True)
+class Ability:
+    """module: has unavailable() and open_backend(bundle, precision, threads).
+
+    precisions: best first. checking: those that it only emulates, to check their graphs, and runs where it is named.
+    rounded: those that may be asked for and give the nearest that the processor has, with a warning. variants: the
+    graphs that it reads for a precision, where they are not those of the same name.
+    """
+
+    module: str
+    precisions: tuple[str, ...]
+    checking: tuple[str, ...] = ()
+    rounded: tuple[str, ...] = ()
+    variants: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        """What may be asked for by name."""
+        return tuple(dict.fromkeys((*self.precisions, *self.checking, *self.rounded)))
+
+
+GPU = ("fp16", "bf16", "fp32")
+
+BACKENDS: dict[str, Ability] = {
+    "tensorrt": Ability("elf_rt.backends.trt", GPU),
+    "tensorrt-rtx": Ability("elf_rt.backends.trt_rtx", GPU),
+    "torch": Ability("elf_rt.backends.torch_cuda", GPU),
+    "onnxruntime-cuda": Ability("elf_rt.backends.ort_cuda", GPU),
+    # OpenVINO rounds the float32 graphs itself.
+    "openvino": Ability(
+        "elf_rt.backends.ov",
+        ("bf16", "fp32", "int8") if has_bf16() else ("fp32", "int8"),
+        rounded=("bf16", "fp16"),
+        variants={"bf16": "fp32", "int8": "int8-openvino"},
+    ),
+    "onnxruntime": Ability("elf_rt.backends.ort", ("fp32", "int8"), checking=("fp16", "bf16")),
+}
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8")  # what may be asked for
+
+
+def variant_of(name: str, precision: str) -> str:
+    """The graphs of a bundle that a backend reads for a precision."""
+    return BACKENDS[name].variants.get(precision, precision)
+
+
+def held_precisions(bundle: Bundle, name: str) -> list[str]:
+    """The precisions of a backend, best first, that the bundle has graphs for."""
+    return [p for p in BACKENDS[name].precisions if variant_of(name, p) in bundle.variants]

@@ -1,0 +1,149 @@
+"""Where engine libraries and the engine of rows meet: the two graphs of a bundle, bound to static buffers.
+
+A bundle holds two graphs. ``denoiser``: z, x_prev (R, L, C), t, s, mode (R,) -> x (R, L, C), hidden (R, L, H), all
+float32; inputs that a model does not have are absent. ``discretizer``: hidden (R, L, H) -> ids (R, L) int64.
+Everything here is used by one thread at a time: the driver's.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Literal, Protocol
+
+import numpy as np
+
+from elf_rt.errors import BackendError
+from elf_rt.params import ModelConfig
+
+Graph = Literal["denoiser", "discretizer"]
+
+
+class Library(Protocol):
+    """What every backend is: an engine library with one model loaded in one precision."""
+
+    name: str
+    precision: str
+
+    def max_rows(self, length: int) -> int | None:
+        """The most rows of one call at this length; 0 where it takes none, None where it does not care."""
+        ...
+
+    def describe(self) -> Mapping[str, str]:
+        """Library, version, precision, threads: what ``elf-rt bench`` prints."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class BoundGraph(Protocol):
+    """A graph bound to R rows of length L. ``arrays`` are the library's own buffers by tensor name: write the inputs in
+    place, call ``run``, read the outputs."""
+
+    arrays: Mapping[str, np.ndarray]
+
+    def run(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class HostBackend(Library, Protocol):
+    """A library that computes on the CPU."""
+
+    device: Literal["cpu"]
+
+    def bind(self, graph: Graph, rows: int, length: int) -> BoundGraph:
+        """Buffers and engine state for calls of this shape."""
+        ...
+
+
+class DeviceGraph(Protocol):
+    """A graph bound to R rows of length L on the GPU. ``buffers`` are device addresses by tensor name, fixed for the
+    life of this object.
+
+    ``enqueue`` only puts work on the stream that it was bound for: no host synchronisation, no allocation, no read of a
+    result, so that it can be captured in a CUDA graph after it ran once. It raises BackendError when the library
+    refuses.
+    """
+
+    @property
+    def buffers(self) -> Mapping[str, int]: ...
+
+    def enqueue(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Launchable(Protocol):
+    """Work that can be put on its stream again and again."""
+
+    def launch(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+Capture = Callable[[int, Callable[[], None]], Launchable]  # of what the function enqueues on the stream
+
+
+class DeviceBackend(Library, Protocol):
+    """A library that computes on the GPU."""
+
+    device: Literal["cuda"]
+
+    def bind(self, graph: Graph, rows: int, length: int, stream: int) -> DeviceGraph:
+        """Buffers and engine state for calls of this shape on this stream, a CUstream as an integer.
+
+        Raises:
+            BackendError: the engine was not built for this shape; GpuMemoryError where memory ran out. Nothing stays
+                allocated.
+        """
+        ...
+
+    def capture(self, plain: Capture, stream: int, body: Callable[[], None]) -> Launchable:
+        """Record what ``body`` enqueues on the stream. ``plain`` does so by the CUDA runtime; a library whose memory
+        has to know of a capture leads it itself, and one that cannot be captured gives ``Enqueued`` back.
+
+        Raises:
+            BackendError: it could not be captured this time.
+        """
+        ...
+
+
+Backend = HostBackend | DeviceBackend
+
+
+class Enqueued:
+    """A Launchable without a CUDA graph: the host enqueues the work anew at each launch."""
+
+    def __init__(self, body: Callable[[], None]) -> None:
+        self.launch = body
+
+    def close(self) -> None:
+        """Nothing was kept."""
+
+
+def check_widths(name: str, config: ModelConfig, widths: Mapping[str, int]) -> None:
+    """Raises BackendError when the denoiser's outputs "x" and "hidden" do not have the sizes of the manifest."""
+    for output, want in (("x", config.latent_dim), ("hidden", config.hidden_size)):
+        if widths[output] != want:
+            raise BackendError(
+                f"{name}: the graphs do not have the sizes of the manifest ({output} is {widths[output]} wide, "
+                f"not {want}): export the checkpoint again"
+            )
+
+
+def absent_inputs(config: ModelConfig) -> frozenset[str]:
+    """The denoiser's inputs that a model of these sizes does not have."""
+    absent = {
+        "x_prev": not config.self_cond,
+        "s": not config.num_self_cond_cfg_tokens,
+        "mode": not config.num_model_mode_tokens,
+    }
+    return frozenset(name for name, missing in absent.items() if missing)
+
+
+def tensor_shapes(graph: Graph, config: ModelConfig, rows: int, length: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of a graph's inputs and outputs for R rows of length L."""
+    latents, hidden = (rows, length, config.latent_dim), (rows, length, config.hidden_size)
+    if graph == "discretizer":
+        return {"hidden": hidden, "ids": (rows, length)}
+    shapes = {"z": latents, "x_prev": latents, "t": (rows,), "s": (rows,), "mode": (rows,)}
+    kept = {name: shape for name, shape in shapes.items() if name not in absent_inputs(config)}
+    return {**kept, "x": latents, "hidden": hidden}

@@ -1,0 +1,173 @@
+"""Texts on their way: the events of many, and one that a caller waits for, iterates over, or cancels."""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from concurrent.futures import CancelledError, Future
+from functools import partial
+from queue import SimpleQueue
+
+import numpy as np
+
+from elf_rt.results import Draft, Result
+from elf_rt.sampling.driver import Driver, Task
+from elf_rt.sampling.program import Event, Program, StepDone, Written
+
+
+class Run:
+    """The events of one caller's texts as they come, by the index of the text.
+
+    Texts are made and submitted group by group, at most two groups ahead of those that are written. The first error is
+    raised; then, or when this object is closed or forgotten, the texts that are left are cancelled.
+    """
+
+    def __init__(self, driver: Driver, groups: Iterator[Sequence[Program]]) -> None:
+        self._driver, self._groups = driver, groups
+        self._events: SimpleQueue[tuple[int, Event]] = SimpleQueue()
+        self._tasks: dict[int, Task] = {}
+        self._submitted = 0
+        self._size = 0  # of the last group
+        self._feed()
+        self._feed()
+
+    def __iter__(self) -> "Run":
+        return self
+
+    def __next__(self) -> tuple[int, StepDone | Written]:
+        if not self._tasks:
+            raise StopIteration
+        index, event = self._events.get()
+        if isinstance(event, BaseException):
+            self.close()
+            raise event
+        if isinstance(event, Written):
+            del self._tasks[index]
+            if len(self._tasks) <= self._size:
+                self._feed()
+        return index, event
+
+    def close(self) -> None:
+        """Cancel what is not written yet."""
+        self._driver.cancel(list(self._tasks.values()))
+        self._tasks.clear()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _feed(self) -> None:
+        group = next(self._groups, None)
+        if group is None:
+            return
+        indices = range(self._submitted, self._submitted + len(group))
+        posts = [partial(_put, self._events, index) for index in indices]
+        self._tasks |= dict(zip(indices, self._driver.submit(group, posts, self._events), strict=True))
+        self._submitted, self._size = indices.stop, len(group)
+
+
+def _put(events: "SimpleQueue[tuple[int, Event]]", index: int, event: Event) -> None:
+    events.put((index, event))
+
+
+class Pending:
+    """A text that was submitted. Wait for it with ``result`` or ``await``; iterate, also with ``async for``, over its
+    drafts; ``cancel`` it. Safe to share between threads."""
+
+    def __init__(
+        self,
+        driver: Driver,
+        program: Program,
+        finish: Callable[[Written], Result],
+        read: Callable[[np.ndarray], str | None],
+    ) -> None:
+        self._driver, self._steps, self._finish, self._read = driver, program.table.num_steps, finish, read
+        self._written: Future[Written] = Future()
+        self._written.set_running_or_notify_cancel()  # so that the driver alone ends it
+        self._drafts: list[StepDone] = []
+        self._changed = threading.Condition()
+        self._watchers: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+        (self._task,) = driver.submit([program], [self._post], self)
+
+    def result(self, timeout: float | None = None) -> Result:
+        """The written text.
+
+        Raises:
+            TimeoutError: it is not written after `timeout` seconds; it goes on.
+            concurrent.futures.CancelledError: it was cancelled.
+            BackendError: it could not be written, or the model was closed.
+        """
+        return self._finish(self._written.result(timeout))
+
+    def done(self) -> bool:
+        """Whether it is over: written, cancelled or failed."""
+        return self._written.done()
+
+    def cancelled(self) -> bool:
+        """Whether it is over because it was cancelled."""
+        return self.done() and isinstance(self._written.exception(), CancelledError)
+
+    def cancel(self) -> bool:
+        """Drop the text before the next network call; False when it is over already."""
+        return self._driver.cancel([self._task])
+
+    def add_done_callback(self, call: Callable[["Pending"], None]) -> None:
+        """Call a function with this object when the text is over: in the driver's thread, so it must not block."""
+        self._written.add_done_callback(lambda _: call(self))
+
+    def __iter__(self) -> Iterator[Draft]:
+        """The drafts from the first one on, each when it is there; ends when the text is over."""
+        seen = 0
+        while True:
+            with self._changed:
+                while len(self._drafts) == seen and not self.done():
+                    self._changed.wait()
+                fresh = self._drafts[seen:]
+            if not fresh:
+                return
+            yield from map(self._draft, fresh)
+            seen += len(fresh)
+
+    def __await__(self) -> Generator[None, None, Result]:
+        return self._wait().__await__()
+
+    async def __aiter__(self) -> AsyncIterator[Draft]:
+        seen, woken = 0, asyncio.Event()
+        with self._changed:
+            self._watchers.append((asyncio.get_running_loop(), woken))
+        while True:
+            woken.clear()
+            over, fresh = self.done(), self._drafts[seen:]  # in this order, so that the last draft is not missed
+            for step in fresh:
+                yield self._draft(step)
+            seen += len(fresh)
+            if over:
+                return
+            if not fresh:
+                await woken.wait()
+
+    async def _wait(self) -> Result:
+        try:
+            return self._finish(await asyncio.wrap_future(self._written))
+        except asyncio.CancelledError:  # the task that awaits was cancelled
+            self.cancel()
+            raise
+
+    def _draft(self, done: StepDone) -> Draft:
+        assert done.draft is not None
+        return Draft(done.step, self._steps, done.t, [self._read(done.draft)], 1)
+
+    def _post(self, event: Event) -> None:
+        """In the driver's thread."""
+        with self._changed:
+            if isinstance(event, Written):
+                self._written.set_result(event)
+            elif isinstance(event, BaseException):
+                self._written.set_exception(event)
+            elif event.draft is None:
+                return
+            else:
+                self._drafts.append(event)
+            self._changed.notify_all()
+            for loop, woken in self._watchers:
+                with contextlib.suppress(RuntimeError):  # that loop is closed
+                    loop.call_soon_threadsafe(woken.set)

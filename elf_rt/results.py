@@ -1,0 +1,63 @@
+"""What the public API gives back."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from elf_rt.sampling.program import Times
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Milliseconds of one text. total: from its submission to its ids; waited: until its first network call; network
+    and integrator: of the steps that it took part in, which other texts may share. calls: network calls, and one for
+    each draft."""
+
+    total_ms: float
+    waited_ms: float
+    network_ms: float
+    integrator_ms: float
+    calls: int
+
+    @classmethod
+    def of(cls, times: Times) -> "Timings":
+        total, waited, network, integrator = (
+            1e3 * seconds for seconds in (times.total, times.waited, times.network, times.integrator)
+        )
+        return cls(total, waited, network, integrator, times.calls)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One text. ids: (L,) int64 final token ids; text is None for a bundle without a tokenizer."""
+
+    text: str | None
+    ids: np.ndarray = field(repr=False)
+    seed: int
+    prompt: str | None
+    timings: Timings
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A step that is done. texts: what each text would read now, on the steps that draft, else None. batch: how many
+    are told of together."""
+
+    step: int
+    steps: int
+    t: float
+    texts: list[str | None] | None
+    batch: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What ``Model.sample`` gives. latents: (B, L, C) z at t = 1, or () where they were not asked for. ids: (B, L)
+    int64, as the network gave them. Seconds and calls of the text that took longest."""
+
+    latents: np.ndarray
+    ids: np.ndarray
+    seconds: float
+    network_seconds: float
+    integrator_seconds: float
+    calls: int

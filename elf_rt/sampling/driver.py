@@ -1,0 +1,341 @@
+"""The one thread that owns an engine: it lets texts in, gives each its turn, and tells what became of them.
+
+Everything is decided between two calls: who joins, who is cancelled, which texts the next call holds. Texts take turns
+in a ring, as many as a call should hold, so nobody waits for another's last step. Of one caller no more texts are in
+flight than fit in a call, so a long request has its first texts early, and leaves slots to others.
+"""
+
+import os
+import threading
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError
+from dataclasses import dataclass, field
+from typing import Any
+
+from elf_rt.errors import BackendError, ElfError, GpuMemoryError, first_line
+from elf_rt.sampling.engine import Engine, Progress, Slot
+from elf_rt.sampling.program import Event, Program, StepDone, Times, Written
+
+MAX_SLOTS = 128  # texts in flight
+RATE_SECONDS = 5.0  # over which steps a second are counted
+
+CLOSED = "the model is closed: load it again"
+
+
+Post = Callable[[Event], None]
+
+
+@dataclass(eq=False)
+class Task:
+    """A text on its way. post: is given its events, in the driver's thread, and must not block."""
+
+    program: Program
+    post: Post
+    caller: object
+    times: Times = field(default_factory=Times)
+    submitted: float = field(default_factory=time.perf_counter)
+    slot: Slot | None = None
+    cancelled: bool = False
+    over: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Rows of its next call."""
+        return len(self.program.rows(self.slot.j)) if self.slot is not None else 0
+
+    @property
+    def passes_left(self) -> int:
+        """Calls that are still to be enqueued."""
+        return self.program.last + 1 - (self.slot.j if self.slot is not None else 1)
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a model is doing. slots: texts in flight; waiting: texts that have none yet; rows: of the last call, of at
+    most max_rows. call_ms: the usual milliseconds of a call by rows, in sizes 1, 2, 4, …, at the trained length.
+    steps_per_second: of all texts, over the last seconds. finished, cancelled, failed: texts so far."""
+
+    slots: int
+    waiting: int
+    rows: int
+    max_rows: int
+    steps_per_second: float
+    call_ms: dict[int, float]
+    calls: int
+    captures: int
+    bytes: int
+    finished: int
+    cancelled: int
+    failed: int
+
+
+class Driver:
+    """Starts the thread, which opens the engine.
+
+    Raises:
+        BackendError: the engine could not be opened.
+    """
+
+    def __init__(self, open_engine: Callable[[], Engine[Any]], length: int) -> None:
+        self._length = length  # that ``stats`` speaks of
+        self._wake = threading.Condition()
+        self._waiting: OrderedDict[object, deque[Task]] = OrderedDict()  # by caller
+        self._flying: dict[Task, None] = {}  # those that have a slot, in the order in which they got it
+        self._ring: deque[Task] = deque()  # those of them that have calls left; the first is next
+        self._under_way: deque[list[Task]] = deque()  # by call
+        self._rows_of: Counter[object] = Counter()  # in flight, by caller
+        self._count: Counter[str] = Counter()
+        self._steps: deque[tuple[float, int]] = deque(maxlen=256)
+        self._last_rows = 0
+        self._closing: str | None = None
+        self._pid = os.getpid()
+        opened: deque[Engine[Any] | BaseException] = deque()
+        ready = threading.Event()
+        self._thread = threading.Thread(
+            target=self._main, args=(open_engine, opened, ready), name="elf-rt", daemon=True
+        )
+        self._thread.start()
+        ready.wait()
+        engine = opened.pop()
+        if isinstance(engine, BaseException):
+            raise engine
+        self._engine = engine
+
+    @property
+    def forked(self) -> bool:
+        """Whether this process is a child that was forked after the thread was started, and has none."""
+        return self._pid != os.getpid()
+
+    def submit(
+        self, programs: Sequence[Program], post: Sequence[Callable[[Event], None]], caller: object
+    ) -> list[Task]:
+        """Queue texts of one caller.
+
+        Raises:
+            BackendError: the driver is closed.
+        """
+        tasks = [Task(program, each, caller) for program, each in zip(programs, post, strict=True)]
+        with self._wake:
+            if self._closing is not None:
+                raise BackendError(self._closing)
+            self._waiting.setdefault(caller, deque()).extend(tasks)
+            self._wake.notify()
+        return tasks
+
+    def cancel(self, tasks: Sequence[Task]) -> bool:
+        """Drop texts before the next call is enqueued; False where all were over already."""
+        with self._wake:
+            open_tasks = [task for task in tasks if not task.over]
+            for task in open_tasks:
+                task.cancelled = True
+            self._wake.notify()
+        return bool(open_tasks)
+
+    def share(self, length: int) -> int:
+        """The rows that one caller may have in flight now."""
+        return self._engine.share(length)
+
+    def stats(self) -> Stats:
+        with self._wake:
+            now = time.perf_counter()
+            recent = [(at, steps) for at, steps in self._steps if now - at < RATE_SECONDS]
+            span = now - recent[0][0] if recent else 0.0
+            return Stats(
+                slots=len(self._flying),
+                waiting=sum(map(len, self._waiting.values())),
+                rows=self._last_rows if self._flying else 0,
+                max_rows=self._engine.max_rows(self._length),
+                steps_per_second=sum(steps for _, steps in recent) / span if span else 0.0,
+                call_ms=self._engine.cost.by_rows(self._length),
+                calls=self._count["calls"],
+                captures=self._engine.captures,
+                bytes=self._engine.num_bytes(),
+                finished=self._count["finished"],
+                cancelled=self._count["cancelled"],
+                failed=self._count["failed"],
+            )
+
+    def close(self) -> None:
+        """Stop after the calls under way; texts that are not over end with a BackendError. Waits for the thread."""
+        with self._wake:
+            self._closing = self._closing or CLOSED
+            self._wake.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    # What follows runs in the driver's thread.
+
+    def _main(
+        self, open_engine: Callable[[], Engine[Any]], opened: deque[Engine[Any] | BaseException], ready: threading.Event
+    ) -> None:
+        try:
+            engine = open_engine()
+            opened.append(engine)
+        except BaseException as error:
+            opened.append(error)
+            return
+        finally:
+            ready.set()
+        try:
+            self._loop(engine)
+        except BaseException as error:  # of elf-rt itself: nobody must be left waiting
+            self._closing = f"the engine stopped ({type(error).__name__}: {first_line(error)}): load the model again"
+            raise
+        finally:
+            with self._wake:
+                left = [*self._flying, *(task for queue in self._waiting.values() for task in queue)]
+            for task in left:
+                self._end(engine, task, BackendError(self._closing or CLOSED))
+            engine.close()
+
+    def _loop(self, engine: Engine[Any]) -> None:
+        while True:
+            with self._wake:
+                while self._closing is None and not (self._waiting or self._flying or self._under_way):
+                    self._wake.wait()
+                if self._closing is not None:
+                    return
+                everybody = [*self._flying, *(task for queue in self._waiting.values() for task in queue)]
+                dropped = [task for task in everybody if task.cancelled]
+            for task in dropped:
+                self._end(engine, task, CancelledError("this text was cancelled"))
+            self._admit(engine)
+            while self._ring and len(self._under_way) < engine.depth:
+                self._enqueue(engine)
+            if self._under_way:
+                self._collect(engine)
+
+    def _admit(self, engine: Engine[Any]) -> None:
+        """Give slots to waiting texts, one caller after the other."""
+        while (task := self._next_waiting(engine)) is not None:
+            try:
+                task.slot = engine.open(task.program)
+            except Exception as error:
+                self._end(engine, task, _as_backend_error(error))
+                continue
+            with self._wake:
+                self._flying[task] = None
+                self._ring.append(task)
+                self._rows_of[task.caller] += task.program.max_rows
+
+    def _next_waiting(self, engine: Engine[Any]) -> Task | None:
+        """The next text that may have a slot, out of its queue. A caller's last one goes behind the other callers."""
+        with self._wake:
+            if len(self._flying) >= MAX_SLOTS:
+                return None
+            for caller, queue in self._waiting.items():
+                held, program = self._rows_of[caller], queue[0].program
+                if held and held + program.max_rows > engine.share(program.length):
+                    continue
+                task = queue.popleft()
+                self._waiting.move_to_end(caller)
+                if not queue:
+                    del self._waiting[caller]
+                return task
+        return None
+
+    def _enqueue(self, engine: Engine[Any]) -> None:
+        """One call for the texts whose turn it is."""
+        tasks = self._take_turn(engine)
+        rows = [task.rows for task in tasks]
+        drafts = [any(row.of_estimate for row in task.program.rows(task.slot.j)) for task in tasks if task.slot]
+        try:
+            engine.enqueue([task.slot for task in tasks if task.slot is not None])
+        except Exception as error:
+            fewer = engine.max_rows(tasks[0].program.length) < sum(rows)
+            if isinstance(error, GpuMemoryError) and fewer and len(tasks) > 1:
+                self._ring.extendleft(reversed(tasks))
+            else:
+                self._fail(engine, tasks, error)
+            return
+        now = time.perf_counter()
+        for task, draft in zip(tasks, drafts, strict=True):
+            if not task.times.calls:
+                task.times.waited = now - task.submitted
+            task.times.calls += 1 + draft
+            if task.passes_left:
+                self._ring.append(task)
+        self._under_way.append(tasks)
+
+    def _take_turn(self, engine: Engine[Any]) -> list[Task]:
+        """The first text of the ring and those behind it of its length, as many as a call should hold."""
+        length = self._ring[0].program.length
+        room = engine.max_rows(length)
+        taken: list[Task] = []
+        passed: list[Task] = []
+        while self._ring and room > 0:
+            task = self._ring.popleft()
+            if task.program.length == length and (not taken or task.rows <= room):
+                taken.append(task)
+                room -= task.rows
+            else:
+                passed.append(task)
+        self._ring.extendleft(reversed(passed))
+        return taken
+
+    def _collect(self, engine: Engine[Any]) -> None:
+        """Wait for the oldest call, and tell its texts what it did."""
+        tasks = self._under_way.popleft()
+        try:
+            call = engine.collect()
+        except Exception as error:  # the GPU failed: what is behind this call will not come either
+            self._fail(engine, [*tasks, *(task for later in self._under_way for task in later)], error)
+            self._under_way.clear()
+            return
+        with self._wake:
+            self._count["calls"] += 1
+            self._last_rows = call.rows
+            self._steps.append((time.perf_counter(), len(tasks)))
+        for task, progress in zip(tasks, call.progress, strict=True):
+            task.times.network += call.network
+            task.times.integrator += call.integrator
+            if not task.over:
+                self._tell(engine, task, progress)
+
+    def _tell(self, engine: Engine[Any], task: Task, progress: Progress) -> None:
+        if progress.error is not None:
+            self._end(engine, task, progress.error)
+            return
+        if progress.step:
+            task.post(StepDone(progress.step, progress.t, progress.draft))
+        if progress.ids is not None:
+            task.times.total = time.perf_counter() - task.submitted
+            self._end(engine, task, Written(progress.ids, progress.latents, task.times))
+
+    def _fail(self, engine: Engine[Any], tasks: Sequence[Task], error: Exception) -> None:
+        for task in dict.fromkeys(tasks):
+            if not task.over:
+                self._end(engine, task, _as_backend_error(error))
+
+    def _end(self, engine: Engine[Any], task: Task, event: Written | BaseException) -> None:
+        """A text is over: its slot is free before its caller hears of it."""
+        kinds: dict[type, str] = {Written: "finished", CancelledError: "cancelled"}
+        with self._wake:
+            task.over = True
+            self._count[kinds.get(type(event), "failed")] += 1
+            if task.slot is None:
+                queue = self._waiting.get(task.caller, deque())
+                if task in queue:
+                    queue.remove(task)
+                if not queue:
+                    self._waiting.pop(task.caller, None)
+            else:
+                del self._flying[task]
+                self._rows_of[task.caller] -= task.program.max_rows
+                self._rows_of = +self._rows_of  # callers that have nothing left go
+                if task in self._ring:
+                    self._ring.remove(task)
+        if task.slot is not None:
+            engine.free(task.slot)
+        task.post(event)
+
+
+def _as_backend_error(error: Exception) -> ElfError:
+    """What callers are told: one line, and the cause behind it."""
+    if isinstance(error, ElfError):
+        return error
+    told = BackendError(f"the network call failed: {type(error).__name__}: {first_line(error)}")
+    told.__cause__ = error
+    return told

@@ -1,0 +1,99 @@
+"""Programs of arrays that a caller gives: what ``Model.sample`` runs, below text."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from elf_rt.errors import InputError
+from elf_rt.params import ModelConfig, SamplingParams
+from elf_rt.sampling import schedule
+from elf_rt.sampling.program import Program
+from elf_rt.sampling.schedule import Table
+
+
+def make_programs(
+    config: ModelConfig,
+    params: SamplingParams,
+    seeds: Sequence[int],
+    length: int,
+    *,
+    z0: np.ndarray | None = None,
+    grid: np.ndarray | None = None,
+    eps: np.ndarray | None = None,
+    source: np.ndarray | None = None,
+    mask: np.ndarray | None = None,
+    x_prev: np.ndarray | None = None,
+    table: Table | None = None,
+    latents: bool = True,
+) -> list[Program]:
+    """One program for each seed; the arguments are those of ``Model.sample``, with seeds and length checked.
+
+    Raises:
+        InputError: an array has another shape than it should, or does not hold numbers.
+    """
+    batch, shape = len(seeds), (len(seeds), length, config.latent_dim)
+    if (source is None) != (mask is None):
+        raise InputError("source and mask go together: give both or neither")
+    z0, source, x_prev = (
+        as_floats(name, array, shape) for name, array in (("z0", z0), ("source", source), ("x_prev", x_prev))
+    )
+    if mask is not None:
+        mask = np.ascontiguousarray(mask, bool)
+        _check_shape("mask", mask, shape[:2])
+    if table is None:
+        tables = _tables(config, params, seeds, grid, conditional=source is not None)
+    else:
+        _check_table(table)
+        tables = [table] * batch
+    if eps is not None:
+        noisy = tables[0].num_steps - 1  # steps with noise
+        eps = as_floats("eps", np.asarray(eps)[: max(0, noisy)], (max(0, noisy), *shape))
+    return [
+        Program(
+            tables[b],
+            length,
+            seeds[b],
+            params.sc_cfg,
+            None if source is None else source[b],
+            None if mask is None else mask[b],
+            None if z0 is None else z0[b],
+            None if x_prev is None else x_prev[b],
+            None if eps is None else np.ascontiguousarray(eps[:, b]),
+            latents=latents,
+        )
+        for b in range(batch)
+    ]
+
+
+def as_floats(name: str, array: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray | None:
+    """A caller's array as contiguous float32 of this shape; the same on every backend."""
+    if array is None:
+        return None
+    try:
+        floats = np.ascontiguousarray(array, np.float32)
+    except (TypeError, ValueError):
+        raise InputError(f"{name} must hold numbers, got {type(array).__name__}") from None
+    _check_shape(name, floats, shape)
+    return floats
+
+
+def _tables(
+    config: ModelConfig, params: SamplingParams, seeds: Sequence[int], grid: np.ndarray | None, *, conditional: bool
+) -> list[Table]:
+    if grid is None:
+        grid = schedule.make_grid(params, config, np.array(seeds, np.uint64))
+    else:
+        grid = schedule.check_grid(grid)
+        grid = np.repeat(grid, len(seeds), axis=0) if len(grid) == 1 else grid
+        _check_shape("grid", grid, (len(seeds), grid.shape[1]))
+    return [schedule.make_table(params, config, row, conditional=conditional) for row in grid]
+
+
+def _check_table(table: object) -> None:
+    if not isinstance(table, Table):
+        raise InputError(f"table must be an elf_rt.sampling.schedule.Table, got {type(table).__name__}")
+
+
+def _check_shape(name: str, array: np.ndarray, want: tuple[int, ...]) -> None:
+    if array.shape != want:
+        raise InputError(f"{name} must have shape {want}, got {array.shape}")

@@ -1,0 +1,85 @@
+"""A text as the engine sees it: the rows of its own table, and what happened to it on the way."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from elf_rt.sampling.noise import NoiseKey
+from elf_rt.sampling.schedule import DECODE, DRAFT, Row, Table
+
+
+@dataclass(frozen=True)
+class Program:
+    """One text to write: its table's passes, one network call after each but the start, the last of them decoding.
+
+    length: L tokens of canvas. source: (L, C) float32 clean latents with mask: (L,) bool where they stand, or None.
+    z0: (L, C) a given start instead of noise. x_prev: (L, C) a given first estimate instead of zeros.
+    eps: (N, L, C) given noise, eps[i] for step i, instead of Philox. drafts_every: steps from draft to draft, 0: none.
+    latents: whether ``Written`` must hold them, which from a GPU takes a copy.
+    """
+
+    table: Table
+    length: int
+    seed: int
+    sc_cfg: float
+    source: np.ndarray | None = None
+    mask: np.ndarray | None = None
+    z0: np.ndarray | None = None
+    x_prev: np.ndarray | None = None
+    eps: np.ndarray | None = None
+    drafts_every: int = 0
+    latents: bool = False
+
+    @property
+    def last(self) -> int:
+        """The pass before the decoding call."""
+        return self.table.num_steps + 1
+
+    @property
+    def max_rows(self) -> int:
+        """The most rows that this text takes in one call."""
+        return len(self.table.rows) + (0 < self.drafts_every < self.table.num_steps)
+
+    def rows(self, j: int) -> tuple[Row, ...]:
+        """The rows of the call after pass j. A draft reads the estimate of step j - 1."""
+        if j == self.last:
+            return (DECODE,)
+        drafts = self.drafts_every > 0 and j > 1 and (j - 1) % self.drafts_every == 0
+        return (*self.table.rows[: self.table.calls(j)], *((DRAFT,) if drafts else ()))
+
+    def noise(self, j: int) -> np.ndarray | NoiseKey:
+        """What pass j adds. The start has no given noise but z0."""
+        return NoiseKey(self.seed, j) if self.eps is None or not 1 <= j <= len(self.eps) else self.eps[j - 1]
+
+
+@dataclass
+class Times:
+    """Seconds of one text. waited: until its first call; network and integrator: of the steps that it took part in;
+    calls: network calls, drafts counted."""
+
+    waited: float = 0.0
+    network: float = 0.0
+    integrator: float = 0.0
+    total: float = 0.0
+    calls: int = 0
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """Step 1 .. N of N is done, at time t; draft: (L,) int64 raw ids where one was asked for."""
+
+    step: int
+    t: float
+    draft: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Written:
+    """ids: (L,) int64 as the decoding call gave them. latents: (L, C) z at t = 1, where they were asked for."""
+
+    ids: np.ndarray
+    latents: np.ndarray | None = None
+    times: Times = field(default_factory=Times)
+
+
+Event = StepDone | Written | BaseException  # in this order: steps, then one of the other two
