@@ -174,8 +174,8 @@ class Model:
         Args:
             z0: (B, L, C) the start, noise scale applied; drawn from ``seeds`` when None.
             grid: (N + 1,) or (B, N + 1) times from 0 to 1; drawn from ``seeds`` when None.
-            eps: (N - 1, B, L, C) unit noise of each SDE step but the last, which has none, or (N, B, L, C); drawn from
-                ``seeds`` when None.
+            eps: (N, B, L, C) unit noise, eps[i] for step i, or fewer where the last have none (N - 1 for the SDE);
+                drawn from ``seeds`` when None.
             source, mask: (B, L, C) normalised source latents and (B, L) where they stand.
             latents: False where only the ids are of use: it saves a copy from the GPU.
 
@@ -198,9 +198,9 @@ class Model:
         grid = schedule.make_grid(params, self.config, seeds) if grid is None else schedule.check_grid(grid)
         grid = np.repeat(grid, batch, axis=0) if len(grid) == 1 else grid
         _check_shape("grid", grid, (batch, grid.shape[1]))
-        noisy = grid.shape[1] - 2  # steps with noise
-        _check_shape("eps", eps if eps is None else eps[:noisy], (noisy, *shape))
         table = schedule.make_table(params, self.config, grid, conditional=source is not None)
+        noisy = table.noisy_steps
+        _check_shape("eps", eps if eps is None else eps[:noisy], (noisy, *shape))
         job = Job(table, length, seeds, params.sc_cfg, source, mask, z0, eps, latents=latents)
         return next(event for event in self._open_sampler.run(job) if isinstance(event, Outcome))
 

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from elf_rt.errors import InputError
 
-SAMPLERS = ("ode", "sde", "ab2")
+SAMPLERS = ("ode", "sde", "ab2", "refine")
 KINDS: dict[Any, Any] = {int: Integral, str: str, float: Real}  # what a field of a type may be given
 SCHEDULES = ("logit_normal", "uniform", "quantile")
 
@@ -101,7 +101,7 @@ class SamplingParams:
     schedule: str = "logit_normal"
     guidance_scale: float = 1.0  # classifier-free guidance w; 1 needs one call
     sc_cfg: float = 3.0  # self-conditioning guidance s
-    gamma: float = 1.5  # SDE noise: alpha = clamp(1 - gamma * step size, 0, 1)
+    gamma: float = 1.5  # SDE noise: alpha = clamp(1 - gamma * step size, 0, 1); refine: 0 keeps its noise, 1 renews it
     temperature: float = 1.0  # factor on all noise, the start's and the SDE's
     gamma_power: float = 0.0  # anneals it: gamma * (1 - t) ** gamma_power
     grid_mean: float | None = None  # of the logit-normal grid; None: the model's p_mean

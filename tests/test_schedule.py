@@ -17,6 +17,11 @@ def official(params, grid, z0, eps, net, source=None, mask=None):
     """z at t = 1, step by step as facts of the official sampler say, one sample, float64."""
     hold = (lambda x: x) if mask is None else (lambda x: np.where(mask[:, None], source, x))
     z, x_prev = hold(z0), hold(np.zeros_like(z0))
+    if params.sampler == "refine":
+        for i in range(len(grid) - 1):
+            z = hold(CONFIG.noise_scale * eps[i]) if i and params.gamma == 1 else z
+            x_prev = hold(net(z, x_prev, 0.0))
+        return x_prev
     for i in range(len(grid) - 1):
         t, t_next = grid[i], grid[i + 1]
         if params.sampler == "sde" and i < len(grid) - 2:
@@ -49,7 +54,9 @@ def net(z, x_prev, t):
 
 @pytest.mark.parametrize("held", [False, True])
 @pytest.mark.parametrize("steps", [1, 2, 7])
-@pytest.mark.parametrize(("sampler", "gamma"), [("ode", 1.0), ("sde", 1.5), ("sde", 9.0)])
+@pytest.mark.parametrize(
+    ("sampler", "gamma"), [("ode", 1.0), ("sde", 1.5), ("sde", 9.0), ("refine", 0.0), ("refine", 1.0)]
+)
 def test_table_is_the_official_sampler(sampler, gamma, steps, held):
     rng = np.random.default_rng(steps)
     params = SamplingParams(sampler=sampler, steps=steps, gamma=gamma)
@@ -59,6 +66,8 @@ def test_table_is_the_official_sampler(sampler, gamma, steps, held):
     table = schedule.make_table(params, CONFIG, grid, conditional=held)
     want = official(params, grid[0], z0, eps, net, source, mask)
     np.testing.assert_allclose(by_table(table, z0, eps, net, source, mask), want, rtol=1e-12, atol=1e-12)
+    noisy = {"sde": steps - 1, "refine": steps if gamma and steps > 1 else 0}
+    assert table.noisy_steps == noisy.get(sampler, 0)
 
 
 @pytest.mark.parametrize("w", [0.0, 0.5, 1.0, 2.0])

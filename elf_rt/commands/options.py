@@ -44,7 +44,7 @@ SAMPLING: dict[str, tuple[Any, str]] = {  # field of SamplingParams -> (type of 
     "schedule": (click.Choice(SCHEDULES), "Time grid."),
     "guidance_scale": (float, "Classifier-free guidance w."),
     "sc_cfg": (float, "Self-conditioning guidance s."),
-    "gamma": (float, "Noise of the SDE sampler."),
+    "gamma": (float, "Noise of the samplers sde and refine."),
     "temperature": (float, "Factor on all noise."),
     "gamma_power": (float, "Anneals it: gamma (1 - t)^power."),
     "grid_mean": (float, "Mean of the logit-normal time grid."),

@@ -56,6 +56,11 @@ class Table:
     def num_steps(self) -> int:
         return len(self.t) - 2
 
+    @property
+    def noisy_steps(self) -> int:
+        """Steps up to the last that noise is added before."""
+        return int(np.flatnonzero(np.any(self.coef[1:, :, D] != 0, axis=1)).max(initial=-1)) + 1
+
     def calls(self, j: int) -> int:
         """How many guidance rows the call that follows row j needs: those that row j + 1 gives a weight."""
         if j == len(self.t) - 1:
@@ -66,16 +71,24 @@ class Table:
 def make_table(params: SamplingParams, config: ModelConfig, grid: np.ndarray, *, conditional: bool) -> Table:
     """The table of a sampler on a time grid.
 
+    refine is iterative refinement, of students distilled to few steps (ELF-MMD): every call is at t = 0, sees the
+    estimate of the call before, and the last estimate is the text. So its grid is 0, ..., 0, 1, whatever is given; the
+    noise stays (gamma 0) or is drawn anew before each call but the first (gamma 1).
+
     Args:
         grid: (batch, N + 1) rising from 0 to 1.
         conditional: whether any source position is held; without one, guidance_scale has no effect.
     """
     batch, n = grid.shape[0], grid.shape[1] - 1
+    if params.sampler == "refine":
+        grid = np.where(np.arange(n + 1) < n, 0.0, np.ones_like(grid))
     t, t_next = grid[:, :-1].T, grid[:, 1:].T  # (N, batch)
     alpha = np.ones((n, batch))
     if params.sampler == "sde":
         gamma = params.gamma * (1.0 - t) ** params.gamma_power
         alpha[:-1] = np.clip(1.0 - gamma * (t_next - t), 0.0, 1.0)[:-1]
+    elif params.sampler == "refine":
+        alpha[1:] = max(0.0, 1.0 - params.gamma)
     t_in = alpha * t
     kappa = (t_next - t_in) / np.maximum(1.0 - t_in, config.t_eps)
     noise = config.noise_scale * params.temperature
