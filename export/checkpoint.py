@@ -1,16 +1,19 @@
 """`load_checkpoint`: any trained ELF checkpoint to float32 tensors, their sizes and their settings."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from elf_rt.bundle import sha256
 from elf_rt.errors import CheckpointError
 from elf_rt.export.config import Shape, expected_shapes, find_settings, make_config, read_sizes
 from elf_rt.export.layouts import WeightFile, find_weights, printable, read_weights
+from elf_rt.export.variants import official_names, official_settings, split_statistics
 from elf_rt.params import ModelConfig
 
 
@@ -23,6 +26,7 @@ class Checkpoint:
     weights: str  # "ema" | "raw"
     config: ModelConfig
     settings: dict[str, Any]  # the YAML mapping or the one in the file; empty where a released preset was taken
+    statistics: np.ndarray | None  # (2, P, C) of the latents, per channel; None: config has one mean and deviation
     state: dict[str, torch.Tensor]
 
 
@@ -37,18 +41,20 @@ def load_checkpoint(source: str | Path, *, config: Path | None = None, raw: bool
     """
     path, folders = find_weights(source)
     content = read_weights(path)
-    tensors = _choose(content, raw, path)
+    tensors, head_gelu = official_names(_choose(content, raw, path))
     sizes = read_sizes(tensors)
     _check(tensors, expected_shapes(sizes), path)
     found = find_settings(folders, config)
-    where, settings = found if found is not None else (path, dict(content.settings))
-    model = make_config(sizes, settings, where)
+    where, settings = found if found is not None else (path, official_settings(content.settings))
+    settings, statistics = split_statistics(settings, where, tensors["proj_bias"].numel())
+    model = dataclasses.replace(make_config(sizes, settings, where), head_gelu=head_gelu)
     return Checkpoint(
         path=path,
         sha256=sha256(path),
         weights="raw" if raw else "ema",
         config=model,
         settings=settings,
+        statistics=statistics,
         state={
             name: tensor.detach().float().contiguous()
             for name, tensor in tensors.items()

@@ -54,6 +54,7 @@ def read_sizes(state: Mapping[str, Any]) -> dict[str, int | None]:
         "num_time_tokens": size("t_emb_tokens", 1, 3),
         "num_self_cond_cfg_tokens": size("self_cond_cfg_tokens", 1, 3) or 0,
         "num_model_mode_tokens": size("mode_tokens", 1, 3) or 0,
+        "decoder_head_norm": int("decoder_head_norm.weight" in state),
         "self_cond": int(any(name.startswith("self_cond_proj.") for name in state)),
     }
 
@@ -98,6 +99,8 @@ def expected_shapes(sizes: Mapping[str, int | None]) -> dict[str, Shape]:
         linear(f"{block}.mlp.w3", H, M)
     shapes["final_layer.norm_final.weight"] = (H,)
     linear("final_layer.linear", C, H)
+    if sizes["decoder_head_norm"]:
+        shapes["decoder_head_norm.weight"] = (H,)
     shapes["proj_kernel"], shapes["proj_bias"] = (H, C), (C,)
     shapes["unembed_kernel"], shapes["unembed_bias"] = (C, V), (V,)
     return shapes
@@ -146,6 +149,7 @@ def make_config(sizes: Mapping[str, int | None], settings: Mapping[str, Any], wh
     """
     known: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
     known["self_cond"] = _self_cond(sizes, settings, where)
+    known["decoder_head_norm"] = bool(sizes["decoder_head_norm"])
     if "max_length" not in settings:
         for name, released in RELEASED.items():
             if all(getattr(released, size) == known[size] for size in _PRESET_SIZES):

@@ -189,8 +189,11 @@ class _Denoiser:
 def _discretizer(g: GraphBuilder, config: ModelConfig, state: Mapping[str, np.ndarray], plan: PrecisionPlan) -> None:
     """hidden (R, L, H) -> ids (R, L): argmax of the token logits, the lowest id on ties."""
     hidden = g.input("hidden", ("rows", "length", config.hidden_size))
+    if config.decoder_head_norm:
+        weight = g.weight("decoder_head_norm.weight", state["decoder_head_norm.weight"])
+        hidden = rms_norm(g, hidden, weight, rewrite.NORM_EPS)
     features = linear(g, "proj", hidden, rewrite.head_projection(state), plan.precision_of("proj"))  # (R, L, C)
-    features = g.op("Gelu", features, approximate="tanh")
+    features = g.op("Gelu", features, approximate=config.head_gelu)
     logits = linear(g, "unembed", features, rewrite.unembedding(config, state, plan), plan.precision_of("unembed"))
     ids = g.integer_op("ArgMax", logits, axis=-1, keepdims=0, select_last_index=0)  # of (R, L, V)
     g.output(ids, "ids", ("rows", "length"))

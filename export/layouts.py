@@ -22,6 +22,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 _STEP = re.compile(r"checkpoint_(\d+)")
 _HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:/(?P<sub>[^\\]+))?")
 _ORBAX_FILES = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt", "_sharding")
+_NO_MODELS = ("encoder", "latent_stats")  # other tensors that lie beside a model
 _WRAPPERS = ("module.", "_orig_mod.")  # left in names by DistributedDataParallel and torch.compile
 
 
@@ -123,7 +124,7 @@ def _in_folder(folder: Path) -> Path:
     if steps:
         latest = steps[max(steps)]
         return latest if latest.is_file() else _in_folder(latest)
-    files = sorted(f for f in folder.iterdir() if f.suffix in WEIGHT_SUFFIXES and not f.name.startswith("encoder."))
+    files = sorted(f for f in folder.iterdir() if f.suffix in WEIGHT_SUFFIXES and f.stem not in _NO_MODELS)
     if len(files) == 1:
         return files[0]
     if files:
@@ -212,8 +213,9 @@ def _sort_out(path: Path, content: Mapping[str, Any]) -> WeightFile:
     if "ema_params1" in content or "params" in content:
         return WeightFile(_mapping(content, "ema_params1"), _mapping(content, "params"), settings)
     if "ema" in content or "state_dict" in content:
-        ema, state = _mapping(content, "ema"), _mapping(content, "state_dict")
-        if ema is None and state is not None and not _is_lightning(content["state_dict"]):
+        ema = _mapping(content, "ema")
+        state = _mapping(content, "state_dict" if "state_dict" in content else "model")
+        if ema is None and "state_dict" in content and state is not None and not _is_lightning(content["state_dict"]):
             return WeightFile(state, None, settings)  # a file made to be shared holds one set of weights
         return WeightFile(ema, state, settings)
     if any(isinstance(value, torch.Tensor) for value in content.values()):

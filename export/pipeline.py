@@ -25,6 +25,7 @@ from elf_rt.export.quantize_openvino import write_openvino_int8
 from elf_rt.export.ranges import measure_ranges
 from elf_rt.export.reference import ELF
 from elf_rt.export.replay import Run, plan_runs, record
+from elf_rt.export.variants import variant_of
 from elf_rt.params import SamplingParams, presets_for
 from elf_rt.text.codec import EOS_ID, TextCodec
 
@@ -87,7 +88,8 @@ def export_bundle(
     model.load_state_dict(checkpoint.state)
     model.eval()
     with atomic_folder(output) as folder:
-        manifest = _describe(checkpoint, options, presets_for(checkpoint.config) | options.presets)
+        official = presets_for(checkpoint.config, variant_of(checkpoint.settings))
+        manifest = _describe(checkpoint, options, official | options.presets)
         manifest |= _write_text_side(folder, checkpoint, options)
         cond, mask = _sources(folder, manifest, checkpoint, options)
         presets = {name: SamplingParams(**values) for name, values in manifest["presets"].items()}
@@ -185,6 +187,8 @@ def _write_text_side(folder: Path, checkpoint: Checkpoint, options: ExportOption
         shutil.copyfile(tokenizer, folder / "tokenizer.json")
         entries["tokenizer"] = {"pad_id": 0, "eos_id": 1, "append_eos": options.append_eos, "file": "tokenizer.json"}
     if encoder is not None and needs_encoder:
+        if checkpoint.statistics is not None:
+            raise CheckpointError(f"{checkpoint.path}: latents with statistics per channel need a GPT-2 encoder")
         entries["encoder"] = write_encoder(folder, encoder, latent_dim=config.latent_dim, vocab_size=tokens)
     return entries
 

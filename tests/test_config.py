@@ -39,6 +39,8 @@ def test_sizes_and_settings():
         "num_self_cond_cfg_tokens": 4,
         "num_model_mode_tokens": 4,
         "self_cond": True,
+        "decoder_head_norm": False,
+        "head_gelu": "tanh",
         "max_length": 24,
         "max_input_length": 10,
         "noise_scale": 2.0,

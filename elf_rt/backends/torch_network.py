@@ -192,6 +192,7 @@ class Network:
         ]
         self._norm_final = weights.tensor("final_layer.norm_final.weight")
         self._final = weights.linear("final_layer.linear")
+        self._head_norm = weights.tensor("decoder_head_norm.weight") if config.decoder_head_norm else None
         self._head, self._unembed = weights.linear("proj"), weights.linear("unembed")
 
     def denoise(
@@ -220,7 +221,9 @@ class Network:
         """hidden (R, L, H) -> ids (R, L): the lowest of the ids with the largest logit."""
         parts = []
         for tokens in hidden.flatten(0, 1).split(DECODED_AT_ONCE):
-            features = F.gelu(self._head(tokens), approximate="tanh")  # (tokens, C)
+            if self._head_norm is not None:
+                tokens = norm(tokens, self._head_norm, self._eps, self._head.type)
+            features = F.gelu(self._head(tokens), approximate=self.config.head_gelu)  # (tokens, C)
             parts.append(self.pointwise.likeliest(*self._unembed.unfinished(features)))  # of (tokens, V)
         return torch.cat(parts).view(hidden.shape[:2])
 

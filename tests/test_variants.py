@@ -1,0 +1,213 @@
+"""Public variants of ELF, as small random checkpoints of exactly their layout, against ELF in numpy and float64."""
+
+import dataclasses
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import export
+from numpy_elf import NumpyElf
+from plan_bundles import model_bundle
+
+from elf_rt.backends.ort import OrtBackend
+from elf_rt.backends.torch_cuda import TorchBackend
+from elf_rt.bundle import Bundle
+from elf_rt.errors import CheckpointError
+from elf_rt.export.checkpoint import load_checkpoint
+from elf_rt.export.random_init import random_state
+from elf_rt.export.variants import variant_of
+from elf_rt.measure.verify import verify, verify_folder
+from elf_rt.model import Model
+from elf_rt.params import VARIANT_PRESETS, ModelConfig
+
+SIZES = ModelConfig(
+    depth=1,
+    hidden_size=48,
+    num_heads=4,
+    head_dim=12,
+    mlp_dim=128,
+    latent_dim=20,
+    bottleneck_dim=8,
+    vocab_size=301,
+    max_length=14,
+)
+T5GEMMA = {  # what its train.py keeps beside the weights
+    "model": "ELF-B",
+    "encoder": "google/t5gemma-2-270m-270m",
+    "tokenizer": "la0ka1/T5Gemma-2-270M-OWTdistilled",
+    "dim": 20,
+    "seq_len": 14,
+    "vocab_size": 301,
+    "mean": 0.013,
+    "std": 0.71,
+}
+MMD = {  # what ELF-MMD's YAML says of an unconditional student
+    "objective": "mmd",
+    "task": "owt",
+    "max_length": 14,
+    "pad_token": "pad",
+    "encoder_family": "t5",
+    "encoder_model_name": "t5-small",
+    "latent_mean": 0.0,
+    "latent_std": 0.2,
+    "model": "ELF-B",
+    "sampling_configs_path": "src/configs/sampling_configs/elf-mmd_owt.yml",
+    "denoiser_noise_scale": 2.0,
+    "denoiser_p_mean": 0.8,
+    "denoiser_p_std": 0.8,
+    "t_eps": 0.05,
+}
+
+
+def t5gemma_checkpoint(folder: Path) -> tuple[Path, NumpyElf]:
+    state = random_state(SIZES, 0)
+    state["final_layer.norm.weight"] = state.pop("final_layer.norm_final.weight")
+    state["proj_kernel"] *= 3  # so that both ends of the GELU are met
+    torch.save({"config": T5GEMMA, "ema": state}, folder / "ELF-B-T5Gemma2.pt")
+    return folder / "ELF-B-T5Gemma2.pt", NumpyElf(state, exact_gelu=True, final_norm="final_layer.norm")
+
+
+def mmd_checkpoint(folder: Path, **settings: object) -> tuple[Path, NumpyElf]:
+    """The folder that its authors publish: EMA weights alone, a YAML, here with a normed head."""
+    state = random_state(dataclasses.replace(SIZES, decoder_head_norm=True), 1)
+    folder.mkdir(exist_ok=True)
+    torch.save(state, folder / "ckpt.pt")
+    (folder / "eval_config.yml").write_text(yaml.safe_dump(MMD | {"decoder_head_norm": True} | settings))
+    return folder, NumpyElf(state)
+
+
+def replay(path: Path, network: NumpyElf, spec: str, run: dict[str, np.ndarray], latents: np.ndarray, s: float) -> Path:
+    """A replay file of one run, and of one call with a previous estimate."""
+    z, x_prev, t = run["z0"], run["z0"][::-1] / 3, np.array([0.3, 0.8])
+    arrays = {f"run0_{name}": np.asarray(value, np.float32) for name, value in run.items()}
+    arrays |= {
+        "run0_spec": np.array(spec),
+        "run0_latent": latents,
+        "run0_ids": np.stack([network.ids(row, s) for row in latents]),
+        "fwd_z": np.float32(z),
+        "fwd_x_prev": np.float32(x_prev),
+        "fwd_t": np.float32(t),
+        "fwd_sc": np.full(2, s, np.float32),
+        "fwd_x": np.stack([network.call(z[i], x_prev[i], t[i], s)[0] for i in range(2)]),
+        "dec_ids": np.stack([network.ids(z[i], s) for i in range(2)]),
+    }
+    np.savez(path, **arrays)
+    return path
+
+
+def drawn(steps: int) -> tuple[np.random.Generator, np.ndarray, np.ndarray]:
+    """Start (2, L, C) and noise (steps, 2, L, C), exact in float32."""
+    random = np.random.default_rng(3)
+    shape = (2, SIZES.max_length, SIZES.latent_dim)
+    return random, np.float32(2 * random.normal(size=shape)), np.float32(random.normal(size=(steps, *shape)))
+
+
+def verify_everywhere(bundle: Path, file: Path) -> None:
+    for backend in ("onnxruntime", "openvino"):
+        report = verify_folder(bundle, file, backend=backend, precision="fp32")
+        assert report.passed, report
+    opened = Bundle.open(bundle)
+    with Model(opened, TorchBackend(opened, "fp32", "cpu"), "test") as model:
+        report = verify(model, file)
+    assert report.passed, report
+
+
+@pytest.mark.filterwarnings("ignore:no tokenizer")
+def test_t5gemma_on_every_backend(tmp_path):
+    path, network = t5gemma_checkpoint(tmp_path)
+    bundle = export(path, tmp_path / "model.elfrt")
+    random, z, eps = drawn(6)
+    grid = np.float32(np.r_[0.0, np.sort(random.uniform(size=5)), 1.0])
+    latents = np.stack(
+        [network.sde(z[i], np.float64(grid), eps[:, i], 1.0, noise_scale=2.0, gamma=1.5) for i in range(2)]
+    )
+    run = {"z0": z, "t": grid, "eps": eps[:5]}
+    spec = "method: sde\nsteps: 6\nschedule: logit_normal\ngamma: 1.5\nsc: 1.0\n"
+    verify_everywhere(bundle, replay(tmp_path / "replay.npz", network, spec, run, latents, 1.0))
+    opened = Bundle.open(bundle)
+    assert (opened.config.head_gelu, opened.config.latent_mean, opened.config.latent_std) == ("none", 0.013, 0.71)
+    assert opened.presets == VARIANT_PRESETS["ELF-B-T5Gemma2"]
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory) -> tuple[Path, NumpyElf]:
+    """The bundle of a normed student, and its network."""
+    folder = tmp_path_factory.mktemp("student")
+    source, network = mmd_checkpoint(folder / "elf-mmd", encoder_model_name=None)
+    return export(source, folder / "model.elfrt"), network
+
+
+@pytest.mark.parametrize("renew", [False, True])
+def test_mmd_students_on_every_backend(tmp_path, student, renew):
+    bundle, network = student
+    _, z, eps = drawn(4)
+    latents = np.stack([network.refine(z[i], eps[:, i], 4, 3.0, noise_scale=2.0, renew=renew) for i in range(2)])
+    run = {"z0": z, "t": np.r_[0.0, 0.0, 0.0, 0.0, 1.0], "eps": eps if renew else eps[:0]}
+    spec = f"method: refine\nsteps: 4\nschedule: uniform\ngamma: {float(renew)}\nsc: 3.0\n"
+    verify_everywhere(bundle, replay(tmp_path / "replay.npz", network, spec, run, latents, 3.0))
+    opened = Bundle.open(bundle)
+    assert opened.config.decoder_head_norm
+    assert opened.config.head_gelu == "tanh"
+    assert opened.presets == VARIANT_PRESETS["ELF-MMD"]
+
+
+@pytest.mark.parametrize("head_gelu", ["tanh", "none"])
+def test_the_gelu_of_the_head_decides(tmp_path, head_gelu):
+    """At -2.7 the two kinds differ most, by 4.7e-4. Token 8 wins where the feature is above the middle of both."""
+    config = dataclasses.replace(SIZES, head_gelu=head_gelu)
+    state = random_state(config, 0)
+    for name in ("proj_kernel", "unembed_kernel", "unembed_bias"):
+        state[name].zero_()
+    state["proj_bias"][:] = -2.7
+    at = torch.tensor(-2.7, dtype=torch.float64)
+    kinds = {kind: float(torch.nn.functional.gelu(at, approximate=kind)) for kind in ("tanh", "none")}
+    state["unembed_kernel"][0, 8] = 1000
+    state["unembed_bias"][:] = 1000 * sum(kinds.values()) / 2
+    state["unembed_bias"][8] = 0
+    want = 8 if kinds[head_gelu] == max(kinds.values()) else 0
+    bundle = model_bundle(tmp_path / "model.elfrt", config, state, ("fp32",))
+    for backend in (OrtBackend(bundle, "fp32", 1), TorchBackend(bundle, "fp32", "cpu")):
+        network = backend.bind(1, 3)
+        for array in (network.z, network.x_prev, network.t, network.s, network.mode):
+            array[:] = 1.0
+        network.denoise()
+        assert (network.discretize() == want).all()
+        network.close()
+
+
+def test_raw_weights_of_a_t5gemma_run(tmp_path):
+    path, _ = t5gemma_checkpoint(tmp_path)
+    content = torch.load(path)
+    raw = {name: tensor + 1 for name, tensor in content["ema"].items()}
+    torch.save(content | {"step": 9, "model": raw, "optimizers": []}, path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # its settings lack nothing
+        state = load_checkpoint(path, raw=True).state
+    assert torch.equal(state["final_layer.norm_final.weight"], raw["final_layer.norm.weight"])
+
+
+def test_the_norm_that_a_config_names_must_be_there(tmp_path):
+    source, _ = mmd_checkpoint(tmp_path / "elf-mmd")
+    torch.save(random_state(SIZES, 1), source / "ckpt.pt")
+    with pytest.raises(CheckpointError, match="it says decoder_head_norm True, they have False"):
+        load_checkpoint(source)
+
+
+@pytest.mark.parametrize(
+    ("settings", "variant"),
+    [
+        ({"objective": "ird"}, "ELF-MMD"),
+        ({"objective": "mmd", "max_input_length": 256}, "ELF-MMD conditional"),
+        ({"sampling_configs": [{"sampling_method": "iterative_refinement"}]}, "ELF-MMD"),
+        ({"sampling_configs": [{"sampling_method": "sde"}]}, ""),
+        ({"sampling_configs_path": "src/configs/sampling_configs/elf_owt.yml"}, ""),
+        ({"seq_len": 1024, "model": "ELF-M", "encoder": "T5Gemma-2-270M-OWTdistilled"}, "ELF-M-T5Gemma2distilled"),
+        ({"seq_len": 1024, "model": "ELF-M", "encoder": "google-t5/t5-small"}, ""),
+    ],
+)
+def test_which_presets_settings_ask_for(settings, variant):
+    assert variant_of(settings) == variant
+    assert not variant or variant in VARIANT_PRESETS
