@@ -241,3 +241,26 @@ def rms_norm(g: GraphBuilder, x: Value, weight: Value, eps: float) -> Value:
         return g.op("RMSNormalization", x, weight, axis=-1, epsilon=eps, stash_type=1)
     mean = g.op("ReduceMean", g.op("Mul", x, x), g.integers(-1), keepdims=1)
     return g.op("Mul", g.op("Div", x, g.op("Sqrt", g.op("Add", mean, g.scalar(eps)))), weight)
+
+
+def positions(g: GraphBuilder, ids: Value) -> Value:
+    """(S,) 0, 1, ... of ids (B, S)."""
+    length = g.integer_op("Shape", ids, start=1, end=2)
+    zero, one, length = (g.integer_op("Squeeze", v) for v in (g.integers(0), g.integers(1), length))
+    return g.integer_op("Range", zero, length, one)
+
+
+def normalised(g: GraphBuilder, latents: Value, position: Value, statistics: np.ndarray | None) -> Value:
+    """(latents - mean) / deviation of each channel of latents (B, S, C), at positions (S,).
+
+    statistics: (2, P, C) means and deviations at positions 0 .. P - 1, the last for all that follow; None: as they are.
+    """
+    if statistics is None:
+        return latents
+    g.scope = "latent_stats"
+    row = g.integer_op("Min", position, g.integers(statistics.shape[1] - 1))
+    mean, std = (
+        g.op("Gather", g.weight(f"latent_stats.{name}", table), row, axis=0)  # (S, C)
+        for name, table in zip(("mean", "std"), statistics, strict=True)
+    )
+    return g.op("Div", g.op("Sub", latents, mean), std)

@@ -187,9 +187,14 @@ def _write_text_side(folder: Path, checkpoint: Checkpoint, options: ExportOption
         shutil.copyfile(tokenizer, folder / "tokenizer.json")
         entries["tokenizer"] = {"pad_id": 0, "eos_id": 1, "append_eos": options.append_eos, "file": "tokenizer.json"}
     if encoder is not None and needs_encoder:
-        if checkpoint.statistics is not None:
-            raise CheckpointError(f"{checkpoint.path}: latents with statistics per channel need a GPT-2 encoder")
-        entries["encoder"] = write_encoder(folder, encoder, latent_dim=config.latent_dim, vocab_size=tokens)
+        entries["encoder"] = write_encoder(
+            folder,
+            encoder,
+            latent_dim=config.latent_dim,
+            vocab_size=tokens,
+            max_length=config.max_input_length,
+            statistics=checkpoint.statistics,
+        )
     return entries
 
 
