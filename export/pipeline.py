@@ -42,6 +42,7 @@ class ExportOptions:
 
     config: the YAML, where it is not beside the weights. raw: the weights without moving average.
     tokenizer, encoder: files, folders or Hub ids; looked for beside the checkpoint by default.
+    append_eos: whether source texts end with EOS; None: yes, but for models on GPT-2, which are trained without.
     opset: of ONNX; 20 for engines older than its operators Attention and RMSNormalization, such as TensorRT 10.3.
     prompts: texts to record the replay and measure activations with, for conditional models.
     presets: named sampling parameters that replace the official ones.
@@ -51,7 +52,7 @@ class ExportOptions:
     raw: bool = False
     tokenizer: Path | None = None
     encoder: str | None = None
-    append_eos: bool = True
+    append_eos: bool | None = None
     precisions: Sequence[str] = ("fp32", "fp16")
     opset: int = FUSED_OPSET
     prompts: Sequence[str] = ()
@@ -161,7 +162,7 @@ def _describe(checkpoint: Checkpoint, options: ExportOptions, presets: dict[str,
         },
         "model": checkpoint.config.to_json(),
         "presets": {name: params.to_json() for name, params in presets.items()},
-        "tokenizer": {"pad_id": 0, "eos_id": 1, "append_eos": options.append_eos},
+        "tokenizer": {"pad_id": 0, "eos_id": 1, "append_eos": _appends_eos(checkpoint, options)},
         "encoder": None,
     }
 
@@ -185,7 +186,8 @@ def _write_text_side(folder: Path, checkpoint: Checkpoint, options: ExportOption
     if tokenizer is not None:
         tokens = check_tokenizer(tokenizer, config.vocab_size)
         shutil.copyfile(tokenizer, folder / "tokenizer.json")
-        entries["tokenizer"] = {"pad_id": 0, "eos_id": 1, "append_eos": options.append_eos, "file": "tokenizer.json"}
+        appends = _appends_eos(checkpoint, options)
+        entries["tokenizer"] = {"pad_id": 0, "eos_id": 1, "append_eos": appends, "file": "tokenizer.json"}
     if encoder is not None and needs_encoder:
         entries["encoder"] = write_encoder(
             folder,
@@ -196,6 +198,10 @@ def _write_text_side(folder: Path, checkpoint: Checkpoint, options: ExportOption
             statistics=checkpoint.statistics,
         )
     return entries
+
+
+def _appends_eos(checkpoint: Checkpoint, options: ExportOptions) -> bool:
+    return checkpoint.settings.get("encoder_family") != "gpt2" if options.append_eos is None else options.append_eos
 
 
 def _encoder_beside(folder: Path, settings: dict[str, Any]) -> str | None:

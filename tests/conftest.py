@@ -11,7 +11,9 @@ GOLDEN = ROOT / "tests" / "data" / "golden"
 EXAMPLES = ROOT / "examples"
 
 
-def export(source: Path, output: Path, *, precisions: tuple[str, ...] = ("fp32",), append_eos: bool = True) -> Path:
+def export(
+    source: Path, output: Path, *, precisions: tuple[str, ...] = ("fp32",), append_eos: bool | None = True
+) -> Path:
     """Export a checkpoint as the command line does, proof included."""
     from elf_rt.export.pipeline import ExportOptions, export_bundle
     from elf_rt.measure.verify import verify_folder

@@ -3,6 +3,7 @@
 import dataclasses
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from elf_rt.export.checkpoint import load_checkpoint
 from elf_rt.export.random_init import random_state
 from elf_rt.export.variants import variant_of
 from elf_rt.measure.verify import verify, verify_folder
-from elf_rt.model import Model
+from elf_rt.model import Model, load
 from elf_rt.params import VARIANT_PRESETS, ModelConfig
 
 SIZES = ModelConfig(
@@ -152,6 +153,80 @@ def test_mmd_students_on_every_backend(tmp_path, student, renew):
     assert opened.config.decoder_head_norm
     assert opened.config.head_gelu == "tanh"
     assert opened.presets == VARIANT_PRESETS["ELF-MMD"]
+
+
+@pytest.fixture(scope="module")
+def conditional(tmp_path_factory) -> tuple[Path, NumpyElf, Any, dict[str, torch.Tensor]]:
+    """The bundle of a conditional student on GPT-2, as for GSM8K; its network, its GPT-2, its latents' statistics."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import GPT2Config, GPT2Model
+
+    folder = tmp_path_factory.mktemp("conditional")
+    settings = {"encoder_family": "gpt2", "encoder_model_name": "gpt2", "pad_token": "eos", "max_input_length": 6}
+    source, network = mmd_checkpoint(folder / "elf-mmd", **settings, latent_mean="latent_stats.pt")
+    statistics = {name: torch.rand(20) + 0.5 for name in ("mean", "std", "mean_pos0", "std_pos0")}
+    torch.save(statistics, source / "latent_stats.pt")
+    torch.manual_seed(0)
+    gpt2 = GPT2Model(GPT2Config(vocab_size=257, n_embd=20, n_layer=2, n_head=2, initializer_range=0.3)).eval()
+    gpt2.save_pretrained(source / "gpt2")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(source / "gpt2" / "tokenizer.json"))
+    return export(source, folder / "model.elfrt", append_eos=None), network, gpt2, statistics
+
+
+def test_conditional_mmd_students_on_every_backend(tmp_path, conditional):
+    bundle, network, _, _ = conditional
+    random, z, eps = drawn(4)
+    cond, held = np.float32(random.normal(size=z.shape)), [6, 2]
+    latents = np.stack(
+        [
+            network.refine(z[i], eps[:, i], 4, 1.0, noise_scale=2.0, renew=True, source=cond[i], held=held[i])
+            for i in range(2)
+        ]
+    )
+    mask = np.arange(SIZES.max_length) < np.array(held)[:, None]
+    run = {"z0": z, "t": np.r_[0.0, 0.0, 0.0, 0.0, 1.0], "eps": eps, "cond": cond, "cond_mask": mask}
+    spec = "method: refine\nsteps: 4\nschedule: uniform\ngamma: 1.0\nsc: 1.0\n"
+    verify_everywhere(bundle, replay(tmp_path / "replay.npz", network, spec, run, latents, 1.0))
+    assert Bundle.open(bundle).presets == VARIANT_PRESETS["ELF-MMD conditional"]
+
+
+def test_gpt2_sources_are_normalised_by_channel_and_have_no_eos(conditional):
+    bundle, _, gpt2, statistics = conditional
+    with load(bundle, "onnxruntime") as model:
+        sources = model.codec.tokenize(["2+2=", "a"])
+        latents, mask = model.codec.encode(sources, 14)
+    assert [len(ids) for ids in sources] == [4, 1]
+    for ids, row, held in zip(sources, latents, mask, strict=True):
+        with torch.no_grad():
+            want = gpt2(torch.tensor([ids])).last_hidden_state[0]
+        want[1:] = (want[1:] - statistics["mean"]) / statistics["std"]
+        want[0] = (want[0] - statistics["mean_pos0"]) / statistics["std_pos0"]
+        np.testing.assert_allclose(row[held], want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "latent_mean is neither a number nor a file here: latent_stats.pt"),
+        ({"mean": torch.zeros(20)}, "must hold mean, std, tensors of 20 channels each"),
+        ({"mean": torch.zeros(19), "std": torch.ones(19)}, "must hold mean, std, tensors of 20 channels each"),
+        ({"mean": torch.zeros(20), "std": torch.zeros(20)}, "every deviation must be above 0"),
+        (
+            {"mean": torch.zeros(20), "std": torch.ones(20), "mean_pos0": torch.zeros(20)},
+            "must hold mean_pos0, mean, std_pos0, std",
+        ),
+    ],
+)
+def test_bad_statistics(tmp_path, content, message):
+    source, _ = mmd_checkpoint(tmp_path / "elf-mmd", latent_mean="latent_stats.pt")
+    if content is not None:
+        torch.save(content, source / "latent_stats.pt")
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(source)
 
 
 @pytest.mark.parametrize("head_gelu", ["tanh", "none"])
