@@ -11,6 +11,7 @@ import torch
 import yaml
 from conftest import export
 from numpy_elf import NumpyElf
+from onnx_run import Reference, random_call, written
 from plan_bundles import model_bundle
 
 from elf_rt.backends.ort import OrtBackend
@@ -18,7 +19,9 @@ from elf_rt.backends.torch_cuda import TorchBackend
 from elf_rt.bundle import Bundle
 from elf_rt.errors import CheckpointError
 from elf_rt.export.checkpoint import load_checkpoint
+from elf_rt.export.precision import Precision, PrecisionPlan
 from elf_rt.export.random_init import random_state
+from elf_rt.export.reference import ELF
 from elf_rt.export.variants import variant_of
 from elf_rt.measure.verify import verify, verify_folder
 from elf_rt.model import Model, load
@@ -286,3 +289,20 @@ def test_the_norm_that_a_config_names_must_be_there(tmp_path):
 def test_which_presets_settings_ask_for(settings, variant):
     assert variant_of(settings) == variant
     assert not variant or variant in VARIANT_PRESETS
+
+
+@pytest.mark.parametrize(("precision", "opset"), [(Precision.FP32, 20), (Precision.FP16, 23), (Precision.BF16, 20)])
+def test_the_head_in_other_graphs(tmp_path, precision, opset):
+    """A normed head with the exact GELU, in 16 bits and without fused norms: the tokens of the float32 reference."""
+    config = dataclasses.replace(SIZES, decoder_head_norm=True, head_gelu="none")
+    state = random_state(config, 4)
+    state["unembed_kernel"] *= 4
+    model = ELF(config)
+    model.load_state_dict(state)
+    graphs = written(tmp_path, config, state, PrecisionPlan(precision), opset)
+    call = random_call(config, 20, 14, seed=5, mode=1.0)
+    least = 1.0 if precision is Precision.FP32 else 0.97  # untrained logits are near ties
+    assert np.mean(graphs.decode(call) == Reference(model).decode(call)) >= least
+    with torch.no_grad():
+        model.decoder_head_norm.weight[:] = 1.0  # the norm's weight is of use
+    assert np.mean(graphs.decode(call) == Reference(model).decode(call)) < 0.97
