@@ -13,7 +13,7 @@ from elf_rt.errors import InputError
 
 SAMPLERS = ("ode", "sde", "ab2", "refine")
 KINDS: dict[Any, Any] = {int: Integral, str: str, float: Real}  # what a field of a type may be given
-SCHEDULES = ("logit_normal", "uniform", "quantile")
+SCHEDULES = ("logit_normal", "uniform", "quantile", "shift")
 
 
 def _one_of(what: str, value: object, valid: Any) -> None:
@@ -109,6 +109,7 @@ class SamplingParams:
     gamma_power: float = 0.0  # anneals it: gamma * (1 - t) ** gamma_power
     grid_mean: float | None = None  # of the logit-normal grid; None: the model's p_mean
     grid_std: float | None = None  # None: the model's p_std
+    time_shift: float = 1.0  # of the schedule shift: above 1, more steps near the noise
     x_prev_scale: float = 1.0  # factor on the estimate that is fed back to the network
     guidance_from: float = 0.0  # classifier-free guidance only where guidance_from <= t <= guidance_until
     guidance_until: float = 1.0
@@ -127,6 +128,8 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1e6:  # also refuses NaN
                 raise InputError(f"{name} must be at least 0 and less than a million, got {value}")
+        if not 0 < self.time_shift < 1e6:
+            raise InputError(f"time_shift must be above 0 and less than a million, got {self.time_shift}")
         if self.grid_mean is not None and not abs(self.grid_mean) < 100:
             raise InputError(f"grid_mean must be greater than -100 and less than 100, got {self.grid_mean}")
         if not 0 <= self.guidance_from <= self.guidance_until <= 1:
@@ -168,6 +171,11 @@ VARIANT_PRESETS: dict[str, dict[str, SamplingParams]] = {
         "default": _REFINE_CONDITIONAL,
         "fast": _REFINE_CONDITIONAL.replace(steps=4),
         "best": _REFINE_CONDITIONAL.replace(steps=64),
+    },
+    "ELF on TinyGSM": {  # the teachers of the conditional students
+        "default": SamplingParams(
+            steps=64, sampler="ode", schedule="shift", time_shift=32.0, sc_cfg=1.0, guidance_scale=2.0
+        )
     },
     "ELF-B-T5Gemma2": {"default": SamplingParams(steps=64, sc_cfg=1.0)},
     "ELF-M-T5Gemma2": {"default": SamplingParams(steps=256, sc_cfg=2.0)},

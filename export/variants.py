@@ -43,6 +43,8 @@ def variant_of(settings: Mapping[str, Any]) -> str:
     """Which presets a checkpoint's settings ask for: a key of ``elf_rt.params.VARIANT_PRESETS``, or "" for none."""
     if _is_student(settings):
         return "ELF-MMD conditional" if settings.get("max_input_length") else "ELF-MMD"
+    if settings.get("task") == "tinygsm":
+        return "ELF on TinyGSM"
     encoder = str(settings.get("encoder", "")).lower()
     if "seq_len" in settings and ("t5gemma-2" in encoder or encoder.endswith(".pt")):
         distilled = "distilled" if "distilled" in encoder or encoder.endswith(".pt") else ""

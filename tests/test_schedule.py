@@ -115,6 +115,16 @@ def test_logit_normal_grid_has_the_stated_distribution():
     assert logits.std() == pytest.approx(0.8, abs=0.02)
 
 
+def test_shifted_grid():
+    """As ELF-MMD's teachers have it, 1 - σu / (1 + (σ - 1)u), sorted: with σ = 32 half of the steps end by t = 1/33."""
+    u = np.linspace(0, 1, 65)
+    want = np.sort(1 - u * 32 / (1 + 31 * u))
+    params = SamplingParams(steps=64, schedule="shift", time_shift=32.0)
+    grid = schedule.make_grid(params, CONFIG, np.arange(2, dtype=np.uint64))
+    np.testing.assert_allclose(grid, [want, want], atol=1e-15)
+    assert grid[0, 32] == pytest.approx(1 / 33)
+
+
 def test_a_sample_has_its_own_grid():
     params = SamplingParams(steps=9)
     together = schedule.make_grid(params, CONFIG, np.array([3, 4], np.uint64))
@@ -124,7 +134,15 @@ def test_a_sample_has_its_own_grid():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"steps": 0}, {"steps": -3}, {"sampler": "euler"}, {"schedule": "cosine"}, {"gamma": -1.0}, {"sc_cfg": np.nan}],
+    [
+        {"steps": 0},
+        {"steps": -3},
+        {"sampler": "euler"},
+        {"schedule": "cosine"},
+        {"gamma": -1.0},
+        {"sc_cfg": np.nan},
+        {"time_shift": 0.0},
+    ],
 )
 def test_bad_parameters_name_the_valid_ones(changes):
     with pytest.raises(InputError, match="must be"):

@@ -280,6 +280,8 @@ def test_the_norm_that_a_config_names_must_be_there(tmp_path):
         ({"objective": "ird"}, "ELF-MMD"),
         ({"objective": "mmd", "max_input_length": 256}, "ELF-MMD conditional"),
         ({"sampling_configs": [{"sampling_method": "iterative_refinement"}]}, "ELF-MMD"),
+        ({"task": "tinygsm", "objective": "mmd", "max_input_length": 256}, "ELF-MMD conditional"),
+        ({"task": "tinygsm", "max_input_length": 256}, "ELF on TinyGSM"),
         ({"sampling_configs": [{"sampling_method": "sde"}]}, ""),
         ({"sampling_configs_path": "src/configs/sampling_configs/elf_owt.yml"}, ""),
         ({"seq_len": 1024, "model": "ELF-M", "encoder": "T5Gemma-2-270M-OWTdistilled"}, "ELF-M-T5Gemma2distilled"),

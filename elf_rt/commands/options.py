@@ -49,6 +49,7 @@ SAMPLING: dict[str, tuple[Any, str]] = {  # field of SamplingParams -> (type of 
     "gamma_power": (float, "Anneals it: gamma (1 - t)^power."),
     "grid_mean": (float, "Mean of the logit-normal time grid."),
     "grid_std": (float, "Its standard deviation."),
+    "time_shift": (float, "Of the schedule shift: above 1, more steps near the noise."),
     "x_prev_scale": (float, "Factor on the estimate fed back to the network."),
     "guidance_from": (float, "Guide only from this time on."),
     "guidance_until": (float, "Guide only up to this time."),

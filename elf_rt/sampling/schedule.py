@@ -179,7 +179,8 @@ def make_grid(params: SamplingParams, config: ModelConfig, seeds: np.ndarray) ->
     """(batch, N + 1) float64 time grids from 0 to 1, one for each seed.
 
     logit_normal: N - 1 sorted draws of sigmoid(mean + std * noise), as the official sampler. quantile: the i/N
-    quantiles of that distribution, the same for each seed, and never two at nearly one time. uniform: even steps.
+    quantiles of that distribution, the same for each seed, and never two at nearly one time. uniform: even steps u.
+    shift: u / (σ - (σ - 1) u), where 1 - t is what Esser et al. 2024 (arXiv 2403.03206) shift by σ = time_shift.
     """
     n, batch = params.steps, len(seeds)
     mean = config.p_mean if params.grid_mean is None else params.grid_mean
@@ -188,6 +189,9 @@ def make_grid(params: SamplingParams, config: ModelConfig, seeds: np.ndarray) ->
     grid[:, -1] = 1.0
     if params.schedule == "uniform":
         grid[:] = np.linspace(0.0, 1.0, n + 1)
+    elif params.schedule == "shift":
+        even = np.linspace(0.0, 1.0, n + 1)
+        grid[:] = even / (params.time_shift - (params.time_shift - 1.0) * even)
     elif params.schedule == "quantile":
         scores = np.array([NormalDist().inv_cdf(i / n) for i in range(1, n)])
         grid[:, 1:-1] = 1.0 / (1.0 + np.exp(-(mean + std * scores)))
