@@ -232,6 +232,26 @@ def test_bad_statistics(tmp_path, content, message):
         load_checkpoint(source)
 
 
+def test_statistics_on_the_hub(tmp_path, monkeypatch):
+    """latent_mean may be org/name/path, of the teacher's repository."""
+    source, _ = mmd_checkpoint(tmp_path / "elf-mmd", latent_mean="hf://some/Model/ELF-B/elf/latent_stats.pt")
+    asked = []
+
+    def download(repo, patterns):
+        asked.append((repo, patterns))
+        return tmp_path / "hub"
+
+    monkeypatch.setattr("elf_rt.export.variants.download", download)
+    with pytest.raises(CheckpointError, match="the Hub model some/Model has no ELF-B/elf/latent_stats.pt"):
+        load_checkpoint(source)
+    (tmp_path / "hub" / "ELF-B" / "elf").mkdir(parents=True)
+    torch.save({"mean": torch.arange(20.0), "std": torch.ones(20)}, tmp_path / "hub/ELF-B/elf/latent_stats.pt")
+    checkpoint = load_checkpoint(source)
+    np.testing.assert_array_equal(checkpoint.statistics, [[np.arange(20)], [np.ones(20)]])
+    assert (checkpoint.config.latent_mean, checkpoint.config.latent_std) == (0.0, 1.0)
+    assert asked == 2 * [("some/Model", ["ELF-B/elf/latent_stats.pt"])]
+
+
 @pytest.mark.parametrize("head_gelu", ["tanh", "none"])
 def test_the_gelu_of_the_head_decides(tmp_path, head_gelu):
     """At -2.7 the two kinds differ most, by 4.7e-4. Token 8 wins where the feature is above the middle of both."""
