@@ -242,7 +242,7 @@ def test_statistics_on_the_hub(tmp_path, monkeypatch):
         return tmp_path / "hub"
 
     monkeypatch.setattr("elf_rt.export.variants.download", download)
-    with pytest.raises(CheckpointError, match="the Hub model some/Model has no ELF-B/elf/latent_stats.pt"):
+    with pytest.raises(CheckpointError, match=r"the Hub model some/Model has no ELF-B/elf/latent_stats\.pt"):
         load_checkpoint(source)
     (tmp_path / "hub" / "ELF-B" / "elf").mkdir(parents=True)
     torch.save({"mean": torch.arange(20.0), "std": torch.ones(20)}, tmp_path / "hub/ELF-B/elf/latent_stats.pt")
