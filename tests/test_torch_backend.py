@@ -222,7 +222,7 @@ def test_logits_are_decoded_in_parts(bundles: Any, monkeypatch: pytest.MonkeyPat
     bundle = bundles("uncond")
     backend = TorchBackend(bundle, "fp32", "cpu")
     _, whole = call(backend, 3, 7, 1.0)
-    monkeypatch.setattr(torch_network, "DECODED_AT_ONCE", 4)
+    monkeypatch.setattr(torch_network, "LOGITS_AT_ONCE", 4 * bundle.config.vocab_size)
     _, parts = call(backend, 3, 7, 1.0)
     np.testing.assert_array_equal(parts, whole)
 

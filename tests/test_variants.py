@@ -19,6 +19,7 @@ from elf_rt.backends.torch_cuda import TorchBackend
 from elf_rt.bundle import Bundle
 from elf_rt.errors import CheckpointError
 from elf_rt.export.checkpoint import load_checkpoint
+from elf_rt.export.graph import LOGITS_AT_ONCE
 from elf_rt.export.precision import Precision, PrecisionPlan
 from elf_rt.export.random_init import random_state
 from elf_rt.export.reference import ELF
@@ -328,3 +329,31 @@ def test_the_head_in_other_graphs(tmp_path, precision, opset):
     with torch.no_grad():
         model.decoder_head_norm.weight[:] = 1.0  # the norm's weight is of use
     assert np.mean(graphs.decode(call) == Reference(model).decode(call)) < 0.97
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_large_vocabulary_goes_by_parts(tmp_path, precision):
+    """Ids of all parts and the lowest on a tie, also of two parts, as from the whole product."""
+    config = dataclasses.replace(SIZES, vocab_size=2 * LOGITS_AT_ONCE + 41)
+    state = random_state(config, 6)
+    model = ELF(config)
+    model.load_state_dict(state)
+    bundle = model_bundle(tmp_path / "model.elfrt", config, state, ("fp32", "fp16"))
+    call = random_call(config, 4, 14, seed=7, mode=1.0)
+    want = Reference(model).decode(call)
+    assert set((want // LOGITS_AT_ONCE).flat) == {0, 1}
+    rival = int(want.flat[np.argmax(want.flat)])  # its twin in the first part must win
+    twins = state | {name: state[name].clone() for name in ("unembed_kernel", "unembed_bias")}
+    twins["unembed_kernel"][:, 5], twins["unembed_bias"][5] = (
+        state["unembed_kernel"][:, rival],
+        state["unembed_bias"][rival],
+    )
+    tied = model_bundle(tmp_path / "tied.elfrt", config, twins, ("fp32", "fp16"))
+    for opened, ids in ((bundle, want), (tied, np.where(want == rival, 5, want))):
+        for backend in (OrtBackend(opened, precision, 1), TorchBackend(opened, precision, "cpu")):
+            network = backend.bind(4, 14)
+            for array, value in zip((network.z, network.x_prev, network.t, network.s, network.mode), call, strict=True):
+                array[:] = value
+            network.denoise()
+            assert np.mean(network.discretize() == ids) >= (1.0 if precision == "fp32" else 0.9)
+            network.close()

@@ -32,7 +32,7 @@ TYPES: dict[int, torch.dtype] = {
 }
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 VARIANTS = 64  # of one compiled function: shapes, types, absent scales
-DECODED_AT_ONCE = 4096  # tokens whose logits are in memory together: about 1 GB for 32100 ids
+LOGITS_AT_ONCE = 4096 * 32100  # of all tokens together: 0.5 GB
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class Network:
         self._norm_final = weights.tensor("final_layer.norm_final.weight")
         self._final = weights.linear("final_layer.linear")
         self._head_norm = weights.tensor("decoder_head_norm.weight") if config.decoder_head_norm else None
-        self._head, self._unembed = weights.linear("proj"), weights.linear("unembed")
+        self._head, self._unembed = weights.linear("proj"), whole_unembedding(weights)
 
     def denoise(
         self,
@@ -220,7 +220,7 @@ class Network:
     def discretize(self, hidden: Tensor) -> Tensor:
         """hidden (R, L, H) -> ids (R, L): the lowest of the ids with the largest logit."""
         parts = []
-        for tokens in hidden.flatten(0, 1).split(DECODED_AT_ONCE):
+        for tokens in hidden.flatten(0, 1).split(max(1, LOGITS_AT_ONCE // self.config.vocab_size)):
             if self._head_norm is not None:
                 tokens = norm(tokens, self._head_norm, self._eps, self._head.type)
             features = F.gelu(self._head(tokens), approximate=self.config.head_gelu)  # (tokens, C)
@@ -254,6 +254,16 @@ class Network:
         do, (first, second) = self.pointwise, self._embedders[embedder]
         x = do.activated(*first.unfinished(do.angles(scalar, self._frequencies, first.type)), second.type)  # (R, H)
         return do.tokens(self._tokens[tokens], *second.unfinished(x))
+
+
+def whole_unembedding(weights: GraphWeights) -> Linear:
+    """One layer, where the graph has that of a large vocabulary in parts."""
+    if "unembed.weight" in weights:
+        return weights.linear("unembed")
+    names = itertools.takewhile(lambda name: f"{name}.weight" in weights, (f"unembed.{i}" for i in itertools.count()))
+    parts = [weights.linear(name) for name in names]
+    biases = [part.bias for part in parts if part.bias is not None]
+    return Linear(torch.cat([part.weight for part in parts]), None, torch.cat(biases))
 
 
 def make_block(weights: GraphWeights, name: str, cos: Tensor, sin: Tensor, attention_type: torch.dtype) -> Block:
