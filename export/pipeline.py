@@ -162,7 +162,7 @@ def _describe(checkpoint: Checkpoint, options: ExportOptions, presets: dict[str,
         },
         "model": checkpoint.config.to_json(),
         "presets": {name: params.to_json() for name, params in presets.items()},
-        "tokenizer": {"pad_id": 0, "eos_id": 1, "append_eos": _appends_eos(checkpoint, options)},
+        "tokenizer": {"pad_id": 0, "eos_id": 1} | _eos_rules(checkpoint, options),
         "encoder": None,
     }
 
@@ -186,8 +186,8 @@ def _write_text_side(folder: Path, checkpoint: Checkpoint, options: ExportOption
     if tokenizer is not None:
         tokens = check_tokenizer(tokenizer, config.vocab_size)
         shutil.copyfile(tokenizer, folder / "tokenizer.json")
-        appends = _appends_eos(checkpoint, options)
-        entries["tokenizer"] = {"pad_id": 0, "eos_id": 1, "append_eos": appends, "file": "tokenizer.json"}
+        rules = _eos_rules(checkpoint, options)
+        entries["tokenizer"] = {"pad_id": 0, "eos_id": 1, "file": "tokenizer.json"} | rules
     if encoder is not None and needs_encoder:
         entries["encoder"] = write_encoder(
             folder,
@@ -200,8 +200,12 @@ def _write_text_side(folder: Path, checkpoint: Checkpoint, options: ExportOption
     return entries
 
 
-def _appends_eos(checkpoint: Checkpoint, options: ExportOptions) -> bool:
-    return checkpoint.settings.get("encoder_family") != "gpt2" if options.append_eos is None else options.append_eos
+def _eos_rules(checkpoint: Checkpoint, options: ExportOptions) -> dict[str, bool]:
+    """Whether EOS follows a source, and whether it ends a text. GPT-2's stands before each document as well, so ELF-MMD
+    trains without it in sources, and does not cut texts of OpenWebText, which may begin with it."""
+    gpt2 = checkpoint.settings.get("encoder_family") == "gpt2"
+    appends = not gpt2 if options.append_eos is None else options.append_eos
+    return {"append_eos": appends, "ends_at_eos": not gpt2 or checkpoint.config.max_input_length > 0}
 
 
 def _encoder_beside(folder: Path, settings: dict[str, Any]) -> str | None:

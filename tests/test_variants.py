@@ -212,6 +212,17 @@ def test_gpt2_sources_are_normalised_by_channel_and_have_no_eos(conditional):
         np.testing.assert_allclose(row[held], want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:no tokenizer")
+def test_only_texts_of_unconditional_gpt2_models_go_on_behind_eos(tmp_path, conditional):
+    source, _ = mmd_checkpoint(tmp_path / "elf-mmd", encoder_family="gpt2", encoder_model_name=None, pad_token="eos")
+    for bundle, goes_on in ((export(source, tmp_path / "model.elfrt", append_eos=None), True), (conditional[0], False)):
+        with load(bundle, "onnxruntime") as model:
+            eos, pad = model.codec.eos_id, model.codec.pad_id
+            ids = np.array([[eos, 7, 8, eos, 9]])
+            want = ids if goes_on else np.full_like(ids, pad)
+            np.testing.assert_array_equal(model.codec.finish(ids, None), want)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
