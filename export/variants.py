@@ -2,8 +2,9 @@
 
 - ELF-MMD, students of few steps and their teachers (github.com/yandex-research/dlm-mmd): a folder with `ckpt.pt`, a
   YAML, and, where its `latent_mean` names it, a file of statistics; `decoder_head_norm` in some.
-- ELF on T5Gemma-2 embeddings (github.com/la0ka1/diffusing-scaled-text-embeddings): `{config, ema}`; the GELU of the
-  token head is the exact one, which no tensor and no setting tells, but the name of the last norm does.
+- ELF-pytorch, the reproduction in Lightning (github.com/Ugness/ELF-pytorch), and what is derived from it, ELF on
+  T5Gemma-2 embeddings (github.com/la0ka1/diffusing-scaled-text-embeddings, `{config, ema}`): the GELU of the token head
+  is the exact one, which no tensor and no setting tells, but the name of the last norm does.
 """
 
 import re
@@ -17,17 +18,17 @@ import torch
 from elf_rt.errors import CheckpointError
 from elf_rt.export.layouts import WeightFile, download, printable, read_weights
 
-_T5GEMMA_NORM = "final_layer.norm.weight"
+_REPRODUCTION_NORM = "final_layer.norm.weight"
 _T5GEMMA_SETTINGS = {"max_length": "seq_len", "latent_mean": "mean", "latent_std": "std"}
 _T5GEMMA_CONSTANTS = {"denoiser_noise_scale": 2.0, "denoiser_p_mean": -1.5, "denoiser_p_std": 0.8, "t_eps": 0.05}
 
 
 def official_names(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """The tensors under the official names, and the GELU of the head, as ``ModelConfig.head_gelu``."""
-    if _T5GEMMA_NORM not in tensors:
+    if _REPRODUCTION_NORM not in tensors:
         return dict(tensors), "tanh"
     renamed = dict(tensors)
-    renamed["final_layer.norm_final.weight"] = renamed.pop(_T5GEMMA_NORM)
+    renamed["final_layer.norm_final.weight"] = renamed.pop(_REPRODUCTION_NORM)
     return renamed, "none"
 
 

@@ -288,6 +288,19 @@ def test_the_gelu_of_the_head_decides(tmp_path, head_gelu):
         network.close()
 
 
+def test_the_lightning_reproduction_has_the_exact_gelu(tmp_path):
+    """It names the last norm as the T5Gemma-2 models do, which are derived from it."""
+    state = random_state(SIZES, 2)
+    state["final_layer.norm.weight"] = state.pop("final_layer.norm_final.weight")
+    ema = {name: tensor + 1 for name, tensor in state.items()}
+    trained = {f"model.{name}": tensor for name, tensor in state.items()}
+    torch.save({"state_dict": trained, "ema": {"shadow": ema}, "global_step": 5}, tmp_path / "last.ckpt")
+    (tmp_path / "config.yml").write_text(yaml.safe_dump(MMD | {"objective": None, "sampling_configs_path": None}))
+    checkpoint = load_checkpoint(tmp_path)
+    assert (checkpoint.config.head_gelu, variant_of(checkpoint.settings)) == ("none", "")
+    assert torch.equal(checkpoint.state["final_layer.norm_final.weight"], ema["final_layer.norm.weight"])
+
+
 def test_raw_weights_of_a_t5gemma_run(tmp_path):
     path, _ = t5gemma_checkpoint(tmp_path)
     content = torch.load(path)
