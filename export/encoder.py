@@ -10,8 +10,10 @@ import numpy as np
 import torch
 
 from elf_rt.errors import CheckpointError
+from elf_rt.export.foreign import printable
 from elf_rt.export.gpt2 import GPT2Sizes
-from elf_rt.export.layouts import download, printable, read_weights
+from elf_rt.export.hub import download
+from elf_rt.export.layouts import read_stored
 from elf_rt.export.t5 import T5Sizes
 
 TABLE = "embedding.weight"
@@ -112,7 +114,7 @@ def _write_network(
 
 
 def _tensors(path: Path) -> dict[str, Any]:
-    return dict(read_weights(path).ema or {})
+    return dict(read_stored(path).leaves)
 
 
 def _read_config(root: Path) -> Mapping[str, Any]:

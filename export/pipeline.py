@@ -159,6 +159,8 @@ def _describe(checkpoint: Checkpoint, options: ExportOptions, presets: dict[str,
             "checkpoint": checkpoint.path.name,
             "sha256": checkpoint.sha256,
             "weights": checkpoint.weights,
+            "layout": checkpoint.layout,
+            "step": checkpoint.step,
         },
         "model": checkpoint.config.to_json(),
         "presets": {name: params.to_json() for name, params in presets.items()},
@@ -171,7 +173,7 @@ def _write_text_side(folder: Path, checkpoint: Checkpoint, options: ExportOption
     """Tokenizer and encoder into the folder; their manifest entries."""
     entries: dict[str, Any] = {}
     config = checkpoint.config
-    beside = checkpoint.path.parent
+    beside = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     encoder = options.encoder or _encoder_beside(beside, checkpoint.settings)
     # An unconditional model needs an encoder for pinned spans alone, so only when it is asked for.
     needs_encoder = config.max_input_length > 0 or options.encoder is not None

@@ -16,7 +16,10 @@ import numpy as np
 import torch
 
 from elf_rt.errors import CheckpointError
-from elf_rt.export.layouts import WeightFile, download, printable, read_weights
+from elf_rt.export.foreign import printable
+from elf_rt.export.hub import download
+from elf_rt.export.layouts import read_stored
+from elf_rt.export.settings import Settings
 
 _REPRODUCTION_NORM = "final_layer.norm.weight"
 _T5GEMMA_SETTINGS = {"max_length": "seq_len", "latent_mean": "mean", "latent_std": "std"}
@@ -61,9 +64,7 @@ def _is_student(settings: Mapping[str, Any]) -> bool:
     return settings.get("objective") in ("mmd", "ird") or "iterative_refinement" in methods or named
 
 
-def split_statistics(
-    settings: Mapping[str, Any], where: Path, latent_dim: int
-) -> tuple[dict[str, Any], np.ndarray | None]:
+def split_statistics(settings: Settings, latent_dim: int) -> tuple[Settings, np.ndarray | None]:
     """Settings whose `latent_mean` is a number, and the statistics of the file that it named instead, if it did.
 
     The statistics are (2, P, C) float32: mean and deviation of each channel at position 0 .. P - 1; the last position
@@ -74,9 +75,10 @@ def split_statistics(
     """
     named = settings.get("latent_mean")
     if not isinstance(named, str) or _is_number(named):
-        return dict(settings), None
-    content = read_weights(_statistics_file(named, where))
-    return dict(settings) | {"latent_mean": 0.0, "latent_std": 1.0}, _statistics(content, named, latent_dim)
+        return settings, None
+    tensors = read_stored(_statistics_file(named, settings.where)).leaves
+    normalised = Settings({**settings.values, "latent_mean": 0.0, "latent_std": 1.0}, settings.where)
+    return normalised, _statistics(tensors, named, latent_dim)
 
 
 def _is_number(text: str) -> bool:
@@ -101,8 +103,7 @@ def _statistics_file(named: str, where: Path) -> Path:
     return path
 
 
-def _statistics(content: WeightFile, named: str, latent_dim: int) -> np.ndarray:
-    tensors = dict(content.ema or {})
+def _statistics(tensors: Mapping[str, Any], named: str, latent_dim: int) -> np.ndarray:
     names = ["mean_pos0", "mean", "std_pos0", "std"] if "mean_pos0" in tensors else ["mean", "std"]
     rows = [tensors.get(name) for name in names]
     if not all(isinstance(row, torch.Tensor) and row.numel() == latent_dim for row in rows):
