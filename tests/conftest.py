@@ -1,10 +1,18 @@
 """Bundles that many tests read: exported once a run, whatever the number of test processes."""
 
 import fcntl
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from elf_rt.device.cudart import Gpu, find_gpu
+
+HAS_GPU = isinstance(find_gpu(), Gpu)
+if not HAS_GPU:  # before anything imports Triton
+    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # the interpreter's many small products are five times as fast
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "data" / "golden"

@@ -17,7 +17,7 @@ from elf_rt import device
 from elf_rt.backends import torch_cuda, torch_network
 from elf_rt.backends.ort import OrtBackend
 from elf_rt.backends.torch_cuda import TorchBackend
-from elf_rt.backends.torch_network import Linear
+from elf_rt.backends.torch_weights import Linear
 from elf_rt.bundle import Bundle
 from elf_rt.device import kernels
 from elf_rt.device.cudart import Gpu
@@ -84,7 +84,7 @@ def test_16_bits(case: str, precision: str, most: float, bundles: Any) -> None:
     x, _ = call(backend, 2, bundle.config.max_length, 0.0)
     want, _ = call(OrtBackend(bundle, "fp32", 2), 2, bundle.config.max_length, 0.0)
     assert 1e-5 < relative_error(x, want) < most
-    block = backend.network._blocks[0]
+    block = backend.network.blocks[0]
     assert {block.qkv.weight.dtype, block.w3.weight.dtype, block.attention_type} == {
         torch_network.PRECISIONS[precision]
     }
@@ -109,9 +109,9 @@ def test_follows_the_precision_plan(tmp_path: Path) -> None:
     plain = TorchBackend(bundle, "fp32", "cpu")
     bundle.variant = lambda precision: {part: folded / name for part, name in files.items()}  # type: ignore[method-assign]
     scaled = TorchBackend(bundle, "fp32", "cpu")
-    q_eps, k_eps = scaled.network._blocks[0].eps
+    q_eps, k_eps = scaled.network.blocks[0].eps
     assert q_eps != k_eps
-    assert scaled.network._blocks[1].w3.scale is not None
+    assert scaled.network.blocks[1].w3.scale is not None
     want_x, want_ids = call(plain, 2, data.config.max_length, 0.0)
     x, ids = call(scaled, 2, data.config.max_length, 0.0)
     assert relative_error(x, want_x) < 2e-6
