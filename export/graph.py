@@ -52,7 +52,7 @@ class _Denoiser:
         self, g: GraphBuilder, config: ModelConfig, state: Mapping[str, np.ndarray], plan: PrecisionPlan
     ) -> None:
         self.config, self.state, self.plan, self.g = config, state, plan, g
-        self.width = rewrite.padded(config.head_dim, plan)
+        self.width = plan.padded(config.head_dim, rewrite.HEAD)
 
     def write(self) -> None:
         config, g = self.config, self.g

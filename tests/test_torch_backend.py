@@ -2,6 +2,7 @@
 
 import functools
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -181,6 +182,26 @@ def test_settings_of_the_caller_change_nothing(bundles: Any) -> None:
     assert np.array_equal(x, plain[0]) and np.array_equal(ids, plain[1])
     assert seen and not any(seen)  # sums of 16-bit products stay in float32
     assert matmul.allow_fp16_reduced_precision_reduction  # and torch's default is back
+
+
+def test_settings_of_the_caller_survive_two_threads() -> None:
+    """The second thread saves what the first set, unless it waits."""
+    matmul, inside, order = torch.backends.cuda.matmul, threading.Event(), []
+
+    def second() -> None:
+        inside.wait(10)
+        with torch_cuda.own_settings(torch):
+            order.append("second")
+            assert not matmul.allow_fp16_reduced_precision_reduction
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    with torch_cuda.own_settings(torch):
+        inside.set()
+        thread.join(0.05)  # long enough to see it go on, were there no lock
+        order.append("first")
+    thread.join(10)
+    assert order == ["first", "second"] and matmul.allow_fp16_reduced_precision_reduction
 
 
 def test_a_failed_call_holds_on_to_no_memory(bundles: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,12 @@
 """The Triton kernels against their twins in float64: on a GPU if there is one, else in Triton's interpreter."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from conftest import HAS_GPU
@@ -136,3 +143,29 @@ def test_power_of_two(x: float) -> None:
 
 def test_paired_puts_halves_side_by_side() -> None:
     assert kernels.paired(torch.arange(8), 2).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+def compiled_for(folder: Path, *sms: int) -> list[dict[str, Any]]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(folder)
+    program = [sys.executable, str(Path(__file__).with_name("triton_compile.py")), *map(str, sms)]
+    done = subprocess.run(program, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def test_they_compile_without_a_gpu(tmp_path: Path) -> None:
+    """For Ampere with its asynchronous copies, for Hopper with its own products and loads, for GeForce Blackwell."""
+    uses = {
+        80: ("mma.sync", "cp.async"),
+        90: ("wgmma", "cp.async.bulk.tensor"),
+        120: ("mma.sync", "cp.async.bulk.tensor"),
+    }
+    for found in compiled_for(tmp_path, *uses):
+        assert all(found[instruction] for instruction in uses[found["sm"]]), found
+        assert found["shared"] <= 99 * 1024, found  # what the smallest of these GPUs has
+
+
+@pytest.mark.slow
+def test_they_compile_for_the_other_gpus(tmp_path: Path) -> None:
+    assert {found["sm"] for found in compiled_for(tmp_path, 86, 87, 89, 100, 103)} == {86, 87, 89, 100, 103}

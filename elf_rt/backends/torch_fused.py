@@ -58,7 +58,7 @@ class FusedBlocks:
         for block, after in zip(self.blocks, [*self.blocks[1:], None], strict=True):
             qkv = self.qkv(block, x, stats, size, tiles.qkv).view(rows, size, 3, self.heads, self.width)
             q, k, v = qkv.unbind(2)
-            mixed = attention.run(q, k, v, self._scale).view(len(tokens), -1)
+            mixed = attention.run(q, k, v, self._scale).reshape(len(tokens), -1).contiguous()
             x, stats = self.add(block.proj, mixed, tokens, stats, block.norm2, tiles.proj)
             gated = kernels.gate(x, block.w12, stats, block.w12_bias, self._eps, tiles.w12)
             if after is not None:
