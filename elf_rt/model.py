@@ -202,8 +202,8 @@ class Model:
         Args:
             z0: (B, L, C) the start, noise scale applied; drawn from ``seeds`` when None.
             grid: (N + 1,) or (B, N + 1) times from 0 to 1; drawn from ``seeds`` when None.
-            eps: (N - 1, B, L, C) unit noise of each SDE step but the last, which has none, or (N, B, L, C); drawn from
-                ``seeds`` when None.
+            eps: (N, B, L, C) unit noise, eps[i] for step i, or fewer where the last have none (N - 1 for the SDE);
+                drawn from ``seeds`` when None.
             source, mask: (B, L, C) normalised source latents and (B, L) where they stand.
             seeds: (B,), or one for all.
             latents: False where only the ids are of use: it saves a copy from the GPU.

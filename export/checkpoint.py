@@ -1,29 +1,51 @@
 """`load_checkpoint`: any trained ELF checkpoint to float32 tensors, their sizes and their settings."""
 
-from collections.abc import Mapping
+import dataclasses
+import hashlib
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from elf_rt.bundle import sha256
 from elf_rt.errors import CheckpointError
-from elf_rt.export.config import Shape, expected_shapes, find_settings, make_config, read_sizes
-from elf_rt.export.layouts import WeightFile, find_weights, printable, read_weights
+from elf_rt.export.config import Shape, active_depth, expected_shapes, make_config, read_sizes
+from elf_rt.export.foreign import AGAIN, few, printable
+from elf_rt.export.layouts import read_stored, step_of
+from elf_rt.export.settings import Settings, find_settings
+from elf_rt.export.sources import find_source
+from elf_rt.export.stored import FLOATS, refuse_type
+from elf_rt.export.variants import official_names, official_settings, split_statistics
+from elf_rt.export.weights import choose, is_unused
 from elf_rt.params import ModelConfig
+
+_NAMES_OF_KINDS = {"ema": "EMA weights", "raw": "raw weights", "unknown": "weights of unknown kind (EMA or raw)"}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A checked model: every tensor of `state` is there, finite, float32, contiguous and of the size in `config`."""
 
-    path: Path  # the weight file
-    sha256: str  # of that file
-    weights: str  # "ema" | "raw"
+    path: Path  # the file, or the folder where the layout has several
+    sha256: str  # of the file; of several, of their names and sums
+    layout: str  # how it was kept
+    step: int | None  # of the training, where the checkpoint tells
+    weights: str  # "ema" | "raw" | "unknown": what the checkpoint proves
     config: ModelConfig
     settings: dict[str, Any]  # the YAML mapping or the one in the file; empty where a released preset was taken
+    settings_from: Path | None  # the YAML
+    statistics: np.ndarray | None  # (2, P, C) of the latents, per channel; None: config has one mean and deviation
     state: dict[str, torch.Tensor]
+
+    @property
+    def summary(self) -> str:
+        """What was found, in one line."""
+        step = "" if self.step is None else f", step {self.step}"
+        return f"{self.layout}, {_NAMES_OF_KINDS[self.weights]}{step}, sha256 {self.sha256[:12]}…"
 
 
 def load_checkpoint(source: str | Path, *, config: Path | None = None, raw: bool = False) -> Checkpoint:
@@ -35,20 +57,29 @@ def load_checkpoint(source: str | Path, *, config: Path | None = None, raw: bool
     Raises:
         CheckpointError: the file is unreadable, unsafe or incomplete; the message lists every tensor at fault.
     """
-    path, folders = find_weights(source)
-    content = read_weights(path)
-    tensors = _choose(content, raw, path)
-    sizes = read_sizes(tensors)
-    _check(tensors, expected_shapes(sizes), path)
-    found = find_settings(folders, config)
-    where, settings = found if found is not None else (path, dict(content.settings))
-    model = make_config(sizes, settings, where)
+    found = find_source(source)
+    path = found.place
+    stored = read_stored(path)
+    chosen = choose(stored, raw, path)
+    tensors, head_gelu = official_names({name: stored.leaves[leaf] for name, leaf in chosen.names.items()})
+    inside = Settings(official_settings(stored.settings), path)
+    settings = find_settings(found.folders, found.around, inside, config)
+    tensors, sizes = _active_blocks(tensors, settings)
+    shapes = expected_shapes(sizes)
+    tensors = _needed(tensors, shapes, path)
+    _check(tensors, shapes, path)
+    settings, statistics = split_statistics(settings, tensors["proj_bias"].numel())
+    model = dataclasses.replace(make_config(sizes, settings), head_gelu=head_gelu)
     return Checkpoint(
         path=path,
-        sha256=sha256(path),
-        weights="raw" if raw else "ema",
+        sha256=_fingerprint(stored.files, path),
+        layout=stored.layout,
+        step=step_of(stored, path),
+        weights=chosen.kind,
         config=model,
-        settings=settings,
+        settings=dict(settings.values),
+        settings_from=settings.where if settings.where != path else None,
+        statistics=statistics,
         state={
             name: tensor.detach().float().contiguous()
             for name, tensor in tensors.items()
@@ -57,12 +88,40 @@ def load_checkpoint(source: str | Path, *, config: Path | None = None, raw: bool
     )
 
 
-def _choose(content: WeightFile, raw: bool, path: Path) -> Mapping[str, Any]:
-    if raw and content.raw is None:
-        raise CheckpointError(f"{path} holds only one set of weights (EMA): leave out --raw")
-    if not raw and content.ema is None:
-        raise CheckpointError(f"{path} holds no EMA weights: pass --raw to take the others")
-    return (content.raw if raw else content.ema) or {}
+def _active_blocks(tensors: dict[str, Any], settings: Settings) -> tuple[dict[str, Any], dict[str, int | None]]:
+    """The tensors of the blocks that run, and all others; their sizes."""
+    sizes = read_sizes(tensors)
+    active = active_depth(sizes, settings)
+    left_out = tuple(f"blocks.{block}." for block in range(active, sizes["depth"] or 0))
+    return {name: value for name, value in tensors.items() if not name.startswith(left_out)}, sizes | {"depth": active}
+
+
+def _needed(tensors: Mapping[str, Any], shapes: Mapping[str, Shape], path: Path) -> dict[str, Any]:
+    """Without the tensors that training kept beside the network, which are told in a warning."""
+    unused = [name for name in tensors if name not in shapes and is_unused(name)]
+    heads = [name for name in unused if isinstance(tensors[name], torch.Tensor) and tensors[name].ndim > 0]
+    if heads:
+        warnings.warn(f"{path} holds tensors that inference does not need, left out: {few(heads)}", stacklevel=3)
+    return {name: value for name, value in tensors.items() if name not in unused}
+
+
+def _fingerprint(files: Iterable[Path], path: Path) -> str:
+    """The sha256 of the only file; of several, that of the text `sha256  name` for each.
+
+    Raises:
+        CheckpointError: a file of the Hub's cache, which is named after its sha256 there, has another one.
+    """
+    sums = {}
+    for file in files:
+        sums[file] = sha256(file)
+        blob = file.resolve()
+        if blob.parent.name == "blobs" and len(blob.name) == 64 and blob.name != sums[file]:
+            raise CheckpointError(f"{file} is not what the Hub has (its sha256 differs): delete {blob} and {AGAIN}")
+    if list(sums) == [path]:
+        return sums[path]
+    root = path if path.is_dir() else path.parent
+    lines = (f"{value}  {file.relative_to(root).as_posix()}\n" for file, value in sums.items())
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _check(tensors: Mapping[str, Any], shapes: Mapping[str, Shape], path: Path) -> None:
@@ -73,13 +132,16 @@ def _check(tensors: Mapping[str, Any], shapes: Mapping[str, Shape], path: Path) 
         "not a plain tensor": [printable(name) for name in tensors if not _is_plain(tensors[name])],
     }
     plain = {name: tensors[name] for name in shapes if name in tensors and _is_plain(tensors[name])}
+    for name, tensor in plain.items():
+        if tensor.dtype not in FLOATS:
+            raise refuse_type(path, name, str(tensor.dtype).removeprefix("torch."))
     wrong = {name: _mismatch(tensor, shapes[name]) for name, tensor in plain.items()}
     head_dim, hidden = (shapes[n][0] for n in ("blocks.0.attn.q_norm.weight", "final_layer.norm_final.weight"))
     if head_dim and hidden and (hidden % head_dim or head_dim % 2):
         wrong["blocks.0.attn.q_norm.weight"] = f"{head_dim}, which must be even and divide {hidden}"
     faults["mis-shaped"] = [f"{name} {text}" for name, text in wrong.items() if text]
     faults["not finite"] = [name for name, tensor in plain.items() if not torch.isfinite(tensor).all()]
-    listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in faults.items() if names)
+    listed = "; ".join(f"{kind}: {few(names)}" for kind, names in faults.items() if names)
     if listed:
         raise CheckpointError(f"{path} is not a whole ELF model: {listed}")
 
@@ -90,7 +152,7 @@ def _is_plain(value: Any) -> bool:
         isinstance(value, torch.Tensor)
         and value.layout is torch.strided
         and value.device.type == "cpu"
-        and value.is_floating_point()
+        and not value.is_quantized
         and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
     )
 
@@ -98,4 +160,4 @@ def _is_plain(value: Any) -> bool:
 def _mismatch(tensor: torch.Tensor, shape: Shape) -> str:
     fits = tensor.ndim == len(shape) and all(b is None or a == b for a, b in zip(tensor.shape, shape, strict=True))
     wanted = ", ".join("?" if n is None else str(n) for n in shape)
-    return "" if fits else f"{tuple(tensor.shape)} for ({wanted})"
+    return "" if fits and tensor.numel() else f"{tuple(tensor.shape)} for ({wanted})"

@@ -4,14 +4,14 @@ import dataclasses
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-import yaml
 
 from elf_rt.errors import CheckpointError
+from elf_rt.export.foreign import shown
+from elf_rt.export.settings import LENGTH, Settings
 from elf_rt.params import RELEASED, ModelConfig
 
 Shape = tuple[int | None, ...]  # None: a size that no tensor tells
@@ -28,8 +28,15 @@ _KEYS = {  # field of ModelConfig -> key in the YAML
     "latent_mean": "latent_mean",
     "latent_std": "latent_std",
 }
-_ABOVE_ZERO = ("denoiser_noise_scale", "t_eps", "latent_std")
-_FROM_ZERO = ("denoiser_p_std", "self_cond_prob")
+_RANGES: dict[str, tuple[float, float]] = {
+    "denoiser_noise_scale": (1e-6, 1e4),
+    "t_eps": (1e-12, 1),
+    "denoiser_p_mean": (-100, 100),
+    "denoiser_p_std": (0, 100),
+    "latent_mean": (-1e6, 1e6),
+    "latent_std": (1e-9, 1e6),
+}
+MOST_TOKENS = 1 << 16  # of a text; attention over more would take 17 GB a head
 
 
 def read_sizes(state: Mapping[str, Any]) -> dict[str, int | None]:
@@ -39,11 +46,11 @@ def read_sizes(state: Mapping[str, Any]) -> dict[str, int | None]:
         tensor = state.get(name)
         return tensor.shape[axis] if isinstance(tensor, torch.Tensor) and tensor.ndim == rank else None
 
-    blocks = [int(match[1]) for name in state if (match := re.match(r"blocks\.(\d+)\.", name))]
+    blocks = [int(match[1]) for name in state if (match := re.match(r"blocks\.(\d{1,3})\.", name))]
     hidden, head_dim = size("final_layer.norm_final.weight", 0, 1), size("blocks.0.attn.q_norm.weight", 0, 1)
     divides = hidden and head_dim and hidden % head_dim == 0
     return {
-        "depth": min(max(blocks, default=0) + 1, len(state)),  # a stray high index must not ask for a huge list
+        "depth": max(blocks, default=0) + 1,
         "hidden_size": hidden,
         "num_heads": hidden // head_dim if hidden and head_dim and divides else None,
         "head_dim": head_dim,
@@ -54,6 +61,7 @@ def read_sizes(state: Mapping[str, Any]) -> dict[str, int | None]:
         "num_time_tokens": size("t_emb_tokens", 1, 3),
         "num_self_cond_cfg_tokens": size("self_cond_cfg_tokens", 1, 3) or 0,
         "num_model_mode_tokens": size("mode_tokens", 1, 3) or 0,
+        "decoder_head_norm": int("decoder_head_norm.weight" in state),
         "self_cond": int(any(name.startswith("self_cond_proj.") for name in state)),
     }
 
@@ -98,55 +106,26 @@ def expected_shapes(sizes: Mapping[str, int | None]) -> dict[str, Shape]:
         linear(f"{block}.mlp.w3", H, M)
     shapes["final_layer.norm_final.weight"] = (H,)
     linear("final_layer.linear", C, H)
+    if sizes["decoder_head_norm"]:
+        shapes["decoder_head_norm.weight"] = (H,)
     shapes["proj_kernel"], shapes["proj_bias"] = (H, C), (C,)
     shapes["unembed_kernel"], shapes["unembed_bias"] = (C, V), (V,)
     return shapes
 
 
-def find_settings(folders: Sequence[Path], named: Path | None) -> tuple[Path, dict[str, Any]] | None:
-    """The YAML mapping that describes the run: `named`, else `config.yml`/`config.yaml`, else the folder's only YAML.
-
-    Raises:
-        CheckpointError: the YAML cannot be read, is not a mapping or lacks max_length; or several could be meant.
-    """
-    if named is not None:
-        return named, _read_yaml(named)
-    for folder in folders:
-        files = sorted(f for f in folder.iterdir() if f.suffix in (".yml", ".yaml"))
-        files = [f for f in files if f.stem == "config"][:1] or files
-        if len(files) > 1:
-            names = ", ".join(f.name for f in files)
-            raise CheckpointError(f"{folder} holds several YAML files ({names}): name one with --config")
-        if files:
-            return files[0], _read_yaml(files[0])
-    return None
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{path} must hold a YAML mapping (max_length: ...), got a {type(settings).__name__}")
-    if "max_length" not in settings:
-        raise CheckpointError(f"{path} lacks max_length, the number of positions that the model was trained on")
-    return settings
-
-
-def make_config(sizes: Mapping[str, int | None], settings: Mapping[str, Any], where: Path) -> ModelConfig:
-    """Joins the sizes with the settings found in `where`.
+def make_config(sizes: Mapping[str, int | None], settings: Settings) -> ModelConfig:
+    """Joins the sizes with the settings.
 
     Without a max_length in `settings`, the sizes must be those of a released model, which gives the rest (L = 1024).
 
     Raises:
         CheckpointError: a setting is out of range, or there is none and the sizes are of no released model.
     """
+    where = settings.where
     known: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
-    known["self_cond"] = _self_cond(sizes, settings, where)
-    if "max_length" not in settings:
+    known["self_cond"] = _self_cond(sizes, settings)
+    known["decoder_head_norm"] = bool(sizes["decoder_head_norm"])
+    if LENGTH not in settings:
         for name, released in RELEASED.items():
             if all(getattr(released, size) == known[size] for size in _PRESET_SIZES):
                 warnings.warn(
@@ -159,53 +138,57 @@ def make_config(sizes: Mapping[str, int | None], settings: Mapping[str, Any], wh
             f"{where} has no YAML beside it and is of no released size ({', '.join(RELEASED)}): "
             "name its config with --config (it must give max_length)"
         )
-    _check_sizes(known, settings, where)
-    max_length = _integer(settings, "max_length", 1, where)
-    max_input_length = _integer(settings, "max_input_length", 0, where)
+    _check_sizes(known, settings)
+    max_length = settings.integer(LENGTH, 1, MOST_TOKENS)
+    max_input_length = settings.integer("max_input_length", 0, MOST_TOKENS)
     if max_input_length >= max_length:
         raise CheckpointError(f"{where}: max_input_length {max_input_length} must be below max_length {max_length}")
-    numbers: dict[str, Any] = {field: _number(settings, key, where) for field, key in _KEYS.items() if key in settings}
+    numbers: dict[str, Any] = {
+        field: settings.number(key, *_RANGES[key]) for field, key in _KEYS.items() if key in settings
+    }
     if absent := [key for key in _KEYS.values() if key not in settings]:
         warnings.warn(f"{where} lacks {', '.join(absent)}: ELF-B's values are taken", stacklevel=2)
+    if max_input_length and settings.get("pad_token") == "pad":
+        warnings.warn(
+            f"{where} has pad_token: pad for a conditional model, which then never learns to end its texts; the "
+            "released ones were trained with pad_token: eos",
+            stacklevel=2,
+        )
     return ModelConfig(**known, **numbers, max_length=max_length, max_input_length=max_input_length)
 
 
-def _check_sizes(known: Mapping[str, Any], settings: Mapping[str, Any], where: Path) -> None:
+def active_depth(sizes: Mapping[str, int | None], settings: Settings) -> int:
+    """How many blocks run: all, or the first `active_depth` of them where the run says so."""
+    depth = sizes["depth"] or 0
+    if "active_depth" not in settings:
+        return depth
+    active = settings.integer("active_depth", 1, depth)
+    if active < depth:
+        warnings.warn(
+            f"{settings.where} has active_depth {active}: blocks {active} to {depth - 1} are left out", stacklevel=2
+        )
+    return active
+
+
+def _check_sizes(known: Mapping[str, Any], settings: Settings) -> None:
     """A YAML that gives other sizes than the weights have is another model's."""
     for name, value in known.items():
-        if name in settings and name != "self_cond" and str(settings[name]) != str(value):
+        if name == "self_cond" or (name == "depth" and "active_depth" in settings):
+            continue
+        said = settings.get(name)
+        if said is None or said is value:
+            continue
+        if isinstance(said, bool) or settings.number(name, 0, math.inf) != value:
             raise CheckpointError(
-                f"{where} is not the config of these weights: it says {name} {settings[name]}, they have {value}"
+                f"{settings.where} is not the config of these weights: it says {name} {shown(said)}, they have {value}"
             )
 
 
-def _self_cond(sizes: Mapping[str, int | None], settings: Mapping[str, Any], where: Path) -> bool:
+def _self_cond(sizes: Mapping[str, int | None], settings: Settings) -> bool:
     """Official checkpoints hold `self_cond_proj` even where the model was trained without it (`self_cond_prob: 0`)."""
     if "self_cond_prob" not in settings:
         return bool(sizes["self_cond"])
-    trained_with = _number(settings, "self_cond_prob", where) > 0
+    trained_with = settings.number("self_cond_prob", 0, 1) > 0
     if trained_with and not sizes["self_cond"]:
-        raise CheckpointError(f"{where} has self_cond_prob above 0, but the weights hold no self_cond_proj")
+        raise CheckpointError(f"{settings.where} has self_cond_prob above 0, but the weights hold no self_cond_proj")
     return trained_with
-
-
-def _integer(settings: Mapping[str, Any], key: str, least: int, where: Path) -> int:
-    value = settings.get(key) or 0  # an official YAML may say null
-    try:
-        whole = int(str(value))  # str: neither 3.5 nor true passes for a number
-    except ValueError:
-        whole = least - 1
-    if whole < least:
-        raise CheckpointError(f"{where}: {key} must be a whole number from {least} up, got {value!r}")
-    return whole
-
-
-def _number(settings: Mapping[str, Any], key: str, where: Path) -> float:
-    try:
-        value = float(str(settings[key]))  # YAML 1.1 reads 1e-3 as text
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value) or (key in _ABOVE_ZERO and value <= 0) or (key in _FROM_ZERO and value < 0):
-        limit = " above 0" if key in _ABOVE_ZERO else " from 0 up" if key in _FROM_ZERO else ""
-        raise CheckpointError(f"{where}: {key} must be a finite number{limit}, got {settings[key]!r}")
-    return value

@@ -1,4 +1,4 @@
-"""The text side of a bundle: the source encoder (an embedding table or a T5), and the tokenizer beside it."""
+"""The text side of a bundle: the source encoder (an embedding table, a T5 or a GPT-2), and the tokenizer beside it."""
 
 import json
 import re
@@ -10,8 +10,11 @@ import numpy as np
 import torch
 
 from elf_rt.errors import CheckpointError
-from elf_rt.export.layouts import download, printable, read_weights
-from elf_rt.export.t5 import T5Sizes, write_t5_encoder
+from elf_rt.export.foreign import printable
+from elf_rt.export.gpt2 import GPT2Sizes
+from elf_rt.export.hub import download
+from elf_rt.export.layouts import read_stored
+from elf_rt.export.t5 import T5Sizes
 
 TABLE = "embedding.weight"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # T5's own names have no organisation: t5-small
@@ -19,21 +22,30 @@ _TOKENIZER_FILES = ["tokenizer.json", "spiece.model"]
 _HUB_FILES = ["config.json", "model.safetensors", *_TOKENIZER_FILES]
 
 
-def write_encoder(folder: Path, source: str | Path, *, latent_dim: int, vocab_size: int = 0) -> dict[str, Any]:
+def write_encoder(
+    folder: Path,
+    source: str | Path,
+    *,
+    latent_dim: int,
+    vocab_size: int = 0,
+    max_length: int = 0,
+    statistics: np.ndarray | None = None,
+) -> dict[str, Any]:
     """Writes the encoder into the bundle `folder` and returns its manifest entry: kind, file, source, vocab_size.
 
-    `source` is a safetensors file with `embedding.weight` (V, C), or the folder or Hub id of a T5 encoder in
-    Hugging Face's layout. The latents are not normalised: the runtime applies latent_mean and latent_std.
+    `source` is a safetensors file with `embedding.weight` (V, C), or the folder or Hub id of a T5 or GPT-2 in
+    Hugging Face's layout. The runtime normalises the latents with latent_mean and latent_std; `statistics`
+    (2, P, C) of each channel (``elf_rt.export.variants``) become a part of the encoder itself.
 
     Raises:
         CheckpointError: no such encoder, another architecture, damaged weights, another width than the model's
-            `latent_dim`, or fewer rows than `vocab_size` tokens.
+            `latent_dim`, fewer rows than `vocab_size` tokens, or fewer positions than `max_length`.
     """
     root = _local(source)
     if root.is_file():
-        entry = _write_table(folder, root, latent_dim, vocab_size)
+        entry = _write_table(folder, root, latent_dim, vocab_size, statistics)
     else:
-        entry = _write_t5(folder, root, latent_dim, vocab_size)
+        entry = _write_network(folder, root, latent_dim, vocab_size, max_length, statistics)
     return entry | {"source": Path(source).name if Path(source).exists() else str(source)}
 
 
@@ -46,7 +58,9 @@ def _local(source: str | Path, files: list[str] = _HUB_FILES) -> Path:
     return download(str(source), files)
 
 
-def _write_table(folder: Path, path: Path, latent_dim: int, vocab_size: int) -> dict[str, Any]:
+def _write_table(
+    folder: Path, path: Path, latent_dim: int, vocab_size: int, statistics: np.ndarray | None
+) -> dict[str, Any]:
     table = _tensors(path).get(TABLE)
     if not isinstance(table, torch.Tensor) or table.ndim != 2:
         raise CheckpointError(f"{path} has no table {TABLE} (V, C)")
@@ -56,20 +70,30 @@ def _write_table(folder: Path, path: Path, latent_dim: int, vocab_size: int) -> 
     _check_rows(path, table.shape[0], vocab_size)
     if not torch.isfinite(table).all():
         raise CheckpointError(f"{path}: {TABLE} is not finite")
+    if statistics is not None:
+        mean, std = (torch.from_numpy(rows) for rows in statistics)
+        if len(mean) > 1:
+            raise CheckpointError(f"{path}: a table cannot have statistics of its own for position 0 (mean_pos0)")
+        table = (table.float() - mean) / std
     np.save(folder / "embedding.npy", table.numpy())
     return {"kind": "embedding", "file": "embedding.npy", "vocab_size": table.shape[0]}
 
 
-def _write_t5(folder: Path, root: Path, latent_dim: int, vocab_size: int) -> dict[str, Any]:
-    sizes = T5Sizes.read(_read_config(root), root)
+def _write_network(
+    folder: Path, root: Path, latent_dim: int, vocab_size: int, max_length: int, statistics: np.ndarray | None
+) -> dict[str, Any]:
+    config = _read_config(root)
+    sizes = GPT2Sizes.read(config, root) if config.get("model_type") == "gpt2" else T5Sizes.read(config, root)
     _check_width(root, sizes.d_model, latent_dim)
     _check_rows(root, sizes.vocab_size, vocab_size)
+    if isinstance(sizes, GPT2Sizes) and sizes.n_positions < max_length:
+        raise CheckpointError(f"{root} has {sizes.n_positions} positions, fewer than the model's {max_length}")
     path = root / "model.safetensors"
     if not path.is_file():
         raise CheckpointError(
-            f"{root} has no model.safetensors: save it with transformers (T5EncoderModel, save_pretrained)"
+            f"{root} has no model.safetensors: save it with transformers (T5EncoderModel or GPT2Model, save_pretrained)"
         )
-    tensors = _tensors(path)
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in _tensors(path).items()}
     if "shared.weight" not in tensors and "encoder.embed_tokens.weight" in tensors:
         tensors["shared.weight"] = tensors["encoder.embed_tokens.weight"]
     shapes = sizes.shapes()
@@ -84,13 +108,13 @@ def _write_t5(folder: Path, root: Path, latent_dim: int, vocab_size: int) -> dic
     listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in faults.items() if names)
     if listed:
         raise CheckpointError(f"{path} is not the encoder that its config.json describes: {listed}")
-    write_t5_encoder(folder, sizes, {name: tensors[name].float().numpy() for name in shapes})
+    sizes.write(folder, {name: tensors[name].float().numpy() for name in shapes}, statistics)
     _prove(folder, sizes)
     return {"kind": "onnx", "file": "encoder.onnx", "vocab_size": sizes.vocab_size}
 
 
 def _tensors(path: Path) -> dict[str, Any]:
-    return dict(read_weights(path).ema or {})
+    return dict(read_stored(path).leaves)
 
 
 def _read_config(root: Path) -> Mapping[str, Any]:
@@ -118,7 +142,7 @@ def _check_rows(where: Path, rows: int, vocab_size: int) -> None:
         raise CheckpointError(f"{where} knows {rows} tokens, fewer than the {vocab_size} of the tokenizer")
 
 
-def _prove(folder: Path, sizes: T5Sizes) -> None:
+def _prove(folder: Path, sizes: T5Sizes | GPT2Sizes) -> None:
     """Runs the written graph once: what an engine refuses, or what overflows, must not reach a bundle."""
     ids = np.arange(2 * 7, dtype=np.int64).reshape(2, 7) % sizes.vocab_size
     mask = np.ones_like(ids)

@@ -1,242 +1,138 @@
-"""Where a checkpoint's weights lie: the file of a folder or Hub id, and the state dict inside the file.
+"""The layouts that checkpoints come in: one table, each row told by what lies there. Reading one runs nothing in it."""
 
-Every layout in the wild ends as a `WeightFile`: one or two mappings from names to tensors, plus the settings stored
-beside them. Files are read with torch's weights-only unpickler or safetensors, so a hostile file runs nothing.
-"""
-
-import pickle
 import re
-import warnings
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from elf_rt.errors import CheckpointError
+from elf_rt.export.distcp import METADATA, read_distcp
+from elf_rt.export.foreign import as_mapping, printable, read_text
+from elf_rt.export.orbax import is_orbax, read_orbax
+from elf_rt.export.shards import INDEX, index_of, parts_in, read_safetensors, read_sharded
+from elf_rt.export.stored import Stored, flatten
+from elf_rt.export.torch_file import read_torch
 
-WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
-_STEP = re.compile(r"checkpoint_(\d+)")
-_HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:/(?P<sub>[^\\]+))?")
-_ORBAX_FILES = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt", "_sharding")
-_WRAPPERS = ("module.", "_orig_mod.")  # left in names by DistributedDataParallel and torch.compile
+_STEP_NAME = re.compile(r"(?:checkpoint|ckpt|step|global_step|iter|epoch)[-_=]?(\d{1,12})|(\d{1,12})")
+_STEP_KEYS = ("global_step", "step", "global_steps", "iteration", "iter_num")
+_SETTINGS_KEYS = ("config", "hyper_parameters", "hparams", "cfg", "model_config", "model_args", "metadata")
+_WRITERS = (  # key at the top level -> who wrote it
+    ("pytorch-lightning_version", "Lightning {}"),
+    ("ds_version", "DeepSpeed {}"),
+    ("ema_params1", "official PyTorch"),
+    ("opt_state", "official PyTorch"),
+)
+_MODEL_STATES = "mp_rank_*_model_states.pt"  # DeepSpeed's
+_ZERO_3 = "zero_pp_rank_*_model_states.pt"
 
 
 @dataclass(frozen=True)
-class WeightFile:
-    """The content of a checkpoint file: `ema` or `raw` is None where the layout has no such weights."""
+class Layout:
+    """A way to keep weights. recognise: whether a file or folder is of this layout; read: what it holds."""
 
-    ema: Mapping[str, Any] | None
-    raw: Mapping[str, Any] | None
-    settings: Mapping[str, Any]
-
-
-class Inert:
-    """Stands in for every harmless object that a training run pickles beside its weights (numpy scalars, paths).
-
-    The unpickler builds it instead of the real class, so that no code of another library runs on a file's bytes.
-    """
-
-    def __init__(self, *args: Any) -> None:
-        pass
-
-    def __new__(cls, *args: Any) -> "Inert":
-        return super().__new__(cls)
-
-    def __setstate__(self, state: Any) -> None:
-        pass
+    name: str
+    recognise: Callable[[Path], bool]
+    read: Callable[[Path], Stored]
 
 
-_STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-    *((Inert, f"numpy.{core}.multiarray.{name}") for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
-    *((Inert, f"numpy.{name}") for name in ("dtype", "ndarray")),
-    *((Inert, name) for name in ("argparse.Namespace", "pathlib.PosixPath", "pathlib._local.PosixPath")),
-    *(
-        (dict, f"{package}.AttributeDict")
-        for package in ("lightning.fabric.utilities.data", "lightning_fabric.utilities.data")
-    ),
-    (dict, "pytorch_lightning.utilities.parsing.AttributeDict"),
-]
+def is_distcp(place: Path) -> bool:
+    return place.is_dir() and ((place / METADATA).is_file() or any(place.glob("*.distcp")))
 
 
-def printable(name: object) -> str:
-    """A name out of a file, safe to show on one line of a terminal."""
-    text = str(name)
-    return text if text.isprintable() else ascii(text)
+def is_deepspeed(place: Path) -> bool:
+    return place.is_dir() and any(any(_deepspeed_folder(place).glob(names)) for names in (_MODEL_STATES, _ZERO_3))
 
 
-def find_weights(source: str | Path) -> tuple[Path, list[Path]]:
-    """The weight file that `source` means, and the folders where its YAML may lie.
-
-    `source` is a file, a folder (the highest `checkpoint_<step>` in it, else its only weight file) or a Hub id
-    `org/name[/sub]`, which is looked at only where no such path exists.
-
-    Raises:
-        CheckpointError: nothing there, several candidates, or the JAX layout.
-    """
-    path = Path(source)
-    if path.exists():
-        file = path if path.is_file() else _in_folder(path)
-        return file, [file.parent]
-    match = _HUB_ID.fullmatch(str(source))
-    if match is None:
-        raise CheckpointError(f"no such file or folder: {source}")
-    sub = match["sub"]
-    root = download(match["repo"], [sub, f"{sub}/*", "*.yml", "*.yaml", "*.json"] if sub else None)
-    path = root / (sub or "")
-    if not path.exists():
-        raise CheckpointError(f"the Hub model {match['repo']} has no {sub}")
-    file = path if path.is_file() else _in_folder(path)
-    return file, [file.parent, root]
+def is_sharded(place: Path) -> bool:
+    if place.is_dir():
+        return index_of(place) is not None or bool(parts_in(place))
+    return place.name.endswith(INDEX) or index_of(place) is not None
 
 
-def download(repo: str, patterns: list[str] | None = None) -> Path:
-    """The local snapshot of a Hub model: the files that match one of `patterns`, all of them by default.
+def is_safetensors(place: Path) -> bool:
+    """The length of a JSON header, and its first character: files are often misnamed."""
+    if not place.is_file():
+        return False
+    with place.open("rb") as file:
+        head = file.read(9)
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= place.stat().st_size:
+        return True
+    return place.suffix == ".safetensors" and not head.startswith(b"PK")
 
-    Raises:
-        CheckpointError: the Hub is out of reach, or has no such model.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    try:
-        return Path(snapshot_download(repo, allow_patterns=patterns))
-    except (LocalEntryNotFoundError, ConnectionError) as error:
+def read_deepspeed(place: Path) -> Stored:
+    """Weights that are whole in one file. Raises CheckpointError: they are spread over processes (ZeRO 3, slices)."""
+    folder = _deepspeed_folder(place)
+    files = sorted(folder.glob(_MODEL_STATES))
+    if any(folder.glob(_ZERO_3)) or len(files) != 1:
         raise CheckpointError(
-            f"{repo} is no file or folder here, and the Hugging Face Hub cannot be reached: go online once, "
-            "or copy the model here and give its path"
-        ) from error
-    except (HfHubHTTPError, HFValidationError) as error:
-        raise CheckpointError(
-            f"{repo} is no file or folder here, and the Hugging Face Hub gives no such model "
-            "(check the name; a private or gated one needs `hf auth login`)"
-        ) from error
+            f"{folder} is a DeepSpeed checkpoint whose weights are spread over processes: join them with the "
+            "zero_to_fp32.py in it (python zero_to_fp32.py . model) and give what that writes"
+        )
+    return read_torch_file(files[0])
 
 
-def _in_folder(folder: Path) -> Path:
-    if any((folder / name).exists() for name in _ORBAX_FILES):
-        raise CheckpointError(f"{folder}: this is the JAX layout; use the -torch conversion")
-    steps = {int(m[1]): child for child in folder.iterdir() if (m := _STEP.fullmatch(child.name))}
-    if steps:
-        latest = steps[max(steps)]
-        return latest if latest.is_file() else _in_folder(latest)
-    files = sorted(f for f in folder.iterdir() if f.suffix in WEIGHT_SUFFIXES and not f.name.startswith("encoder."))
-    if len(files) == 1:
-        return files[0]
-    if files:
-        raise CheckpointError(f"{folder} holds several weight files, name one: {', '.join(f.name for f in files)}")
-    raise CheckpointError(f"{folder} holds no checkpoint_<step> and no weight file ({', '.join(WEIGHT_SUFFIXES)})")
+def _deepspeed_folder(place: Path) -> Path:
+    """`latest`, a text, names the newest of several folders."""
+    latest = place / "latest"
+    if latest.is_file() and latest.stat().st_size < 256:
+        name = read_text(latest).strip()
+        if name and Path(name).name == name and (place / name).is_dir():
+            return place / name
+    return place
 
 
-def read_weights(path: Path) -> WeightFile:
-    """The weights and settings of a file, tensors mapped from disk where the format allows it.
-
-    Raises:
-        CheckpointError: the file is not a checkpoint, is damaged, or holds anything but data.
-    """
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    _refuse_other_files(path)
-    content = _unpickle(path)
+def read_torch_file(path: Path) -> Stored:
+    content = read_torch(path)
     if not isinstance(content, Mapping) or not content:
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a mapping of weights")
-    return _sort_out(path, content)
+    top = {str(key): value for key, value in content.items()}
+    writer = next((name.format(printable(top[key])) for key, name in _WRITERS if key in top), "torch file")
+    settings = next((value for key in _SETTINGS_KEYS if (value := as_mapping(top.get(key)))), {})
+    step = next((top[key] for key in _STEP_KEYS if type(top.get(key)) is int), None)
+    return Stored(writer, flatten(top), (path,), settings, step, top)
 
 
-def _read_safetensors(path: Path) -> WeightFile:
+LAYOUTS = (
+    Layout("Orbax", lambda place: place.is_dir() and is_orbax(place), read_orbax),
+    Layout("torch.distributed.checkpoint", is_distcp, read_distcp),
+    Layout("DeepSpeed", is_deepspeed, read_deepspeed),
+    Layout("shards", is_sharded, read_sharded),
+    Layout("safetensors", is_safetensors, read_safetensors),
+    Layout("torch.save", Path.is_file, read_torch_file),
+)
+
+
+def recognise(place: Path) -> Layout | None:
+    """The layout of a file or folder; None: a folder that holds no checkpoint itself."""
+    return next((layout for layout in LAYOUTS if layout.recognise(place)), None)
+
+
+def read_stored(place: Path) -> Stored:
+    """What a checkpoint holds. Raises CheckpointError: it is damaged, unsafe, unfinished or of no known layout."""
+    layout = recognise(place)
+    if layout is None:
+        raise CheckpointError(f"{place} holds no checkpoint")
     try:
-        with safe_open(path, framework="pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            settings = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file ({error}): copy or download it again") from error
-    return WeightFile(ema=_clean(state), raw=None, settings=settings)
-
-
-def _refuse_other_files(path: Path) -> None:
-    """Names what a file is when it cannot be a checkpoint, before torch reads any of it."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(512)
+        return layout.read(place)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    if size == 0:
-        raise CheckpointError(f"{path} is empty: copy or download it again")
-    if head.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull`")
-    if head.startswith(b"PK"):
-        _refuse_other_zips(path, size)
-    elif all(byte in b"\t\n\r\f" or 32 <= byte < 127 for byte in head):
-        raise CheckpointError(f"{path} is a text file, not a checkpoint")
+        raise CheckpointError(f"{error.filename or place} cannot be read: {error.strerror}") from error
 
 
-def _refuse_other_zips(path: Path, size: int) -> None:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:  # ValueError: names not UTF-8
-        raise CheckpointError(f"{path} is truncated or damaged: copy or download it again") from error
-    if not any(entry.filename.endswith("/data.pkl") for entry in entries):
-        raise CheckpointError(f"{path} is a zip archive, but not one that torch.save wrote")
-    # torch.save stores without compression; only another writer's file can grow when it is read
-    if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or sum(e.file_size for e in entries) > size:
-        raise CheckpointError(f"{path} is a compressed zip archive, which torch.save never writes: refused")
+def step_of(stored: Stored, place: Path) -> int | None:
+    """The training step that a checkpoint tells, in its content or its name."""
+    if stored.step is not None:
+        return stored.step
+    value: Any = stored.leaves.get("step")
+    if isinstance(value, int) or (isinstance(value, torch.Tensor) and value.numel() == 1):
+        return int(value)
+    return step_in_name(place.name)
 
 
-def _unpickle(path: Path) -> Any:
-    mapped = zipfile.is_zipfile(path)  # files from before torch 1.6 cannot be mapped
-    try:
-        with torch.serialization.safe_globals(_STAND_INS), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        name = re.search(r"GLOBAL (\S+)|function <[\w-]+ (?:\w+ )?(\S+?)>", str(error))
-        if name is None:
-            raise CheckpointError(f"{path} is not a checkpoint, or is damaged") from error
-        raise CheckpointError(
-            f"{path} holds more than data ({printable(name[1] or name[2])}) and was refused; nothing in it was run. "
-            "Where you trust it, save its state dict alone again"
-        ) from error
-    except Exception as error:  # a damaged pickle can raise anything at all
-        raise CheckpointError(f"{path} is not a checkpoint, or is damaged: copy or download it again") from error
-
-
-def _sort_out(path: Path, content: Mapping[str, Any]) -> WeightFile:
-    """Tells the layouts apart: official, Lightning, `{config, ema}`, `{state_dict, metadata}`, plain state dict."""
-    kept = (content.get(key) for key in ("config", "metadata"))
-    settings: Mapping[str, Any] = next((value for value in kept if isinstance(value, Mapping)), {})
-    if "ema_params1" in content or "params" in content:
-        return WeightFile(_mapping(content, "ema_params1"), _mapping(content, "params"), settings)
-    if "ema" in content or "state_dict" in content:
-        ema, state = _mapping(content, "ema"), _mapping(content, "state_dict")
-        if ema is None and state is not None and not _is_lightning(content["state_dict"]):
-            return WeightFile(state, None, settings)  # a file made to be shared holds one set of weights
-        return WeightFile(ema, state, settings)
-    if any(isinstance(value, torch.Tensor) for value in content.values()):
-        return WeightFile(_clean(content), None, settings)
-    raise CheckpointError(f"{path} holds no weights of a known layout, only: {', '.join(map(printable, content))}")
-
-
-def _mapping(content: Mapping[str, Any], key: str) -> Mapping[str, Any] | None:
-    value = content.get(key)
-    if isinstance(value, Mapping) and isinstance(value.get("shadow"), Mapping):
-        value = value["shadow"]
-    return _clean(value) if isinstance(value, Mapping) and value else None
-
-
-def _is_lightning(state: Mapping[str, Any]) -> bool:
-    return any(str(name).startswith("model.") for name in state)
-
-
-def _clean(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Drops the prefixes that training wrappers add; a Lightning module's other members are not the model."""
-    names = {str(name): value for name, value in state.items()}
-    if _is_lightning(names):
-        names = {name.removeprefix("model."): value for name, value in names.items() if name.startswith("model.")}
-    for wrapper in _WRAPPERS:
-        names = {name.removeprefix(wrapper): value for name, value in names.items()}
-    return names
+def step_in_name(name: str) -> int | None:
+    """95000 of checkpoint_95000, step-95000 or 95000."""
+    match = _STEP_NAME.fullmatch(Path(name).stem if Path(name).suffix in (".pt", ".ckpt") else name)
+    return int(match[1] or match[2]) if match else None

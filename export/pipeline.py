@@ -25,6 +25,7 @@ from elf_rt.export.quantize_openvino import write_openvino_int8
 from elf_rt.export.ranges import measure_ranges
 from elf_rt.export.reference import ELF
 from elf_rt.export.replay import Run, plan_runs, record
+from elf_rt.export.variants import variant_of
 from elf_rt.params import SamplingParams, presets_for
 from elf_rt.text.codec import EOS_ID, TextCodec
 
@@ -41,6 +42,7 @@ class ExportOptions:
 
     config: the YAML, where it is not beside the weights. raw: the weights without moving average.
     tokenizer, encoder: files, folders or Hub ids; looked for beside the checkpoint by default.
+    append_eos: whether source texts end with EOS; None: yes, but for models on GPT-2, which are trained without.
     opset: of ONNX; 20 for engines older than its operators Attention and RMSNormalization, such as TensorRT 10.3.
     prompts: texts to record the replay and measure activations with, for conditional models.
     presets: named sampling parameters that replace the official ones.
@@ -50,7 +52,7 @@ class ExportOptions:
     raw: bool = False
     tokenizer: Path | None = None
     encoder: str | None = None
-    append_eos: bool = True
+    append_eos: bool | None = None
     precisions: Sequence[str] = ("fp32", "fp16")
     opset: int = FUSED_OPSET
     prompts: Sequence[str] = ()
@@ -87,7 +89,8 @@ def export_bundle(
     model.load_state_dict(checkpoint.state)
     model.eval()
     with atomic_folder(output) as folder:
-        manifest = _describe(checkpoint, options, presets_for(checkpoint.config) | options.presets)
+        official = presets_for(checkpoint.config, variant_of(checkpoint.settings))
+        manifest = _describe(checkpoint, options, official | options.presets)
         manifest |= _write_text_side(folder, checkpoint, options)
         cond, mask = _sources(folder, manifest, checkpoint, options)
         presets = {name: SamplingParams(**values) for name, values in manifest["presets"].items()}
@@ -156,10 +159,12 @@ def _describe(checkpoint: Checkpoint, options: ExportOptions, presets: dict[str,
             "checkpoint": checkpoint.path.name,
             "sha256": checkpoint.sha256,
             "weights": checkpoint.weights,
+            "layout": checkpoint.layout,
+            "step": checkpoint.step,
         },
         "model": checkpoint.config.to_json(),
         "presets": {name: params.to_json() for name, params in presets.items()},
-        "tokenizer": {"pad_id": 0, "eos_id": 1, "append_eos": options.append_eos},
+        "tokenizer": {"pad_id": 0, "eos_id": 1} | _eos_rules(checkpoint, options),
         "encoder": None,
     }
 
@@ -168,7 +173,7 @@ def _write_text_side(folder: Path, checkpoint: Checkpoint, options: ExportOption
     """Tokenizer and encoder into the folder; their manifest entries."""
     entries: dict[str, Any] = {}
     config = checkpoint.config
-    beside = checkpoint.path.parent
+    beside = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     encoder = options.encoder or _encoder_beside(beside, checkpoint.settings)
     # An unconditional model needs an encoder for pinned spans alone, so only when it is asked for.
     needs_encoder = config.max_input_length > 0 or options.encoder is not None
@@ -183,10 +188,26 @@ def _write_text_side(folder: Path, checkpoint: Checkpoint, options: ExportOption
     if tokenizer is not None:
         tokens = check_tokenizer(tokenizer, config.vocab_size)
         shutil.copyfile(tokenizer, folder / "tokenizer.json")
-        entries["tokenizer"] = {"pad_id": 0, "eos_id": 1, "append_eos": options.append_eos, "file": "tokenizer.json"}
+        rules = _eos_rules(checkpoint, options)
+        entries["tokenizer"] = {"pad_id": 0, "eos_id": 1, "file": "tokenizer.json"} | rules
     if encoder is not None and needs_encoder:
-        entries["encoder"] = write_encoder(folder, encoder, latent_dim=config.latent_dim, vocab_size=tokens)
+        entries["encoder"] = write_encoder(
+            folder,
+            encoder,
+            latent_dim=config.latent_dim,
+            vocab_size=tokens,
+            max_length=config.max_input_length,
+            statistics=checkpoint.statistics,
+        )
     return entries
+
+
+def _eos_rules(checkpoint: Checkpoint, options: ExportOptions) -> dict[str, bool]:
+    """Whether EOS follows a source, and whether it ends a text. GPT-2's stands before each document as well, so ELF-MMD
+    trains without it in sources, and does not cut texts of OpenWebText, which may begin with it."""
+    gpt2 = checkpoint.settings.get("encoder_family") == "gpt2"
+    appends = not gpt2 if options.append_eos is None else options.append_eos
+    return {"append_eos": appends, "ends_at_eos": not gpt2 or checkpoint.config.max_input_length > 0}
 
 
 def _encoder_beside(folder: Path, settings: dict[str, Any]) -> str | None:

@@ -73,10 +73,9 @@ class PrecisionPlan:
     precision: Precision
     items: tuple[Item, ...] = ()
 
-    @property
-    def alignment(self) -> int:
-        """Head width, inner width and vocabulary are padded to a multiple of this: what tensor cores load at once."""
-        return 1 if self.precision is Precision.FP32 else 8
+    def padded(self, width: int, multiple: int) -> int:
+        """The width as the graphs have it: a multiple of what tensor cores like, unless all is float32."""
+        return width if self.precision is Precision.FP32 else -(-width // multiple) * multiple
 
     def precision_of(self, name: str) -> Precision:
         """Type of an operation."""

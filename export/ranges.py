@@ -83,7 +83,7 @@ class Ranges:
 
     def include_head(self, model: ELF, hidden: Tensor) -> None:
         """hidden (R, L, H) of decoded texts."""
-        features = F.gelu(hidden @ model.proj_kernel + model.proj_bias, approximate="tanh")  # (R, L, C)
+        features = model.head_features(hidden)  # (R, L, C)
         self.logits = float(np.maximum(self.logits, float(largest_sums(features, model.unembed_kernel.T).max())))
         expected = (features @ model.unembed_kernel + model.unembed_bias).argmax(-1)  # (R, L)
         for precision, kind in TORCH_TYPE.items():

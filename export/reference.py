@@ -120,6 +120,8 @@ class ELF(nn.Module):
             self.mode_tokens = nn.Parameter(torch.zeros(1, config.num_model_mode_tokens, hidden))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = nn.ModuleDict({"norm_final": RMSNorm(hidden), "linear": nn.Linear(hidden, latent)})
+        if config.decoder_head_norm:
+            self.decoder_head_norm = RMSNorm(hidden)
         # The token head is stored input-first, unlike Linear weights.
         self.proj_kernel = nn.Parameter(torch.zeros(hidden, latent))
         self.proj_bias = nn.Parameter(torch.zeros(latent))
@@ -160,10 +162,15 @@ class ELF(nn.Module):
         hidden = h[:, prefix.shape[1] :]  # (R, L, H)
         return self.final_layer["linear"](self.final_layer["norm_final"](hidden)), hidden
 
+    def head_features(self, hidden: Tensor) -> Tensor:
+        """hidden (R, L, H) of a decode call -> (R, L, C), what the unembedding reads. Official models have no norm."""
+        if self.config.decoder_head_norm:
+            hidden = self.decoder_head_norm(hidden)
+        return F.gelu(hidden @ self.proj_kernel + self.proj_bias, approximate=self.config.head_gelu)
+
     def discretize_logits(self, hidden: Tensor) -> Tensor:
-        """hidden (R, L, H) of a decode call -> logits (R, L, V). No norm stands before the head."""
-        features = F.gelu(hidden @ self.proj_kernel + self.proj_bias, approximate="tanh")  # (R, L, C)
-        return features @ self.unembed_kernel + self.unembed_bias
+        """hidden (R, L, H) of a decode call -> logits (R, L, V)."""
+        return self.head_features(hidden) @ self.unembed_kernel + self.unembed_bias
 
 
 def scalar_frequencies() -> Tensor:

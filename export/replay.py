@@ -6,7 +6,8 @@ The sampler here follows the official code step by step, in torch, and shares no
     fwd_z, fwd_x_prev (B, L, C), fwd_t, fwd_sc (B) -> fwd_x (B, L, C)     one denoising call
     dec_ids (B, L)                                                        the decoding call at z = fwd_z
     run{i}_spec                                                           YAML: method, steps, schedule, gamma, cfg, sc
-    run{i}_t (N+1), run{i}_z0 (B, L, C), run{i}_eps (N-1, B, L, C)        grid, start, noise of the SDE steps
+    run{i}_t (N+1), run{i}_z0 (B, L, C)                                   grid, start
+    run{i}_eps (n, B, L, C)                                               noise: N - 1 for sde, N for refine, 0 for ode
     run{i}_cond (B, L, C), run{i}_cond_mask (B, L)                        source latents, where there are any
     run{i}_latent (B, L, C), run{i}_ids (B, L)                            z at t = 1, token ids
 """
@@ -27,7 +28,7 @@ FLOP_BUDGET = 1e13  # of one run, about a minute on two cores: steps and batch o
 
 @dataclass(frozen=True)
 class Run:
-    """Everything one sampling run is made from. t: (N+1,) z0: (B, L, C) eps: (N-1, B, L, C) mask: (B, L)."""
+    """Everything one sampling run is made from. t: (N+1,) z0: (B, L, C) eps: (n, B, L, C) mask: (B, L)."""
 
     params: SamplingParams
     t: Tensor
@@ -71,6 +72,11 @@ def sample(model: ELF, run: Run, on_call: Callable[[Call], None] | None = None) 
     z, x_prev = restore(run.z0), restore(torch.zeros_like(run.z0))
     steps = len(run.t) - 1
     for i in range(steps):
+        if params.sampler == "refine":
+            keep = max(0.0, 1.0 - params.gamma)
+            z = restore(keep * z + (1.0 - keep) * config.noise_scale * run.eps[i]) if i else z
+            x_prev = restore(guided(z, x_prev, 0.0))
+            continue
         t, t_next = float(run.t[i]), float(run.t[i + 1])
         if params.sampler == "sde" and i < steps - 1:
             alpha = min(1.0, max(0.0, 1.0 - params.gamma * (t_next - t)))
@@ -79,6 +85,7 @@ def sample(model: ELF, run: Run, on_call: Callable[[Call], None] | None = None) 
         x = restore(guided(z, x_prev, t))
         kappa = (t_next - t) / max(1.0 - t, config.t_eps)
         z, x_prev = restore((1.0 - kappa) * z + kappa * x), x
+    z = x_prev if params.sampler == "refine" else z
     _, hidden = net(z, torch.zeros_like(z), 1.0, mode=1.0)
     return z, model.discretize_logits(hidden).argmax(-1)
 
@@ -105,7 +112,7 @@ def plan_runs(
         fitting = int(min(batch, max(1, FLOP_BUDGET // (cost * max_steps))))
         params = SamplingParams(
             steps=int(min(params.steps, max_steps, max(4, FLOP_BUDGET // (cost * fitting)))),
-            sampler="sde" if params.sampler == "sde" else "ode",
+            sampler="ode" if params.sampler == "ab2" else params.sampler,
             guidance_scale=params.guidance_scale,
             sc_cfg=params.sc_cfg,
             gamma=params.gamma,
@@ -129,7 +136,8 @@ def _draw(
     inner = torch.sigmoid(config.p_mean + config.p_std * torch.randn(n - 1, generator=generator, dtype=torch.float64))
     t = torch.cat([torch.zeros(1), inner.sort().values, torch.ones(1)])
     z0 = config.noise_scale * torch.randn(shape, generator=generator)
-    eps = torch.randn((n - 1 if params.sampler == "sde" else 0, *shape), generator=generator)
+    noisy = {"sde": n - 1, "refine": n}.get(params.sampler, 0)
+    eps = torch.randn((noisy, *shape), generator=generator)
     if cond is None or mask is None:
         return Run(params, t, z0, eps)
     index = torch.arange(batch) % len(cond)

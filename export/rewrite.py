@@ -2,7 +2,7 @@
 
 - Rotary pairs (2i, 2i + 1) are moved to (i, i + D/2) by permuting the rows of q and k and their norms: rotary then is
   one contiguous split, which engines fuse, and q.k does not change.
-- Widths are padded with zeros to a multiple of `plan.alignment`.
+- In 16-bit plans widths are padded with zeros, to multiples of HEAD, INNER and VOCABULARY.
 - self_cond_proj and proj1 have nothing between them, so they become one matrix.
 - The rows of a softmax sum to one, so the bias of v passes attention unchanged and moves into that of proj.
 - Powers of two from the precision plan are folded in: a tensor named in the plan comes out of its product divided by
@@ -23,6 +23,7 @@ from elf_rt.params import ModelConfig
 NORM_EPS = 1e-6
 ROPE_BASE = 10000.0
 TIME_FREQUENCIES = 128
+HEAD, INNER, VOCABULARY = 8, 16, 128  # what 16-bit plans pad to: what a tensor core loads, and whole tiles of 32100 ids
 
 State = Mapping[str, np.ndarray]
 
@@ -59,14 +60,10 @@ class MlpWeights:
     w3: Linear  # (inner padded, H)
 
 
-def padded(width: int, plan: PrecisionPlan) -> int:
-    return -(-width // plan.alignment) * plan.alignment
-
-
 def attention_weights(config: ModelConfig, state: State, block: int, plan: PrecisionPlan) -> AttentionWeights:
     name = f"blocks.{block}.attn"
     width, heads = config.head_dim, config.num_heads
-    wide = padded(width, plan)
+    wide = plan.padded(width, HEAD)
     half_split, plain = _half_split(width, wide), _padded_index(width, wide)
     exponents = {part: _channels(plan, f"{name}.{part}", heads * width).reshape(heads, width) for part in "qkv"}
     weight = dict(zip("qkv", state[f"{name}.qkv.weight"].reshape(3, heads, width, -1), strict=True))
@@ -96,7 +93,7 @@ def attention_weights(config: ModelConfig, state: State, block: int, plan: Preci
 
 def mlp_weights(config: ModelConfig, state: State, block: int, plan: PrecisionPlan) -> MlpWeights:
     name = f"blocks.{block}.mlp"
-    index = _padded_index(config.mlp_dim, padded(config.mlp_dim, plan))
+    index = _padded_index(config.mlp_dim, plan.padded(config.mlp_dim, INNER))
     e_b, e_out = _channels(plan, f"{name}.b", config.mlp_dim), plan.exponents(f"{name}.w3")
 
     weight = state[f"{name}.w12.weight"].reshape(2, config.mlp_dim, -1)  # (2, inner, H)
@@ -133,14 +130,14 @@ def head_projection(state: State) -> Linear:
 
 def unembedding(config: ModelConfig, state: State, plan: PrecisionPlan) -> Linear:
     """C -> V padded. A padded id has the lowest float32 as bias, so no argmax names it."""
-    index = _padded_index(config.vocab_size, padded(config.vocab_size, plan))
+    index = _padded_index(config.vocab_size, plan.padded(config.vocab_size, VOCABULARY))
     bias = np.where(index < 0, np.finfo(np.float32).min, _take(state["unembed_bias"], index, axis=0))
     return Linear(_take(state["unembed_kernel"], index, axis=1), bias)
 
 
 def rotary_tables(config: ModelConfig, plan: PrecisionPlan) -> tuple[np.ndarray, np.ndarray]:
     """cos and sin, each (P + max_length, D padded), both halves alike. Prefix tokens are not rotated: cos 1, sin 0."""
-    width, wide = config.head_dim, padded(config.head_dim, plan)
+    width, wide = config.head_dim, plan.padded(config.head_dim, HEAD)
     inverse = np.zeros(wide // 2)  # the padding turns by 0
     inverse[: width // 2] = ROPE_BASE ** (-np.arange(0, width, 2) / width)
     positions = np.concatenate([np.zeros(config.num_prefix_tokens), np.arange(config.max_length)])

@@ -15,7 +15,7 @@ import torch
 from onnx import TensorProto
 
 from elf_rt.errors import CheckpointError
-from elf_rt.export.graph import linear, rms_norm
+from elf_rt.export.graph import linear, normalised, positions, rms_norm
 from elf_rt.export.graph_builder import GraphBuilder, Value, WeightFile
 from elf_rt.export.precision import Precision
 from elf_rt.export.rewrite import Linear
@@ -49,7 +49,8 @@ class T5Sizes:
         """Raises CheckpointError: the config is of another architecture, or incomplete."""
         if config.get("model_type") not in FAMILIES:
             raise CheckpointError(
-                f"{where} is a {config.get('model_type')!r} model: the encoder must be one of {', '.join(FAMILIES)}"
+                f"{where} is a {config.get('model_type')!r} model: "
+                f"the encoder must be one of {', '.join(FAMILIES)}, gpt2"
             )
         known = {name: config[name] for name in cls.__dataclass_fields__ if name in config}
         try:
@@ -87,23 +88,24 @@ class T5Sizes:
             shapes |= {f"{layer}.layer_norm.weight": (C,) for layer in (attention, feed_forward)}
         return shapes
 
+    def write(self, folder: Path, state: Mapping[str, np.ndarray], statistics: np.ndarray | None = None) -> None:
+        """Writes encoder.onnx and its weights, encoder.bin: ids, mask (B, S) int64 -> latents (B, S, C) float32.
 
-def write_t5_encoder(folder: Path, sizes: T5Sizes, state: Mapping[str, np.ndarray]) -> None:
-    """Writes encoder.onnx and its weights, encoder.bin: ids, mask (B, S) int64 -> latents (B, S, C) float32.
-
-    `state` holds the float32 arrays that `sizes.shapes()` names. Padding is never attended to.
-    """
-    with WeightFile(folder / "encoder.bin") as weights:
-        g = GraphBuilder("encoder", OPSET, weights)
-        ids, mask = g.integer_input("ids", ("rows", "length")), g.integer_input("mask", ("rows", "length"))
-        h = g.op("Gather", g.weight("shared.weight", state["shared.weight"]), ids, axis=0)  # (B, S, C)
-        bias = g.op("Add", _position_bias(g, sizes, state, ids), _mask_bias(g, mask))  # (B, heads, S, S)
-        for i in range(sizes.num_layers):
-            h = g.op("Add", h, _attention(g, sizes, state, f"encoder.block.{i}.layer.0", h, bias))
-            h = g.op("Add", h, _feed_forward(g, sizes, state, f"encoder.block.{i}.layer.1", h))
-        latents = _norm(g, sizes, state, "encoder.final_layer_norm", h)
-        g.output(latents, "latents", ("rows", "length", sizes.d_model))
-        g.save(folder / "encoder.onnx", {"precision": Precision.FP32.value})
+        `state` holds the float32 arrays that `shapes()` names; `statistics` are those of ``graph.normalised``. Padding
+        is never attended to.
+        """
+        with WeightFile(folder / "encoder.bin") as weights:
+            g = GraphBuilder("encoder", OPSET, weights)
+            ids, mask = g.integer_input("ids", ("rows", "length")), g.integer_input("mask", ("rows", "length"))
+            position = positions(g, ids)
+            h = g.op("Gather", g.weight("shared.weight", state["shared.weight"]), ids, axis=0)  # (B, S, C)
+            bias = g.op("Add", _position_bias(g, self, state, position), _mask_bias(g, mask))  # (B, heads, S, S)
+            for i in range(self.num_layers):
+                h = g.op("Add", h, _attention(g, self, state, f"encoder.block.{i}.layer.0", h, bias))
+                h = g.op("Add", h, _feed_forward(g, self, state, f"encoder.block.{i}.layer.1", h))
+            latents = normalised(g, _norm(g, self, state, "encoder.final_layer_norm", h), position, statistics)
+            g.output(latents, "latents", ("rows", "length", self.d_model))
+            g.save(folder / "encoder.onnx", {"precision": Precision.FP32.value})
 
 
 def relative_buckets(distance: torch.Tensor, num_buckets: int, max_distance: int) -> torch.Tensor:
@@ -121,16 +123,13 @@ def relative_buckets(distance: torch.Tensor, num_buckets: int, max_distance: int
     return torch.where(size < single, size, ranged) + half * (distance > 0)
 
 
-def _position_bias(g: GraphBuilder, sizes: T5Sizes, state: Mapping[str, np.ndarray], ids: Value) -> Value:
+def _position_bias(g: GraphBuilder, sizes: T5Sizes, state: Mapping[str, np.ndarray], position: Value) -> Value:
     """(1, heads, S, S). All distances beyond the maximum share a bucket, so a table of clipped distances is exact."""
     g.scope = "relative_attention_bias"
     most = sizes.relative_attention_max_distance
     buckets = relative_buckets(torch.arange(-most, most + 1), sizes.relative_attention_num_buckets, most)
     learned = state["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]  # (buckets, heads)
     table = g.weight("relative_attention_bias", learned[buckets.numpy()].T)  # (heads, 2 most + 1)
-    length = g.integer_op("Shape", ids, start=1, end=2)
-    zero, one, length = (g.integer_op("Squeeze", v) for v in (g.integers(0), g.integers(1), length))
-    position = g.integer_op("Range", zero, length, one)  # (S,)
     distance = g.integer_op("Sub", position, g.integer_op("Unsqueeze", position, g.integers(1)))  # (query, key)
     near = g.integer_op("Max", g.integer_op("Min", distance, g.integers(most)), g.integers(-most))
     bias = g.op("Gather", table, g.integer_op("Add", near, g.integers(most)), axis=1)  # (heads, S, S)

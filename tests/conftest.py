@@ -1,17 +1,27 @@
 """Bundles that many tests read: exported once a run, whatever the number of test processes."""
 
 import fcntl
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from elf_rt.device.cudart import Gpu, find_gpu
+
+HAS_GPU = isinstance(find_gpu(), Gpu)
+if not HAS_GPU:  # before anything imports Triton
+    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # the interpreter's many small products are five times as fast
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "data" / "golden"
 EXAMPLES = ROOT / "examples"
 
 
-def export(source: Path, output: Path, *, precisions: tuple[str, ...] = ("fp32",), append_eos: bool = True) -> Path:
+def export(
+    source: Path, output: Path, *, precisions: tuple[str, ...] = ("fp32",), append_eos: bool | None = True
+) -> Path:
     """Export a checkpoint as the command line does, proof included."""
     from elf_rt.export.pipeline import ExportOptions, export_bundle
     from elf_rt.measure.verify import verify_folder

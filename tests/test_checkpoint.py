@@ -53,6 +53,7 @@ LAYOUTS = {
     "config and ema": lambda c: {"config": {"max_length": 16}, "ema": c["ema_params1"]},
 }
 WITH_RAW = ("official", "training state around it", "lightning")
+UNNAMED = ("plain", "compiled", "state_dict and metadata")  # nothing in them says what the weights are
 
 
 def write(folder: Path, content, name="model.pt", config=CONFIG) -> Path:
@@ -77,13 +78,17 @@ def assert_same(state, wanted):
 def test_layouts_give_the_same_tensors(tmp_path, official, layout):
     path = write(tmp_path, LAYOUTS[layout](official))
     checkpoint = load_checkpoint(path)
-    assert checkpoint.weights == "ema"
+    assert checkpoint.weights == ("unknown" if layout in UNNAMED else "ema")
     assert_same(checkpoint.state, official["ema_params1"])
     if layout in WITH_RAW:
         raw = load_checkpoint(path, raw=True)
         assert raw.weights == "raw"
         assert_same(raw.state, official["params"])
         assert not torch.equal(raw.state["proj_kernel"], checkpoint.state["proj_kernel"])
+    elif layout in UNNAMED:  # the only set there is, whatever it is called
+        raw = load_checkpoint(path, raw=True)
+        assert raw.weights == "unknown"
+        assert_same(raw.state, official["ema_params1"])
     else:
         with pytest.raises(CheckpointError, match="leave out --raw"):
             load_checkpoint(path, raw=True)
@@ -101,11 +106,10 @@ def test_legacy_torch_file(tmp_path, official):
 
 
 def test_no_ema(tmp_path, official):
-    for content in ({"params": official["params"]}, {"state_dict": prefixed(official["params"])}):
-        path = write(tmp_path, content)
-        with pytest.raises(CheckpointError, match="no EMA weights: pass --raw"):
-            load_checkpoint(path)
-        assert_same(load_checkpoint(path, raw=True).state, official["params"])
+    path = write(tmp_path, {"params": official["params"]})
+    with pytest.raises(CheckpointError, match="no EMA weights: pass --raw"):
+        load_checkpoint(path)
+    assert_same(load_checkpoint(path, raw=True).state, official["params"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -176,14 +180,6 @@ def test_hub_out_of_reach_or_unknown(monkeypatch, tmp_path):
         load_checkpoint("absent.pt")
 
 
-def test_jax_folder(tmp_path):
-    (tmp_path / "checkpoint_0").mkdir()
-    (tmp_path / "checkpoint_0" / "_METADATA").write_text("{}")
-    for folder in (tmp_path, tmp_path / "checkpoint_0"):
-        with pytest.raises(CheckpointError, match="this is the JAX layout; use the -torch conversion"):
-            load_checkpoint(folder)
-
-
 class Payload:
     """A pickle that would create a file when an ordinary unpickler reads it."""
 
@@ -234,7 +230,7 @@ BAD_FILES = {
     "other zip": (lambda p: _zip(p, "notes.txt", zipfile.ZIP_STORED), "not one that torch.save wrote"),
     "zip bomb": (lambda p: _zip(p, "archive/data.pkl", zipfile.ZIP_DEFLATED), "compressed zip"),
     "tensor": (lambda p: torch.save(torch.zeros(3), p), "holds a Tensor, not a mapping"),
-    "no weights": (lambda p: torch.save({"step": 3, "lr": 0.1}, p), "no weights of a known layout, only: step, lr"),
+    "no weights": (lambda p: torch.save({"step": 3, "lr": 0.1}, p), "no weights of an ELF, only: step, lr"),
     "odd names": (lambda p: torch.save({"a\nb\x1b": 3}, p), r"only: 'a\\nb\\x1b'"),
     "empty mapping": (lambda p: torch.save({}, p), "not a mapping of weights"),
 }
@@ -251,7 +247,7 @@ def test_bad_files(tmp_path, kind):
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"some words, not tensors", (8).to_bytes(8, "little") + b"{}"])
+@pytest.mark.parametrize("content", [b"some words, not tensors", (8).to_bytes(8, "little") + b"{}"])
 def test_bad_safetensors(tmp_path, content):
     (tmp_path / "x.safetensors").write_bytes(content)
     with pytest.raises(CheckpointError, match="not a whole safetensors file"):
@@ -266,7 +262,7 @@ def test_every_bad_tensor_is_listed_in_one_error(tmp_path, official):
     state["unembed_kernel"] = state["unembed_kernel"].T
     state["blocks.1.norm1.weight"] = torch.full((48,), float("inf"))
     state["t_embedder.mlp_0.bias"] = torch.full((48,), float("nan"))
-    state["final_layer.linear.bias"] = torch.zeros(32, dtype=torch.int64)
+    state["final_layer.linear.bias"] = torch.zeros(1).expand(32)
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(write(tmp_path, state))
     message = str(caught.value)
@@ -304,5 +300,5 @@ def test_head_width_must_fit(tmp_path, official):
 
 def test_another_model_is_refused(tmp_path):
     state = {"blocks.987654321.w": torch.zeros(2), "lm_head.weight": torch.zeros(2, 2)}
-    with pytest.raises(CheckpointError, match=r"unexpected: blocks.987654321.w, lm_head.weight"):
+    with pytest.raises(CheckpointError, match=r"no weights of an ELF, only: blocks.987654321.w, lm_head.weight"):
         load_checkpoint(write(tmp_path, state))

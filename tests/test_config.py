@@ -11,6 +11,7 @@ import yaml
 from elf_rt.errors import CheckpointError
 from elf_rt.export.checkpoint import load_checkpoint
 from elf_rt.export.config import expected_shapes, make_config, read_sizes
+from elf_rt.export.settings import Settings
 from elf_rt.params import RELEASED
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
@@ -39,6 +40,8 @@ def test_sizes_and_settings():
         "num_self_cond_cfg_tokens": 4,
         "num_model_mode_tokens": 4,
         "self_cond": True,
+        "decoder_head_norm": False,
+        "head_gelu": "tanh",
         "max_length": 24,
         "max_input_length": 10,
         "noise_scale": 2.0,
@@ -100,9 +103,9 @@ def test_released_sizes_need_no_yaml(tmp_path):
     released = dataclasses.asdict(RELEASED["ELF-B"])
     state = {name: torch.zeros(1).expand(shape) for name, shape in expected_shapes(released).items()}
     with pytest.warns(UserWarning, match="taken for ELF-B: unconditional, 1024 tokens"):
-        assert make_config(read_sizes(state), {}, tmp_path) == RELEASED["ELF-B"]
+        assert make_config(read_sizes(state), Settings({}, tmp_path)) == RELEASED["ELF-B"]
     with pytest.raises(CheckpointError, match=r"no released size .*--config"):
-        make_config(read_sizes(state) | {"depth": 11}, {}, tmp_path)
+        make_config(read_sizes(state) | {"depth": 11}, Settings({}, tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -112,13 +115,13 @@ def test_released_sizes_need_no_yaml(tmp_path):
         ("", "must hold a YAML mapping .*got a NoneType"),
         ("a: [1\nb: 2", "is not YAML"),
         ("t_eps: 0.05\n", "lacks max_length"),
-        ("max_length: 0\n", "max_length must be a whole number from 1 up, got 0"),
+        ("max_length: 0\n", "max_length must be a whole number from 1 to 65536, got 0"),
         ("max_length: 16.5\n", "max_length must be a whole number"),
         ("max_length: true\n", "max_length must be a whole number"),
         ("{max_length: 16, max_input_length: 16}", "max_input_length 16 must be below max_length 16"),
-        ("{max_length: 16, latent_std: 0}", "latent_std must be a finite number above 0, got 0"),
-        ("{max_length: 16, denoiser_p_mean: .nan}", "denoiser_p_mean must be a finite number, got nan"),
-        ("{max_length: 16, t_eps: small}", "t_eps must be a finite number above 0, got 'small'"),
+        ("{max_length: 16, latent_std: 0}", "latent_std must be a number from 1e-09 to 1e.06, got 0"),
+        ("{max_length: 16, denoiser_p_mean: .nan}", "denoiser_p_mean must be a number from -100 to 100, got nan"),
+        ("{max_length: 16, t_eps: small}", "t_eps must be a number from 1e-12 to 1, got 'small'"),
     ],
 )
 def test_bad_yaml(tmp_path, text, message):

@@ -85,6 +85,63 @@ def test_same_as_transformers(tmp_path, feed_forward):
         assert relative_error(run_ort(tmp_path, ids, mask), want.numpy()) < 1e-5
 
 
+@pytest.mark.parametrize("run", [run_ort, run_openvino])
+@pytest.mark.parametrize("language_model", [False, True])
+def test_gpt2_same_as_transformers(tmp_path, run, language_model):
+    from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=60, n_embd=24, n_layer=2, n_head=3, n_positions=40, initializer_range=0.3)
+    saved = (GPT2LMHeadModel if language_model else GPT2Model)(config).eval()
+    for name, parameter in saved.named_parameters():
+        if "ln_" in name or name.endswith("bias"):
+            parameter.data.uniform_(-1.0, 2.0)
+    saved.save_pretrained(tmp_path / "gpt2")
+    entry = write_encoder(tmp_path, tmp_path / "gpt2", latent_dim=24, max_length=40)
+    assert entry == {"kind": "onnx", "file": "encoder.onnx", "source": "gpt2", "vocab_size": 60}
+    random = np.random.default_rng(1)
+    for length in (1, 2, 17, 40):
+        ids = random.integers(0, 60, (3, length))
+        mask = (np.arange(length) < np.array([[length], [max(1, length // 2)], [1]])).astype(np.int64)
+        inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+        with torch.no_grad():
+            want = (saved.transformer if language_model else saved)(**inputs).last_hidden_state.numpy()
+        assert relative_error(run(tmp_path, ids, mask)[mask == 1], want[mask == 1]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"activation_function": "relu"}, "activation_function must be 'gelu_new', got 'relu'"),
+        ({"n_layer": None}, "incomplete"),
+        ({"n_head": 0}, "n_head must be a whole number from 1 up, got 0"),
+        ({"n_head": 5}, "n_head 5 must divide n_embd 24"),
+        ({"n_positions": 30}, "has 30 positions, fewer than the model's 32"),
+    ],
+)
+def test_other_gpt2s_are_refused(tmp_path, changes, message):
+    config = {"model_type": "gpt2", "n_embd": 24, "n_layer": 1, "n_head": 3, "vocab_size": 60} | changes
+    config = {name: value for name, value in config.items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message):
+        write_encoder(tmp_path, tmp_path, latent_dim=24, max_length=32)
+
+
+@pytest.mark.parametrize("positions", [1, 2])
+def test_statistics_become_a_part_of_the_encoder(tmp_path, positions):
+    """(latents - mean) / deviation of each channel; with two rows of statistics the first is of position 0 alone."""
+    make_t5(tmp_path / "t5")
+    random = np.random.default_rng(2)
+    mean, std = random.normal(size=(positions, 24)), random.uniform(0.5, 2.0, (positions, 24))
+    ids, mask = random.integers(0, 60, (2, 9)), np.ones((2, 9), np.int64)
+    write_encoder(tmp_path, tmp_path / "t5", latent_dim=24)
+    plain = run_ort(tmp_path, ids, mask)
+    write_encoder(tmp_path, tmp_path / "t5", latent_dim=24, statistics=np.float32([mean, std]))
+    want = (plain - mean[-1]) / std[-1]
+    want[:, 0] = (plain[:, 0] - mean[0]) / std[0]
+    assert relative_error(run_ort(tmp_path, ids, mask), want) < 1e-6
+
+
 def test_padding_changes_nothing(tmp_path):
     make_t5(tmp_path / "t5")
     write_encoder(tmp_path, tmp_path / "t5", latent_dim=24)

@@ -91,7 +91,7 @@ def test_powers_of_two_change_no_bit_in_float32(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("opset", [20, 23])
 def test_padding_is_exact(tmp_path: Path, opset: int) -> None:
-    """Head width 66 to 72 and vocabulary 97 to 104; the softmax scale and the norm's divisor stay those of 66."""
+    """Head width 66 to 72 and vocabulary 97 to 128; the softmax scale and the norm's divisor stay those of 66."""
     data = golden("head_dim_66")
     graphs = written(tmp_path, data.config, data.state, widened(data.config, {}), opset)
     for kind in ("fwd", "dec"):
@@ -99,7 +99,7 @@ def test_padding_is_exact(tmp_path: Path, opset: int) -> None:
     assert np.array_equal(graphs.decode(data.call("dec")), data.arrays["dec_logits"].argmax(-1))
     shapes = weight_shapes(tmp_path)
     assert shapes["blocks.0.attn.qkv.weight"][0] == 3 * data.config.num_heads * 72
-    assert shapes["unembed.weight"][0] == 104
+    assert shapes["unembed.weight"][0] == 128
 
 
 @torch.no_grad()
@@ -108,7 +108,7 @@ def test_odd_inner_width_is_padded(tmp_path: Path) -> None:
     call = random_call(TINY, 2, 20, 0)
     x, _ = written(tmp_path, TINY, model.state_dict(), widened(TINY, {})).denoise(call)
     assert relative_error(x, model(*call)[0]) < 2e-6
-    assert weight_shapes(tmp_path)["blocks.0.mlp.w3.weight"] == (20, 24, 1)
+    assert weight_shapes(tmp_path)["blocks.0.mlp.w3.weight"] == (20, 32, 1)
 
 
 def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

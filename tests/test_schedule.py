@@ -17,6 +17,11 @@ def official(params, grid, z0, eps, net, source=None, mask=None):
     """z at t = 1, step by step as facts of the official sampler say, one sample, float64."""
     hold = (lambda x: x) if mask is None else (lambda x: np.where(mask[:, None], source, x))
     z, x_prev = hold(z0), hold(np.zeros_like(z0))
+    if params.sampler == "refine":
+        for i in range(len(grid) - 1):
+            z = hold(CONFIG.noise_scale * eps[i]) if i and params.gamma == 1 else z
+            x_prev = hold(net(z, x_prev, 0.0))
+        return x_prev
     for i in range(len(grid) - 1):
         t, t_next = grid[i], grid[i + 1]
         if params.sampler == "sde" and i < len(grid) - 2:
@@ -49,7 +54,9 @@ def net(z, x_prev, t):
 
 @pytest.mark.parametrize("held", [False, True])
 @pytest.mark.parametrize("steps", [1, 2, 7])
-@pytest.mark.parametrize(("sampler", "gamma"), [("ode", 1.0), ("sde", 1.5), ("sde", 9.0)])
+@pytest.mark.parametrize(
+    ("sampler", "gamma"), [("ode", 1.0), ("sde", 1.5), ("sde", 9.0), ("refine", 0.0), ("refine", 1.0)]
+)
 def test_table_is_the_official_sampler(sampler, gamma, steps, held):
     rng = np.random.default_rng(steps)
     params = SamplingParams(sampler=sampler, steps=steps, gamma=gamma)
@@ -59,6 +66,8 @@ def test_table_is_the_official_sampler(sampler, gamma, steps, held):
     table = schedule.make_table(params, CONFIG, grid, conditional=held)
     want = official(params, grid[0], z0, eps, net, source, mask)
     np.testing.assert_allclose(by_table(table, z0, eps, net, source, mask), want, rtol=1e-12, atol=1e-12)
+    noisy = {"sde": steps - 1, "refine": steps if gamma and steps > 1 else 0}
+    assert table.noisy_steps == noisy.get(sampler, 0)
 
 
 @pytest.mark.parametrize("w", [0.0, 0.5, 1.0, 2.0])
@@ -106,6 +115,16 @@ def test_logit_normal_grid_has_the_stated_distribution():
     assert logits.std() == pytest.approx(0.8, abs=0.02)
 
 
+def test_shifted_grid():
+    """As ELF-MMD's teachers have it, 1 - σu / (1 + (σ - 1)u), sorted: with σ = 32 half of the steps end by t = 1/33."""
+    u = np.linspace(0, 1, 65)
+    want = np.sort(1 - u * 32 / (1 + 31 * u))
+    params = SamplingParams(steps=64, schedule="shift", time_shift=32.0)
+    grid = schedule.make_grid(params, CONFIG, np.arange(2, dtype=np.uint64))
+    np.testing.assert_allclose(grid, [want, want], atol=1e-15)
+    assert grid[0, 32] == pytest.approx(1 / 33)
+
+
 def test_a_sample_has_its_own_grid():
     params = SamplingParams(steps=9)
     together = schedule.make_grid(params, CONFIG, np.array([3, 4], np.uint64))
@@ -115,7 +134,15 @@ def test_a_sample_has_its_own_grid():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"steps": 0}, {"steps": -3}, {"sampler": "euler"}, {"schedule": "cosine"}, {"gamma": -1.0}, {"sc_cfg": np.nan}],
+    [
+        {"steps": 0},
+        {"steps": -3},
+        {"sampler": "euler"},
+        {"schedule": "cosine"},
+        {"gamma": -1.0},
+        {"sc_cfg": np.nan},
+        {"time_shift": 0.0},
+    ],
 )
 def test_bad_parameters_name_the_valid_ones(changes):
     with pytest.raises(InputError, match="must be"):

@@ -2,6 +2,7 @@
 
 import functools
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from elf_rt import device
 from elf_rt.backends import torch_cuda, torch_network
 from elf_rt.backends.ort import OrtBackend
 from elf_rt.backends.torch_cuda import TorchBackend
-from elf_rt.backends.torch_network import Linear
+from elf_rt.backends.torch_weights import Linear
 from elf_rt.bundle import Bundle
 from elf_rt.device import kernels
 from elf_rt.device.cudart import Gpu
@@ -84,7 +85,7 @@ def test_16_bits(case: str, precision: str, most: float, bundles: Any) -> None:
     x, _ = call(backend, 2, bundle.config.max_length, 0.0)
     want, _ = call(OrtBackend(bundle, "fp32", 2), 2, bundle.config.max_length, 0.0)
     assert 1e-5 < relative_error(x, want) < most
-    block = backend.network._blocks[0]
+    block = backend.network.blocks[0]
     assert {block.qkv.weight.dtype, block.w3.weight.dtype, block.attention_type} == {
         torch_network.PRECISIONS[precision]
     }
@@ -109,9 +110,9 @@ def test_follows_the_precision_plan(tmp_path: Path) -> None:
     plain = TorchBackend(bundle, "fp32", "cpu")
     bundle.variant = lambda precision: {part: folded / name for part, name in files.items()}  # type: ignore[method-assign]
     scaled = TorchBackend(bundle, "fp32", "cpu")
-    q_eps, k_eps = scaled.network._blocks[0].eps
+    q_eps, k_eps = scaled.network.blocks[0].eps
     assert q_eps != k_eps
-    assert scaled.network._blocks[1].w3.scale is not None
+    assert scaled.network.blocks[1].w3.scale is not None
     want_x, want_ids = call(plain, 2, data.config.max_length, 0.0)
     x, ids = call(scaled, 2, data.config.max_length, 0.0)
     assert relative_error(x, want_x) < 2e-6
@@ -183,6 +184,26 @@ def test_settings_of_the_caller_change_nothing(bundles: Any) -> None:
     assert matmul.allow_fp16_reduced_precision_reduction  # and torch's default is back
 
 
+def test_settings_of_the_caller_survive_two_threads() -> None:
+    """The second thread saves what the first set, unless it waits."""
+    matmul, inside, order = torch.backends.cuda.matmul, threading.Event(), []
+
+    def second() -> None:
+        inside.wait(10)
+        with torch_cuda.own_settings(torch):
+            order.append("second")
+            assert not matmul.allow_fp16_reduced_precision_reduction
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    with torch_cuda.own_settings(torch):
+        inside.set()
+        thread.join(0.05)  # long enough to see it go on, were there no lock
+        order.append("first")
+    thread.join(10)
+    assert order == ["first", "second"] and matmul.allow_fp16_reduced_precision_reduction
+
+
 def test_a_failed_call_holds_on_to_no_memory(bundles: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Though its error is kept: it names the call, and not what was computed before."""
     computed: list[weakref.ref[torch.Tensor]] = []
@@ -222,7 +243,7 @@ def test_logits_are_decoded_in_parts(bundles: Any, monkeypatch: pytest.MonkeyPat
     bundle = bundles("uncond")
     backend = TorchBackend(bundle, "fp32", "cpu")
     _, whole = call(backend, 3, 7, 1.0)
-    monkeypatch.setattr(torch_network, "DECODED_AT_ONCE", 4)
+    monkeypatch.setattr(torch_network, "LOGITS_AT_ONCE", 4 * bundle.config.vocab_size)
     _, parts = call(backend, 3, 7, 1.0)
     np.testing.assert_array_equal(parts, whole)
 

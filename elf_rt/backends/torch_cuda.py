@@ -7,6 +7,7 @@ as long as the network, and whose addresses the kernels are given.
 """
 
 import importlib.util
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +26,10 @@ from elf_rt.errors import BackendError, GpuMemoryError, first_line
 if TYPE_CHECKING:
     import torch
 
+    from elf_rt.backends.torch_tuning import Tuner
+
 NAME = "torch"
+settings_lock = threading.RLock()  # around changes to settings that torch has once for the process
 PRECISIONS = ("fp16", "bf16", "fp32")
 
 
@@ -57,11 +61,12 @@ class TorchBackend:
 
     Args:
         device: "cuda", or "cpu" to check the network's arithmetic without a GPU.
+        tune: measure once, for each shape, which of several ways is the fastest here.
     """
 
     name = NAME
 
-    def __init__(self, bundle: Bundle, precision: str, device: str = "cuda") -> None:
+    def __init__(self, bundle: Bundle, precision: str, device: str = "cuda", tune: bool = True) -> None:
         import torch
 
         from elf_rt.backends.torch_network import Network
@@ -72,6 +77,7 @@ class TorchBackend:
         self._torch = torch
         self.encode = CpuEncoder(bundle)
         self._pool = None
+        self._tuner: Tuner | None = None
         self.fused = False
         with setup_lock:
             try:
@@ -81,6 +87,18 @@ class TorchBackend:
             if device == "cuda":
                 self._pool = torch.cuda.graph_pool_handle()
                 self.fuse()
+                self._tuner = self._make_tuner(tune)
+
+    def prepare(self, rows: int, length: int) -> None:
+        """Choose how calls of this shape run, before the first of them."""
+        if self._tuner is not None:
+            self._tuner.prepare(rows, length)
+
+    def _make_tuner(self, tune: bool) -> "Tuner":
+        from elf_rt.backends.torch_network import PRECISIONS
+        from elf_rt.backends.torch_tuning import tuner_here
+
+        return tuner_here(self.network, PRECISIONS[self.precision], tune)
 
     def fuse(self) -> None:
         """Let torch.compile fuse what stands between the matrix products; keep torch's own kernels where it cannot."""
@@ -129,15 +147,17 @@ class TorchBackend:
         return TorchGraph(torch, graph, external)
 
     def describe(self) -> Mapping[str, str]:
-        torch, properties = self._torch, {}
+        torch, properties = self._torch, dict[str, str]()
         if self.device == "cuda":
             properties = {"gpu": torch.cuda.get_device_name(), "CUDA": str(torch.version.cuda)}
-        fused = "torch.compile" if self.fused else "no"
-        return {"library": f"torch {torch.__version__}", "precision": self.precision, "fused": fused, **properties}
+        properties["fused"] = "torch.compile" if self.fused else "no"
+        chosen = self._tuner.describe() if self._tuner is not None else {}
+        return {"library": f"torch {torch.__version__}", "precision": self.precision, **properties, **chosen}
 
     def close(self) -> None:
         with setup_lock:
             del self.network
+            self._tuner = None
             if self.device == "cuda":
                 clear_workspaces(self._torch)
                 self._torch.cuda.empty_cache()
@@ -149,6 +169,7 @@ class TorchNetwork:
     def __init__(self, backend: TorchBackend, rows: int, length: int) -> None:
         self.rows, self.length = rows, length
         self._torch, self._network, self._on_gpu = backend._torch, backend.network, backend.device == "cuda"
+        backend.prepare(rows, length)
         torch, config = backend._torch, backend.config
         absent = {
             "x_prev": not config.self_cond,
@@ -251,16 +272,18 @@ class TorchGraph:
 def own_settings(torch: Any) -> Iterator[None]:
     """Inside the context no autocast of the caller's has an effect, and no sum of 16-bit products is kept in 16 bits,
     which may overflow where the sum itself does not."""
-    matmul, saved = torch.backends.cuda.matmul, {}
-    for name in ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction"):
-        saved[name] = getattr(matmul, name)
-        setattr(matmul, name, False)
-    try:
-        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-            yield
-    finally:
-        for name, value in saved.items():
-            setattr(matmul, name, value)
+    matmul = torch.backends.cuda.matmul
+    names = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("fp16", "bf16")]
+    with settings_lock:  # or two threads would restore what the other one set
+        saved = {name: getattr(matmul, name) for name in names}
+        try:
+            for name in names:
+                setattr(matmul, name, False)
+            with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+                yield
+        finally:
+            for name, value in saved.items():
+                setattr(matmul, name, value)
 
 
 def failure(what: str, error: RuntimeError) -> BackendError:

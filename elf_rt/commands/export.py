@@ -29,7 +29,9 @@ def _precisions(ctx: click.Context, param: click.Parameter, value: str) -> tuple
 @click.option("--raw", is_flag=True, help="Take the trained weights, not their moving average (EMA).")
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="tokenizer.json.  [default: the one beside it]")
 @click.option("--encoder", help="Text encoder: safetensors table, T5 folder or Hub id.  [default: the one beside it]")
-@click.option("--append-eos/--no-append-eos", default=True, help="End each source text with EOS, as in training.")
+@click.option(
+    "--append-eos/--no-append-eos", default=None, help="End each source text with EOS.  [default: yes; not on GPT-2]"
+)
 @click.option(
     "--precision", default="fp32,fp16", callback=_precisions, help=f"Graphs to write: {', '.join(PRECISIONS)}."
 )
@@ -50,7 +52,7 @@ def command(
     raw: bool,
     tokenizer: Path | None,
     encoder: str | None,
-    append_eos: bool,
+    append_eos: bool | None,
     precision: tuple[str, ...],
     opset: str,
     prompts: Path | None,

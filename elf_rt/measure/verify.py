@@ -104,7 +104,7 @@ def _compared(model: Model, arrays: dict[str, np.ndarray]) -> Iterator[tuple[str
             outcome = model.sample(
                 z0=run["z0"],
                 grid=run["t"],
-                eps=run["eps"] if params.sampler == "sde" else None,
+                eps=run["eps"] if len(run.get("eps", ())) else None,
                 source=source,
                 mask=mask,
                 params=params,

@@ -46,8 +46,8 @@ def make_programs(
         _check_table(table)
         tables = [table] * batch
     if eps is not None:
-        noisy = tables[0].num_steps - 1  # steps with noise
-        eps = as_floats("eps", np.asarray(eps)[: max(0, noisy)], (max(0, noisy), *shape))
+        noisy = tables[0].noisy_steps
+        eps = as_floats("eps", np.asarray(eps)[:noisy], (noisy, *shape))
     return [
         Program(
             tables[b],

@@ -84,6 +84,11 @@ class Table:
     def num_steps(self) -> int:
         return len(self.t) - 2
 
+    @property
+    def noisy_steps(self) -> int:
+        """Steps up to the last that noise is added before."""
+        return int(np.flatnonzero(self.coef[1:, D]).max(initial=-1)) + 1
+
     def calls(self, j: int) -> int:
         """How many guidance rows the call that follows row j needs: those that row j + 1 gives a weight."""
         return max(1, 1 + int(np.flatnonzero(self.weights[j + 1]).max(initial=0)))
@@ -123,8 +128,18 @@ def ab2(grid: np.ndarray, params: SamplingParams, config: ModelConfig) -> Moves:
     return Moves(first.t, first.keep, first.noise, first.kappa, second_order(grid[:-1], grid[1:]))
 
 
+def refine(grid: np.ndarray, params: SamplingParams, config: ModelConfig) -> Moves:
+    """Iterative refinement, of students distilled to few steps (ELF-MMD): every call is at t = 0 whatever the grid,
+    sees the estimate of the call before, and the last estimate is the text. The noise stays (gamma 0) or is drawn anew
+    before each call but the first (gamma 1)."""
+    zero = np.zeros(len(grid) - 1)
+    keep, kappa = np.full_like(zero, max(0.0, 1.0 - params.gamma)), zero.copy()
+    keep[0] = kappa[-1] = 1.0
+    return Moves(zero, keep, (1.0 - keep) * config.noise_scale * params.temperature, kappa, zero)
+
+
 Sampler = Callable[[np.ndarray, SamplingParams, ModelConfig], Moves]  # of a time grid (N + 1,)
-SAMPLERS: dict[str, Sampler] = {"ode": ode, "sde": sde, "ab2": ab2}
+SAMPLERS: dict[str, Sampler] = {"ode": ode, "sde": sde, "ab2": ab2, "refine": refine}
 
 
 def make_table(params: SamplingParams, config: ModelConfig, grid: np.ndarray, *, conditional: bool) -> Table:
@@ -225,7 +240,8 @@ def make_grid(params: SamplingParams, config: ModelConfig, seeds: np.ndarray) ->
     """(batch, N + 1) float64 time grids from 0 to 1, one for each seed.
 
     logit_normal: N - 1 sorted draws of sigmoid(mean + std * noise), as the official sampler. quantile: the i/N
-    quantiles of that distribution, the same for each seed, and never two at nearly one time. uniform: even steps.
+    quantiles of that distribution, the same for each seed, and never two at nearly one time. uniform: even steps u.
+    shift: u / (σ - (σ - 1) u), where 1 - t is what Esser et al. 2024 (arXiv 2403.03206) shift by σ = time_shift.
     """
     n, batch = params.steps, len(seeds)
     mean = config.p_mean if params.grid_mean is None else params.grid_mean
@@ -234,6 +250,9 @@ def make_grid(params: SamplingParams, config: ModelConfig, seeds: np.ndarray) ->
     grid[:, -1] = 1.0
     if params.schedule == "uniform":
         grid[:] = np.linspace(0.0, 1.0, n + 1)
+    elif params.schedule == "shift":
+        even = np.linspace(0.0, 1.0, n + 1)
+        grid[:] = even / (params.time_shift - (params.time_shift - 1.0) * even)
     elif params.schedule == "quantile":
         scores = np.array([NormalDist().inv_cdf(i / n) for i in range(1, n)])
         grid[:, 1:-1] = 1.0 / (1.0 + np.exp(-(mean + std * scores)))

@@ -55,6 +55,7 @@ class TextCodec:
         self.eos_id = int(bundle.tokenizer.get("eos_id", EOS_ID))
         self.pad_id = int(bundle.tokenizer.get("pad_id", PAD_ID))
         self.append_eos = bool(bundle.tokenizer.get("append_eos", True))
+        self.ends_at_eos = bool(bundle.tokenizer.get("ends_at_eos", True))
         self.tokenizer = None
         if "file" in bundle.tokenizer:
             self.tokenizer = load_tokenizer(bundle.path(bundle.tokenizer["file"]))
@@ -130,7 +131,8 @@ class TextCodec:
         return max(1, length - self.config.max_input_length) if sourced else length
 
     def finish(self, ids: np.ndarray, source_lengths: np.ndarray | None, ends_from: int = 0) -> np.ndarray:
-        """Raw ids (B, L) -> final ids (B, room): the source shifted away, all from the first EOS on made padding.
+        """Raw ids (B, L) -> final ids (B, room): the source shifted away, all from the first EOS on made padding, but
+        not of a model whose texts go on behind an EOS.
 
         ends_from: the first position whose EOS ends the text.
         """
@@ -139,6 +141,8 @@ class TextCodec:
             kept = self.room(ids.shape[1], sourced=True)
             columns = np.arange(kept)[None] + np.asarray(source_lengths)[:, None]
             ids = np.take_along_axis(ids, np.minimum(columns, ids.shape[1] - 1), axis=1)
+        if not self.ends_at_eos:
+            return ids
         ends = (ids == self.eos_id) & (np.arange(ids.shape[1]) >= ends_from)
         ended = np.maximum.accumulate(ends, axis=1)
         ids[ended] = self.pad_id

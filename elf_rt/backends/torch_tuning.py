@@ -1,0 +1,277 @@
+"""How the torch backend's network runs on this GPU: measured once for each shape, kept in the user's cache.
+
+What is chosen: whose attention, the tiles of the Triton kernels, and whether these kernels run the blocks at all or
+torch's products do. A way that does not work here, or whose results differ, is left out with its reason: so nothing
+becomes slower than torch.compile is, nor wrong.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from elf_rt.backends import torch_attention
+from elf_rt.backends.torch_attention import Attention
+from elf_rt.backends.torch_cuda import clear_workspaces, own_settings
+from elf_rt.backends.torch_network import Choice, Network
+from elf_rt.backends.tuning_cache import TuningCache
+from elf_rt.errors import first_line
+
+if TYPE_CHECKING:
+    from elf_rt.backends.torch_fused import FusedBlocks, Tiles
+    from elf_rt.backends.torch_kernels import Tile
+
+Clock = Callable[[Sequence[Callable[[], object]]], list[float | str]]  # milliseconds of each, or why it does not work
+
+OLDEST = 80  # compute capability with bfloat16 and asynchronous copies
+TMA = 90  # the first with a unit that loads tiles
+CALLS, ROUNDS = 10, 7  # in a graph that is timed; how often, all ways in turn
+DIFFERENCE = {torch.float16: 0.05, torch.bfloat16: 0.1}  # between two right ways; a wrong one is far from both
+# (rows, columns, depth, warps, stages) of a tile. Every GPU has the shared memory for the first.
+SIZES = (
+    (64, 128, 64, 4, 3),
+    (128, 128, 64, 8, 3),
+    (64, 128, 64, 8, 4),
+    (128, 128, 64, 4, 3),
+    (64, 64, 64, 4, 4),
+    (128, 256, 64, 8, 3),
+)
+MOST_ADDED = 128  # columns of a tile of ``torch_kernels.add``, which holds h beside its product
+KERNELS = "Triton kernels"
+
+
+@dataclass
+class Tuner:
+    """Chooses for one network. precision: of its products. sm: compute capability, 90 for 9.0. tune: measure what the
+    cache does not hold; without it, the first attention that can be asked for and torch's products."""
+
+    network: Network
+    precision: torch.dtype
+    sm: int
+    cache: TuningCache
+    tune: bool = True
+    clock: Clock = field(default_factory=lambda: gpu_clock)
+    usable: Callable[..., tuple[list[Attention], dict[str, str]]] = torch_attention.usable
+    passed_over: dict[str, str] = field(default_factory=dict)  # why, by way
+
+    def __post_init__(self) -> None:
+        fused = make_fused(self.network, self.sm) if self.tune else "not measured (--no-tune)"
+        if isinstance(fused, str):
+            self.passed_over[KERNELS] = fused
+        else:
+            self.network.fused = fused
+
+    def prepare(self, rows: int, length: int) -> None:
+        """Choose for this shape, unless that was done."""
+        if (rows, length) in self.network.choices:
+            return
+        config, width = self.network.config, self.network.blocks[0].head_bias.shape[-1]
+        size = config.num_prefix_tokens + length
+        attentions, absent = self.usable(self.precision, (rows, config.num_heads, size, width))
+        self.passed_over |= absent
+        key = f"{self.precision} {config.depth}x{config.hidden_size} {config.num_heads}x{width} {rows}x{length}"
+        choice = self._stored(self.cache.get(key), attentions) if self.tune else Choice(attentions[0])
+        if choice is None:
+            try:
+                with torch.inference_mode(), own_settings(torch):
+                    choice = self._measured(rows, length, attentions)
+                tiles = choice.tiles and [list(astuple(tile)) for tile in vars(choice.tiles).values()]
+                self.cache.put(key, {"attention": choice.attention.name, "tiles": tiles})
+            except torch.OutOfMemoryError:  # measuring takes more than running
+                choice = Choice(attentions[0])
+                self.passed_over[KERNELS] = f"no GPU memory to measure {rows} rows of {length} tokens"
+        self.network.choices[rows, length] = choice
+
+    def describe(self) -> dict[str, str]:
+        """What was chosen for the shapes so far, and why not the rest."""
+        chosen = self.network.choices.values()
+        attention = dict.fromkeys(choice.attention.library for choice in chosen)
+        blocks = dict.fromkeys(KERNELS if choice.tiles else "torch's products" for choice in chosen)
+        why = [f"{way}: {reason}" for way, reason in self.passed_over.items()]
+        return {"attention": ", ".join(attention), "blocks": ", ".join(blocks), "passed over": "; ".join(why)}
+
+    def _stored(self, entry: Any, attentions: list[Attention]) -> Choice | None:
+        """What the cache says, if that is possible here."""
+        if not isinstance(entry, dict):
+            return None
+        attention = next((a for a in attentions if a.name == entry.get("attention")), None)
+        tiles = entry.get("tiles")
+        if attention is None or tiles is None:
+            return None if attention is None else Choice(attention)
+        if self.network.fused is None or not isinstance(tiles, list):
+            return None
+        possible = tiles_of(self.network.fused, self.sm)
+        found = [
+            next((t for t in p if list(astuple(t)) == s), None) for p, s in zip(possible.values(), tiles, strict=False)
+        ]
+        return Choice(attention, make_tiles(found)) if len(found) == len(possible) and all(found) else None
+
+    def _measured(self, rows: int, length: int, attentions: list[Attention]) -> Choice:
+        """The fastest attention; with it, the fastest of the calls that agree with torch's."""
+        network, size = self.network, self.network.config.num_prefix_tokens + length
+        plain = Choice(self._fastest_attention(attentions, rows, size))
+        if network.fused is None or (tiles := self._fastest_tiles(network.fused, rows, size)) is None:
+            return plain
+        fused, call = Choice(plain.attention, tiles), Call(network, rows, length)
+        if why := call.refusal(fused, plain, DIFFERENCE[self.precision]):
+            self.passed_over[KERNELS] = why
+            return plain
+        torchs, ours = self.clock([lambda: call.run(plain), lambda: call.run(fused)])
+        if isinstance(ours, str):
+            self.passed_over[KERNELS] = ours
+        elif isinstance(torchs, float) and torchs <= ours:
+            self.passed_over[KERNELS] = f"{ours:.3g} ms a call of {rows} x {length}, torch {torchs:.3g}"
+        else:
+            return fused
+        return plain
+
+    def _fastest_attention(self, attentions: list[Attention], rows: int, size: int) -> Attention:
+        heads, width = self.network.blocks[0].head_bias.shape[1:]
+        q, k, v = (normal(self.network, rows, size, heads, width).to(self.precision) for _ in range(3))
+        scale = self.network.config.head_dim**-0.5
+        ways = {a: partial(a.run, q, k, v, scale) for a in attentions}
+        return self._fastest(ways, lambda a: a.library) or torch_attention.TORCH
+
+    def _fastest_tiles(self, fused: "FusedBlocks", rows: int, size: int) -> "Tiles | None":
+        """Of each product alone, on numbers like those that it will get."""
+        runs = fused.products(lambda *shape: normal(self.network, *shape), rows, size)
+        chosen = []
+        for product, possible in tiles_of(fused, self.sm).items():
+            chosen.append(self._fastest({tile: partial(runs[product], tile) for tile in possible}, lambda _: KERNELS))
+            if chosen[-1] is None:
+                return None
+        self.passed_over.pop(KERNELS, None)  # of single tiles
+        return make_tiles(chosen)
+
+    def _fastest(self, ways: Mapping[Any, Callable[[], object]], name: Callable[[Any], str]) -> Any | None:
+        """The key of the fastest way that works."""
+        if len(ways) == 1:
+            return next(iter(ways))
+        timed = dict(zip(ways, self.clock(list(ways.values())), strict=True))
+        self.passed_over |= {name(way): reason for way, reason in timed.items() if isinstance(reason, str)}
+        works = {way: ms for way, ms in timed.items() if isinstance(ms, float)}
+        return min(works, key=lambda way: works[way], default=None)
+
+
+def tuner_here(network: Network, precision: torch.dtype, tune: bool) -> Tuner:
+    """For the current GPU, with what was measured on it."""
+    major, minor = torch.cuda.get_device_capability()
+    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("torch_*.py")))
+    libraries = torch.__version__, str(torch.version.cuda), torch_attention.cudnn_version(), triton_version()
+    made_with = torch.cuda.get_device_name(), f"{major}.{minor}", *libraries, hashlib.sha256(sources).hexdigest()
+    return Tuner(network, precision, 10 * major + minor, TuningCache("torch", made_with), tune)
+
+
+def triton_version() -> str:
+    """Empty where there is none."""
+    try:
+        import triton
+    except ImportError:
+        return ""
+    return str(triton.__version__)
+
+
+class Call:
+    """A denoising call on random numbers."""
+
+    def __init__(self, network: Network, rows: int, length: int) -> None:
+        config = network.config
+        self._network = network
+        self._z, self._x_prev, self.x = (normal(network, rows, length, config.latent_dim) for _ in range(3))
+        self._hidden = normal(network, rows, length, config.hidden_size)
+        self._t = torch.linspace(0, 1, rows, device=self._z.device)
+
+    def run(self, choice: Choice) -> None:
+        config, t = self._network.config, self._t
+        x_prev = self._x_prev if config.self_cond else None
+        s = t + 1 if config.num_self_cond_cfg_tokens else None
+        mode = 0 * t if config.num_model_mode_tokens else None
+        self._network.denoise(self._z, x_prev, t, s, mode, self.x, self._hidden, choice)
+
+    def refusal(self, choice: Choice, trusted: Choice, most: float) -> str | None:
+        """Why a choice does not do, or None when it gives what a trusted one gives."""
+        self.run(trusted)
+        expected = self.x.clone()
+        try:
+            self.run(choice)
+        except Exception as error:  # Triton's and the driver's have no common base
+            return first_line(error)
+        difference = float((self.x - expected).norm() / expected.norm())
+        return None if difference < most else f"results differ by {difference:.2g}"
+
+
+def make_fused(network: Network, sm: int) -> "FusedBlocks | str":
+    """The network's blocks for the Triton kernels, or why there are none."""
+    if sm < OLDEST:
+        return f"they need a GPU of compute capability {OLDEST / 10} or newer"
+    try:
+        from elf_rt.backends.torch_fused import FusedBlocks, why_not
+    except ImportError as error:
+        return f"Triton does not work here ({first_line(error)})"
+    if reason := why_not(network.blocks):
+        return reason
+    return FusedBlocks(network.blocks, network.cos, network.sin, network.eps, network.config.head_dim)
+
+
+def tiles_of(fused: "FusedBlocks", sm: int) -> dict[str, list["Tile"]]:
+    """The tiles that each product of a block can have, in the order of ``Tiles``."""
+    from elf_rt.backends.torch_kernels import MOST_TILES, Tile
+
+    block = fused.blocks[0]
+    hidden, inner = len(block.norm1), len(block.w12) // 2
+    widths = hidden, inner, fused.heads * fused.width
+    tiles = [Tile(*size, tma=sm >= TMA and not any(width % 8 for width in widths)) for size in SIZES]
+    adding = [t for t in tiles if t.columns <= MOST_ADDED and hidden <= t.columns * MOST_TILES.value]
+    return {"qkv": [t for t in tiles if t.columns >= fused.width], "proj": adding, "w12": tiles, "w3": adding}
+
+
+def make_tiles(tiles: list[Any]) -> "Tiles":
+    from elf_rt.backends.torch_fused import Tiles
+
+    return Tiles(*tiles)
+
+
+def normal(network: Network, *shape: int) -> Tensor:
+    return torch.randn(shape, device=network.cos.device)
+
+
+def gpu_clock(ways: Sequence[Callable[[], object]]) -> list[float | str]:
+    """Milliseconds of each on the GPU, by replays of its graph, or why it does not work: the least of several, the ways
+    in turn, because a GPU's clock changes."""
+    stream, graphs = torch.cuda.Stream(), [captured(way) for way in ways]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    times: list[float | str] = [graph if isinstance(graph, str) else float("inf") for graph in graphs]
+    with torch.cuda.stream(stream):
+        for _, (i, graph) in itertools.product(range(ROUNDS), enumerate(graphs)):
+            if isinstance(graph, str):
+                continue
+            events[0].record()
+            graph.replay()
+            events[1].record()
+            stream.synchronize()
+            times[i] = min(float(times[i]), events[0].elapsed_time(events[1]) / CALLS)
+    return times
+
+
+def captured(way: Callable[[], object]) -> "torch.cuda.CUDAGraph | str":
+    """A graph of CALLS calls, or why there is none."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    try:
+        with torch.cuda.stream(stream):
+            way()  # compiles
+            stream.synchronize()
+            clear_workspaces(torch)
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                for _ in range(CALLS):
+                    way()
+    except Exception as error:  # torch's, Triton's and the driver's have no common base
+        return first_line(error)
+    finally:
+        clear_workspaces(torch)  # those that lie in the graph's memory
+    return graph

@@ -1,0 +1,170 @@
+"""Files that others wrote, read once and with bounds: what a file is, and its text, JSON or YAML."""
+
+import json
+import reprlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from elf_rt.errors import CheckpointError
+
+AGAIN = "copy or download it again"
+MOST_TEXT = 4 << 20  # bytes of a config; the released ones have 2 kB
+MOST_INDEX = 256 << 20  # of a JSON that lists tensors, or of a tokenizer
+MOST_ALIASES, MOST_MERGED = 1_000, 10_000  # of a YAML: those that multiply would fill the memory
+_HEAD = 512
+
+# What a file's first bytes say it is, where it cannot be used: what to do then.
+_OTHER_KINDS: tuple[tuple[bytes, str], ...] = (
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself: run `git lfs pull` in its folder"),
+    (
+        b"<",
+        "a web page, not the file itself: if this network has a login page, log in, then download it again",
+    ),
+    (b"GGUF", "a GGUF file, which holds no ELF: give the checkpoint that it was made from"),
+    (b"\x89HDF", "an HDF5 file (Keras): save the weights with torch or safetensors"),
+    (b"\x1f\x8b", "a gzip archive: unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "a zstd archive: unpack it first"),
+    (b"BZh", "a bzip2 archive: unpack it first"),
+    (b"\xfd7zXZ", "an xz archive: unpack it first"),
+    (b"\x93NUMPY", "one numpy array: save the whole state dict with torch or safetensors"),
+)
+
+
+def printable(name: object) -> str:
+    """A name out of a file, safe to show on one line of a terminal."""
+    text = str(name)
+    text = text if len(text) <= 200 else text[:200] + "…"
+    return text if text.isprintable() else ascii(text)
+
+
+def few(names: Sequence[str], most: int = 8) -> str:
+    """The first of many names."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(printable, names[:most])) + more
+
+
+def shown(value: object) -> str:
+    """A value out of a file, short whatever it is."""
+    short = reprlib.Repr()
+    short.maxdict = short.maxlist = short.maxtuple = 2
+    short.maxlevel = 2
+    return printable(short.repr(value))
+
+
+def refuse_other_kinds(path: Path) -> bytes:
+    """The first bytes of a file that can be what its reader wants.
+
+    Raises:
+        CheckpointError: it is not there, empty, or of another kind; the message says which and what to do.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    if not head:
+        raise CheckpointError(f"{path} is empty: {AGAIN}")
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    for signature, kind in _OTHER_KINDS:
+        if start.startswith(signature):
+            raise CheckpointError(f"{path} is {kind}")
+    return head
+
+
+def read_text(path: Path, most: int = MOST_TEXT) -> str:
+    """A text file of at most `most` bytes.
+
+    Raises:
+        CheckpointError: it cannot be read, is longer, or is no text.
+    """
+    refuse_other_kinds(path)
+    try:
+        with path.open("rb") as file:
+            content = file.read(most + 1)
+        if len(content) > most:
+            raise CheckpointError(f"{path} is longer than {most >> 20} MB, so it is not what its name says")
+        return content.decode("utf-8-sig")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is not text in UTF-8: {AGAIN}") from error
+
+
+def read_json(path: Path, most: int = MOST_TEXT) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError as `read_text` does, and where the text is no JSON object."""
+    text = read_text(path, most)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {_reason(error)}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got a {type(content).__name__}")
+    return content
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping; its tags build nothing. Raises CheckpointError as `read_text` does, or where it is no mapping."""
+    text = read_text(path) if path.exists() and path.stat().st_size else _nothing(path)
+    try:
+        settings = yaml.load(text, Loader=_PlainLoader)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not YAML: {_reason(error)}") from error
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{path} must hold a YAML mapping (max_length: ...), got a {type(settings).__name__}")
+    return settings
+
+
+def _nothing(path: Path) -> str:
+    if not path.exists():
+        raise CheckpointError(f"{path} cannot be read: No such file or directory")
+    return ""
+
+
+def _reason(error: Exception) -> str:
+    return printable(" ".join(str(error).split())) if not isinstance(error, RecursionError) else "nested too deep"
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML as plain data: dates stay text, unknown tags are dropped, aliases cannot multiply."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._aliases = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):  # type: ignore[no-untyped-call]
+            self._aliases += 1
+            if self._aliases > MOST_ALIASES:
+                raise yaml.YAMLError(f"more than {MOST_ALIASES} aliases")
+        return super().compose_node(parent, index)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > MOST_MERGED:
+            raise yaml.YAMLError(f"merge keys that make more than {MOST_MERGED} entries")
+
+    def text(self, node: yaml.ScalarNode) -> Any:
+        return self.construct_scalar(node)
+
+    def plain(self, _tag: str, node: yaml.Node) -> Any:
+        if isinstance(node, yaml.MappingNode):
+            return self.construct_mapping(node, deep=True)
+        if isinstance(node, yaml.SequenceNode):
+            return self.construct_sequence(node, deep=True)
+        return self.construct_scalar(node)  # type: ignore[arg-type]
+
+
+_PlainLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_PlainLoader.add_constructor("tag:yaml.org,2002:timestamp", _PlainLoader.text)
+_PlainLoader.add_multi_constructor("", _PlainLoader.plain)
+
+
+def as_mapping(value: Any) -> Mapping[str, Any]:
+    """Settings that were kept beside weights, where they are a mapping."""
+    return value if isinstance(value, Mapping) else {}

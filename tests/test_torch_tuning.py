@@ -1,0 +1,242 @@
+"""The torch network by its Triton kernels, in Triton's interpreter, and the choice between ways; without a GPU."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import HAS_GPU
+from golden_cases import CASES, GOLDEN, relative_error
+from plan_bundles import golden_bundle
+from test_torch_backend import call
+
+from elf_rt.backends import torch_tuning
+from elf_rt.backends.ort import OrtBackend
+from elf_rt.backends.torch_attention import TORCH, Attention, sdpa
+from elf_rt.backends.torch_cuda import TorchBackend
+from elf_rt.backends.torch_network import Choice
+from elf_rt.backends.torch_tuning import KERNELS, Tuner, make_fused, make_tiles, tiles_of
+from elf_rt.backends.tuning_cache import TuningCache
+from elf_rt.bundle import Bundle
+from elf_rt.measure.verify import verify
+from elf_rt.model import Model
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(HAS_GPU, reason="the kernels are compiled here, so no interpreter runs them on the CPU")
+SLOW, FAST = (Attention(name, f"library {name}", sdpa(None)) for name in ("slow", "fast"))
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
+    folder, made = tmp_path_factory.mktemp("bundles"), {}
+
+    def bundle(case: str) -> Bundle:
+        if case not in made:
+            made[case] = golden_bundle(folder / f"{case}.elfrt", case, ("fp32", "fp16", "bf16"))
+        return made[case]
+
+    return bundle
+
+
+@pytest.fixture
+def backend(bundles: Any) -> TorchBackend:
+    return TorchBackend(bundles("cond"), "fp16", "cpu")
+
+
+def by_kernels(backend: TorchBackend) -> TorchBackend:
+    """Every call by the Triton kernels, with the first tiles."""
+    network = backend.network
+    network.fused = make_fused(network, 90)  # type: ignore[assignment]
+    assert not isinstance(network.fused, str), network.fused
+    network.first = Choice(TORCH, make_tiles([tiles[0] for tiles in tiles_of(network.fused, 90).values()]))
+    return backend
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_golden_run_is_as_exact_as_with_torchs_products(case: str, bundles: Any, tmp_path: Path) -> None:
+    """The recorded call and the first recorded run: FP16 inputs, float32 sums."""
+    with np.load(GOLDEN / case / "golden.npz") as recorded:
+        np.savez(tmp_path / "one.npz", **{k: recorded[k] for k in recorded if k.startswith(("fwd_", "dec_", "run0_"))})
+    reports = []
+    for prepared in (lambda backend: backend, by_kernels):
+        with Model(bundles(case), prepared(TorchBackend(bundles(case), "fp16", "cpu")), "test") as model:
+            reports.append(verify(model, tmp_path / "one.npz"))
+    for plain, fused in zip(*(report.checks for report in reports), strict=True):
+        assert fused.latent_error < 1.5 * plain.latent_error < 0.02
+        assert fused.token_agreement > 0.9  # of 16 ids, some of which all but tie
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("case", ["no_self_cond", "head_dim_66"])
+def test_as_near_to_float32_as_torchs_products(case: str, precision: str, bundles: Any) -> None:
+    bundle = bundles(case)
+    rows, length = 3, bundle.config.max_length - 1
+    want, _ = call(OrtBackend(bundle, "fp32", 2), rows, length, 0.0)
+    plain, _ = call(TorchBackend(bundle, precision, "cpu"), rows, length, 0.0)
+    fused, _ = call(by_kernels(TorchBackend(bundle, precision, "cpu")), rows, length, 0.0)
+    most = 2 if precision == "fp16" else 3  # the interpreter cuts bfloat16 off where a GPU rounds
+    assert 1e-5 < relative_error(fused, want) < most * relative_error(plain, want)
+
+
+# ---- the choice
+
+
+class Clock:
+    """Says that ways take 1, 2, 3 ... ms, each way after it ran; `last_first` turns that round."""
+
+    def __init__(self, last_first: bool = True) -> None:
+        self.last_first, self.timed = last_first, 0
+
+    def __call__(self, ways: Sequence[Callable[[], object]]) -> list[float | str]:
+        self.timed += len(ways)
+        times: list[float | str] = []
+        for i, way in enumerate(ways):
+            try:
+                way()
+                times.append(float(len(ways) - i if self.last_first else i + 1))
+            except Exception as error:
+                times.append(str(error))
+        return times
+
+
+def tuner(backend: TorchBackend, folder: Path, clock: Clock | None = None, sm: int = 90, **options: Any) -> Tuner:
+    cache = TuningCache("torch", options.pop("made_with", ["a GPU", "a torch"]), folder)
+    attentions = options.pop("attentions", [SLOW, FAST, TORCH])
+
+    def usable(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[list[Attention], dict[str, str]]:
+        return attentions, {"cudnn": "its version is too old"}
+
+    return Tuner(backend.network, torch.float16, sm, cache, clock=clock or Clock(), usable=usable, **options)
+
+
+@pytest.fixture(autouse=True)
+def few_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_tuning, "SIZES", ((64, 128, 64, 4, 3), (32, 64, 32, 4, 3)))
+
+
+def test_the_fastest_is_taken_named_and_kept(backend: TorchBackend, tmp_path: Path) -> None:
+    first = tuner(backend, tmp_path, attentions=[SLOW, FAST])
+    first.prepare(1, 8)
+    choice = backend.network.choices[1, 8]
+    assert choice.attention is FAST and choice.tiles is not None
+    assert {(tile.rows, tile.columns) for tile in vars(choice.tiles).values()} == {(32, 64)}
+    said = first.describe()
+    assert (said["attention"], said["blocks"]) == ("library fast", KERNELS)
+    assert "cudnn: its version is too old" in said["passed over"]
+    backend.network.choices.clear()
+    clock = Clock()
+    tuner(backend, tmp_path, clock, attentions=[SLOW, FAST]).prepare(1, 8)
+    assert backend.network.choices[1, 8] == choice and clock.timed == 0  # from the cache
+
+
+def test_torchs_products_where_they_are_faster(backend: TorchBackend, tmp_path: Path) -> None:
+    here = tuner(backend, tmp_path, Clock(last_first=False))
+    here.prepare(2, 8)
+    assert backend.network.choices[2, 8] == Choice(SLOW)
+    assert "Triton kernels: 2 ms a call of 2 x 8, torch 1" in here.describe()["passed over"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"made_with": 1}', "null", "[" * 10**5, None, "entry", "tiles"])
+def test_a_cache_that_cannot_be_used_is_measured_anew(
+    content: str | None, backend: TorchBackend, tmp_path: Path
+) -> None:
+    here = tuner(backend, tmp_path)
+    here.prepare(1, 8)
+    kept = json.loads(here.cache.path.read_text())
+    (key,) = kept["entries"]
+    if content is None:  # cut short
+        here.cache.path.write_bytes(here.cache.path.read_bytes()[:-20])
+    elif content == "entry":
+        here.cache.path.write_text(json.dumps(kept | {"entries": {key: [1]}}))
+    elif content == "tiles":
+        here.cache.path.write_text(json.dumps(kept | {"entries": {key: {"attention": "fast", "tiles": [[0] * 6] * 4}}}))
+    else:
+        here.cache.path.write_text(content)
+    backend.network.choices.clear()
+    clock = Clock()
+    tuner(backend, tmp_path, clock).prepare(1, 8)
+    assert clock.timed > 0
+    assert json.loads(here.cache.path.read_text()) == kept
+
+
+def test_other_versions_have_another_file(backend: TorchBackend, tmp_path: Path) -> None:
+    tuner(backend, tmp_path).prepare(1, 8)
+    backend.network.choices.clear()
+    clock = Clock()
+    tuner(backend, tmp_path, clock, made_with=["a GPU", "a newer torch"]).prepare(1, 8)
+    assert clock.timed > 0 and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_cache_that_cannot_be_written_is_said(
+    backend: TorchBackend, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    tuner(backend, tmp_path / "file").prepare(1, 8)
+    assert "measurements are not kept" in caplog.text and (1, 8) in backend.network.choices
+
+
+def test_a_kernel_that_gives_other_results_is_not_taken(
+    backend: TorchBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from elf_rt.backends import torch_kernels
+
+    right = torch_kernels.gate
+    monkeypatch.setattr(torch_kernels, "gate", lambda *given: -right(*given))
+    here = tuner(backend, tmp_path)
+    here.prepare(1, 8)
+    assert backend.network.choices[1, 8].tiles is None
+    assert "Triton kernels: results differ by" in here.describe()["passed over"]
+
+
+def test_kernels_that_do_not_compile_leave_torchs_products(
+    backend: TorchBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from elf_rt.backends import torch_kernels
+
+    def refuse(*given: Any) -> None:
+        raise RuntimeError("PassManager::run failed")
+
+    monkeypatch.setattr(torch_kernels, "gate", refuse)
+    here = tuner(backend, tmp_path)
+    here.prepare(1, 8)
+    assert backend.network.choices[1, 8] == Choice(TORCH)
+    assert here.passed_over[KERNELS] == "PassManager::run failed"
+    network = backend.bind(1, 8)
+    network.denoise()
+    assert np.isfinite(network.x).all()
+
+
+def test_out_of_memory_while_measuring_is_not_one_while_running(
+    backend: TorchBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*given: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(torch_tuning, "normal", refuse)
+    here = tuner(backend, tmp_path)
+    here.prepare(64, 8)
+    assert backend.network.choices[64, 8] == Choice(SLOW) and not here.cache.path.exists()
+    assert "no GPU memory to measure 64 rows of 8 tokens" in here.describe()["passed over"]
+
+
+def test_no_tune_takes_the_first(backend: TorchBackend, tmp_path: Path) -> None:
+    clock = Clock()
+    here = tuner(backend, tmp_path, clock, tune=False)
+    here.prepare(1, 8)
+    assert backend.network.choices[1, 8] == Choice(SLOW) and clock.timed == 0
+    assert "not measured (--no-tune)" in here.describe()["passed over"]
+
+
+def test_what_cannot_run_the_kernels_says_so(
+    backend: TorchBackend, bundles: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "compute capability 8.0 or newer" in tuner(backend, tmp_path, sm=75).passed_over[KERNELS]
+    assert "in float32" in str(make_fused(TorchBackend(bundles("cond"), "fp32", "cpu").network, 90))
+    for module in ("elf_rt.backends.torch_fused", "elf_rt.backends.torch_kernels"):
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert "Triton does not work here" in tuner(backend, tmp_path).passed_over[KERNELS]
