@@ -111,19 +111,24 @@ def test_pins_stand_after_the_source_and_come_back_verbatim() -> None:
     rng = np.random.default_rng(0)
     table = rng.normal(size=(20, 3)).astype(np.float32)
     pinned = Pinned.from_tokens({1: 5, 3: 6}, None, 20, 8)
-    source, mask = np.zeros((2, 8, 3), np.float32), np.zeros((2, 8), bool)
-    mask[1, :4] = True
-    source[1, :4] = 9.0
     seen: list[np.ndarray] = []
 
     def encode(ids: np.ndarray, visible: np.ndarray) -> np.ndarray:
         seen.append(visible)
         return table[ids]
 
-    held, where = pinned.hold(encode, source, mask, np.array([0, 4]))
+    latents = pinned.latents(encode)
     assert seen[0].tolist() == [[0, 1, 0, 1]]  # a network encoder must not attend to the blanks
-    assert np.flatnonzero(where[0]).tolist() == [1, 3] and np.flatnonzero(where[1]).tolist() == [0, 1, 2, 3, 5, 7]
-    assert np.array_equal(held[0, [1, 3]], table[[5, 6]]) and np.array_equal(held[1, [5, 7]], table[[5, 6]])
-    assert np.array_equal(held[1, :4], source[1, :4]) and not mask[0].any()  # the arguments stay as they were
-    ids = pinned.restore(np.zeros((2, 8), np.int64), np.array([0, 4]))
-    assert ids.tolist() == [[0, 5, 0, 6, 0, 0, 0, 0], [0, 0, 0, 0, 0, 5, 0, 6]]
+    alone, nowhere = np.zeros((8, 3), np.float32), np.zeros(8, bool)
+    pinned.hold(latents, alone, nowhere, 0)
+    assert np.flatnonzero(nowhere).tolist() == [1, 3] and np.array_equal(alone[[1, 3]], table[[5, 6]])
+    assert not alone[~nowhere].any()  # nothing of the blanks
+    source, mask = np.zeros((8, 3), np.float32), np.arange(8) < 4
+    source[mask] = 9.0
+    pinned.hold(latents, source, mask, 4)
+    assert np.flatnonzero(mask).tolist() == [0, 1, 2, 3, 5, 7]
+    assert np.array_equal(source[[5, 7]], table[[5, 6]]) and np.all(source[:4] == 9.0)
+    raw = np.zeros(8, np.int64)
+    assert pinned.restore(raw, 0).tolist() == [0, 5, 0, 6, 0, 0, 0, 0]
+    assert pinned.restore(raw, 4).tolist() == [0, 0, 0, 0, 0, 5, 0, 6]
+    assert not raw.any()  # the argument stays as it was

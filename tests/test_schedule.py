@@ -38,13 +38,13 @@ def by_table(table, z0, eps, net, source=None, mask=None):
     hold = (lambda x: x) if mask is None else (lambda x: np.where(mask[:, None], source, x))
     z, x_last, x = z0, np.zeros_like(z0), np.zeros_like(z0)
     for j in range(1, len(table.t)):
-        a, b, c, d, keep = table.coef[j, 0]
-        x_hat = hold(x * table.weights[j, :, 0].sum())
+        a, b, c, d, keep = table.coef[j]
+        x_hat = hold(x * table.weights[j].sum())
         noise = eps[j - 1] if d else 0.0
         z = hold(a * z + b * x_hat + c * x_last + d * noise)
         x_last = x_hat
         if j < len(table.t) - 1:
-            x = net(z, keep * x_hat, table.t[j, 0])
+            x = net(z, keep * x_hat, table.t[j])
     return z
 
 
@@ -63,7 +63,7 @@ def test_table_is_the_official_sampler(sampler, gamma, steps, held):
     grid = schedule.make_grid(params, CONFIG, np.array([5], np.uint64))
     z0, eps = rng.normal(size=(6, 4)), rng.normal(size=(steps, 6, 4))
     source, mask = (rng.normal(size=(6, 4)), np.arange(6) < 2) if held else (None, None)
-    table = schedule.make_table(params, CONFIG, grid, conditional=held)
+    table = schedule.make_table(params, CONFIG, grid[0], conditional=held)
     want = official(params, grid[0], z0, eps, net, source, mask)
     np.testing.assert_allclose(by_table(table, z0, eps, net, source, mask), want, rtol=1e-12, atol=1e-12)
     noisy = {"sde": steps - 1, "refine": steps if gamma and steps > 1 else 0}
@@ -83,7 +83,7 @@ def test_guidance_rows_combine_like_the_formulas(w, s):
     want = self_conditioned(False) + w * (self_conditioned(True) - self_conditioned(False))
     params = SamplingParams(guidance_scale=w, sc_cfg=s)
     rows = schedule.guidance_rows(params, config, conditional=True)
-    weights = schedule.guidance_weights(rows, params, config, np.array([[0.3]]), conditional=True)[0, :, 0]
+    weights = schedule.guidance_weights(rows, params, config, np.array([0.3]), conditional=True)[0]
     assert sum(value[row] * weight for row, weight in zip(rows, weights, strict=True)) == pytest.approx(want)
     assert rows[0].sees_source  # the decoding call makes only this row
     assert len(rows) <= (1 if w == 1 else 2) * (1 if s in (0, 1) else 2) + (w == 0)
@@ -100,10 +100,10 @@ def test_in_and_outside_the_guidance_interval_the_formulas_hold(w, s):
     config = dataclasses.replace(CONFIG, num_self_cond_cfg_tokens=0)
     params = SamplingParams(guidance_scale=w, sc_cfg=s, guidance_from=0.4, guidance_until=0.6)
     rows = schedule.guidance_rows(params, config, conditional=True)
-    weights = schedule.guidance_weights(rows, params, config, np.array([[0.3], [0.5], [0.7]]), conditional=True)
+    weights = schedule.guidance_weights(rows, params, config, np.array([0.3, 0.5, 0.7]), conditional=True)
     np.testing.assert_allclose(weights.sum(1), 1.0)
     sees_source = np.array([row.sees_source for row in rows])
-    np.testing.assert_allclose(weights[:, sees_source, 0].sum(1), [1.0, w, 1.0])  # the guidance scale of each step
+    np.testing.assert_allclose(weights[:, sees_source].sum(1), [1.0, w, 1.0])  # the guidance scale of each step
     assert rows[0].sees_source
 
 
