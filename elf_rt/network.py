@@ -14,6 +14,7 @@ from elf_rt.errors import BackendError
 from elf_rt.params import ModelConfig
 
 Graph = Literal["denoiser", "discretizer"]
+GRAPHS: tuple[Graph, ...] = ("denoiser", "discretizer")
 
 
 class Library(Protocol):
@@ -22,8 +23,12 @@ class Library(Protocol):
     name: str
     precision: str
 
-    def max_rows(self, length: int) -> int | None:
-        """The most rows of one call at this length; 0 where it takes none, None where it does not care."""
+    def max_rows(self, length: int, needed: int = 1) -> int | None:
+        """The most rows of one call at this length, or None where it does not care.
+
+        Raises:
+            BackendError: it takes fewer than are needed; says what would mend that.
+        """
         ...
 
     def describe(self) -> Mapping[str, str]:

@@ -55,7 +55,7 @@ class TorchBackend:
     def bind(self, graph: Graph, rows: int, length: int) -> "TorchGraph":
         return TorchGraph(self, graph, tensor_shapes(graph, self.config, rows, length))
 
-    def max_rows(self, length: int) -> int | None:
+    def max_rows(self, length: int, needed: int = 1) -> None:
         return None
 
     def describe(self) -> Mapping[str, str]:

@@ -4,7 +4,7 @@
 (a Python int is 64 bits, np.int32 is 32), and a count or size that differs from the kernel's is an error.
 
     emulator = cuda_emulator.load()                     # skips the test where there is no g++
-    emulator.launch("elf_step_float32", grid, block, *arguments)
+    emulator.launch("elf_step", grid, block, *arguments)
 """
 
 import ctypes
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from elf_rt.device.kernels import NAMES
+from elf_rt.device.kernels import NAME
 
 MAX_PARAMETERS = 64
 
@@ -52,8 +52,7 @@ def load() -> Emulator:
     """Compile the kernels once per process; skips the calling test without a C++ compiler."""
     with tempfile.TemporaryDirectory() as folder:
         unit, library = Path(folder, "unit.cpp"), Path(folder, "emulator.so")
-        names = "\n".join(f"EMULATE({name})" for name in NAMES)
-        unit.write_text(f'#include "cuda_host_shim.h"\n#include "integrator.cu"\n{names}\n', encoding="utf-8")
+        unit.write_text(f'#include "cuda_host_shim.h"\n#include "integrator.cu"\nEMULATE({NAME})\n', encoding="utf-8")
         includes = ["-I", str(Path(__file__).parent), "-I", str(resources.files("elf_rt._csrc"))]
         flags = [
             "-O2",

@@ -18,7 +18,6 @@ from typing import Any
 import cuda_emulator
 import fake_cuda
 import numpy as np
-import onnxruntime
 import pytest
 from cuda.bindings import runtime
 from cuda.bindings.runtime import cudaError_t
@@ -27,6 +26,8 @@ from elf_rt.backends.ort import OrtBackend
 from elf_rt.bundle import Bundle
 from elf_rt.device import kernels
 from elf_rt.device.cudart import DeviceMemory
+from elf_rt.errors import BackendError
+from elf_rt.network import Capture, Enqueued, Graph, Launchable, tensor_shapes
 
 ADDRESS_BYTES = 8
 OK = cudaError_t.cudaSuccess
@@ -45,6 +46,7 @@ class FakeGpu(fake_cuda.FakeCuda):
         self.current: set[int] = set()  # threads with a current device
         self.graphs: dict[int, list[Callable[[], None]]] = {}
         self._event_ms: dict[int, float] = {}
+        self._pending: dict[int, int] = {}  # times that each event is still to be recorded
         self._recording: dict[int, list[Callable[[], None]]] = {}
         self._recorder = 0  # the thread that captures
         self._broken = False
@@ -127,15 +129,37 @@ class FakeGpu(fake_cuda.FakeCuda):
 
     def cudaEventCreate(self) -> tuple[int, Any]:
         number = 1 + max(self._event_ms, default=0)
-        self._event_ms[number] = math.nan
+        self._event_ms[number], self._pending[number] = math.nan, 0
         return OK, runtime.cudaEvent_t(number)
 
     def cudaEventRecord(self, event: Any, stream: int) -> tuple[int]:
-        self.enqueue(stream, lambda: self._event_ms.__setitem__(int(event), 1e3 * time.perf_counter()))
+        number = int(event)
+
+        def record() -> None:
+            self._pending[number] -= 1
+            self._event_ms[number] = 1e3 * time.perf_counter()
+
+        self._pending[number] += 1
+        self.enqueue(stream, record)
         return (OK,)
 
     def cudaEventElapsedTime(self, start: Any, end: Any) -> tuple[int, float]:
         return OK, self._event_ms[int(end)] - self._event_ms[int(start)]
+
+    def cudaEventSynchronize(self, event: Any) -> tuple[int]:
+        """Runs the streams until the event was recorded; one that never was is no reason to wait."""
+        if error := self.forbidden():
+            return (error,)
+        self.events.append("wait")
+        for stream in list(self._streams.values()):
+            while self._pending[int(event)] and stream:
+                stream.pop(0)()
+        return (OK,)
+
+    def cudaMemsetAsync(self, pointer: int, value: int, count: int, stream: int) -> tuple[int]:
+        self._check(pointer, count, "device")
+        self.enqueue(stream, lambda: ctypes.memset(pointer, value, count))
+        return (OK,)
 
     def cudaEventDestroy(self, event: Any) -> tuple[int]:
         del self._event_ms[int(event)]
@@ -203,35 +227,53 @@ def install_gpu(monkeypatch: pytest.MonkeyPatch, **options: Any) -> FakeGpu:
 
 
 class FakeBackend(OrtBackend):
-    """A CUDA backend whose networks are ONNX Runtime sessions that read and write the fake GPU's memory."""
+    """A CUDA backend whose graphs are ONNX Runtime sessions that read and write the fake GPU's memory.
+
+    Args:
+        most: rows of a call that "plans" take, by length; None: any.
+    """
 
     name = "fake"
     device = "cuda"
 
-    def __init__(self, bundle: Bundle, gpu: FakeGpu) -> None:
+    def __init__(self, bundle: Bundle, gpu: FakeGpu, most: dict[int, int] | None = None) -> None:
         super().__init__(bundle, "fp32", 2)
-        self.gpu = gpu
-        self.networks: list[FakeNetwork] = []
+        self.gpu, self.most = gpu, most
+        self.bound: list[FakeGraph] = []
 
-    def device_network(self, rows: int, length: int, stream: int) -> "FakeNetwork":
-        self.networks.append(FakeNetwork(self, rows, length, stream))
-        return self.networks[-1]
+    def bind(self, graph: Graph, rows: int, length: int, stream: int) -> "FakeGraph":
+        self.max_rows(length, rows)
+        self.bound.append(FakeGraph(self, graph, rows, length, stream))
+        return self.bound[-1]
+
+    def max_rows(self, length: int, needed: int = 1) -> int | None:
+        if self.most is None:
+            return None
+        if self.most.get(length, 0) < needed:
+            raise BackendError(f"no plan takes {needed} rows of {length}")
+        return self.most[length]
+
+    def capture(self, plain: Capture, stream: int, body: Callable[[], None]) -> Launchable:
+        return plain(stream, body)
 
 
-class FakeNetwork:
-    def __init__(self, backend: FakeBackend, rows: int, length: int, stream: int) -> None:
-        config = backend.config
-        self.rows, self.length, self.closed = rows, length, False
-        self._backend, self._stream = backend, stream
-        self._ran = threading.local()
-        self._inputs = [i.name for i in backend.denoiser.get_inputs()]
-        latents = (rows, length, config.latent_dim)
-        shapes = {name: latents if name in ("z", "x_prev") else (rows,) for name in self._inputs}
-        shapes |= {"x": latents, "hidden": (rows, length, config.hidden_size), "ids": (rows, length)}
+class UncapturedBackend(FakeBackend):
+    """As ONNX Runtime on a GPU."""
+
+    def capture(self, plain: Capture, stream: int, body: Callable[[], None]) -> Launchable:
+        return Enqueued(body)
+
+
+class FakeGraph:
+    def __init__(self, backend: FakeBackend, graph: Graph, rows: int, length: int, stream: int) -> None:
+        self.graph, self.rows, self.length, self.closed, self.ran = graph, rows, length, False, False
+        self._gpu, self._session, self._stream = backend.gpu, backend.sessions[graph], stream
+        self._inputs = [value.name for value in self._session.get_inputs()]
+        self._outputs = [value.name for value in self._session.get_outputs()]
         self._memory: dict[str, DeviceMemory] = {}
         self._arrays: dict[str, np.ndarray] = {}
         try:
-            for name, shape in shapes.items():
+            for name, shape in tensor_shapes(graph, backend.config, rows, length).items():
                 dtype = np.dtype(np.int64 if name == "ids" else np.float32)
                 memory = self._memory[name] = DeviceMemory(math.prod(shape) * dtype.itemsize)
                 raw = (ctypes.c_byte * memory.num_bytes).from_address(memory.pointer)
@@ -241,31 +283,21 @@ class FakeNetwork:
             raise
         self.buffers = {name: memory.pointer for name, memory in self._memory.items()}
 
-    def enqueue_denoise(self, stream: int) -> None:
-        self._enqueue(stream, self._backend.denoiser, self._inputs, ["x", "hidden"])
+    def enqueue(self) -> None:
+        assert not self.closed
+        assert self.ran or not self._gpu.is_capturing(self._stream), "an engine sets itself up in its first run"
+        self.ran = True
+        self._gpu.launches["network"] += not self._gpu.is_capturing(self._stream)
 
-    def enqueue_discretize(self, stream: int) -> None:
-        self._enqueue(stream, self._backend.discretizer, ["hidden"], ["ids"])
+        def run() -> None:
+            assert not self.closed
+            results = self._session.run(self._outputs, {name: self._arrays[name] for name in self._inputs})
+            for name, result in zip(self._outputs, results, strict=True):
+                self._arrays[name][...] = result
+
+        self._gpu.enqueue(self._stream, run)
 
     def close(self) -> None:
         self.closed = True
         for memory in self._memory.values():
             memory.close()
-
-    def _enqueue(
-        self, stream: int, session: onnxruntime.InferenceSession, inputs: list[str], outputs: list[str]
-    ) -> None:
-        gpu = self._backend.gpu
-        assert stream == self._stream, "enqueued on another stream than the network was made for"
-        assert not self.closed
-        if not hasattr(self._ran, "here") and not gpu.forbidden():  # a thread's first run sets engines up
-            self._ran.here = True
-        gpu.launches["network"] += not gpu.is_capturing(stream)
-
-        def run() -> None:
-            assert not self.closed
-            results = session.run(outputs, {name: self._arrays[name] for name in inputs})
-            for name, result in zip(outputs, results, strict=True):
-                self._arrays[name][...] = result
-
-        gpu.enqueue(stream, run)

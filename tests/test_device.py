@@ -1,31 +1,46 @@
-"""The device sampler end to end on a fake GPU that runs the real kernels, against the host's and the golden runs."""
+"""The device engine end to end on a fake GPU that runs the real kernel, against the host engine and the golden runs."""
 
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from device_jobs import assert_same, golden_bundles, make_job, outcome_of
+from cuda.bindings.runtime import cudaError_t
+from engine_runs import Runs, assert_same, events_of, golden_bundles, programs_of, written
 from fake_gpu import FakeBackend, FakeGpu, install_gpu
 from golden_cases import CASES
 
 from elf_rt.backends import ort_cuda
 from elf_rt.backends.ort import OrtBackend
 from elf_rt.backends.ort_cuda import OrtCudaBackend
-from elf_rt.device import sampler as device_sampler
-from elf_rt.device import workspace
-from elf_rt.device.sampler import DeviceSampler
-from elf_rt.errors import BackendError
+from elf_rt.bundle import Bundle
+from elf_rt.device.engine import DEPTH, DeviceEngine
+from elf_rt.errors import BackendError, GpuMemoryError
 from elf_rt.measure.verify import verify
 from elf_rt.model import Model
 from elf_rt.params import ModelConfig
-from elf_rt.sampling.engine import HostSampler, StepDone
+from elf_rt.sampling.engine import HostEngine
+from elf_rt.sampling.program import Program
 
 pytestmark = pytest.mark.filterwarnings("error")  # a refused capture warns
 gpu = pytest.fixture(install_gpu)
 bundles = pytest.fixture(golden_bundles, scope="module")
+NO_MEMORY = cudaError_t.cudaErrorMemoryAllocation
+
+
+def on_device(bundle: Bundle, gpu: FakeGpu, max_rows: int | None = None, **options: Any) -> Runs:
+    backend = FakeBackend(bundle, gpu, **options)
+    return Runs(lambda: DeviceEngine(backend, bundle.config, max_rows), bundle.config.max_length)
+
+
+def on_host(bundle: Bundle) -> Runs:
+    backend = OrtBackend(bundle, "fp32", 2)
+    return Runs(lambda: HostEngine(backend, bundle.config.latent_dim), bundle.config.max_length)
+
+
+def assert_nothing_left(gpu: FakeGpu) -> None:
+    assert gpu.allocated() == gpu.allocated("host") == gpu.num_streams == len(gpu.graphs) == len(gpu._event_ms) == 0
 
 
 # ---- results
@@ -34,165 +49,241 @@ bundles = pytest.fixture(golden_bundles, scope="module")
 @pytest.mark.parametrize("case", CASES)
 def test_golden_runs_give_the_recorded_ids(case: str, bundles: Any, gpu: FakeGpu) -> None:
     bundle = bundles(case)
-    with Model(bundle, FakeBackend(bundle, gpu), "test") as model:
-        assert isinstance(model._sampler, DeviceSampler)
-        replay = Path(__file__).parent / "data" / "golden" / case / "golden.npz"
-        report = verify(model, replay)
+    with Model(bundle, lambda: (FakeBackend(bundle, gpu), "test")) as model:
+        report = verify(model, Path(__file__).parent / "data" / "golden" / case / "golden.npz")
         assert len(report.checks) > 2
         assert report.passed, report
+        assert model.stats().captures
+    assert_nothing_left(gpu)
 
 
-GUIDANCE = {  # case, sampling parameters, guidance rows
+GUIDANCE: dict[str, tuple[str, dict[str, Any], int]] = {  # case, sampling parameters, guidance rows
     "one row": ("uncond", {"sampler": "sde", "gamma": 1.5}, 1),
     "ode": ("uncond", {"sampler": "ode", "steps": 3}, 1),
     "one step": ("uncond", {"steps": 1}, 1),
     "no inputs but z and t": ("no_self_cond", {}, 1),
     "source": ("cond", {"guidance_scale": 2.0}, 2),
+    "guidance interval": ("cond", {"guidance_scale": 2.0, "guidance_from": 0.2, "guidance_until": 0.6}, 2),
     "self-conditioning": ("no_sc_tokens", {"sc_cfg": 2.0}, 2),
     "second order": ("cond", {"sampler": "ab2", "schedule": "quantile", "x_prev_scale": 1.3}, 1),
 }
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("drafts_every", [0, 2, 4])
+@pytest.mark.parametrize("drafts_every", [0, 1, 4])
 @pytest.mark.parametrize("name", GUIDANCE)
-def test_same_as_the_host_sampler(name: str, drafts_every: int, batch: int, bundles: Any, gpu: FakeGpu) -> None:
+def test_same_as_the_host_engine(name: str, drafts_every: int, batch: int, bundles: Any, gpu: FakeGpu) -> None:
     case, params, rows = GUIDANCE[name]
     bundle = bundles(case)
-    job = make_job(bundle.config, [7, 2**63 + 5, 0][:batch], drafts_every=drafts_every, **params)
-    assert len(job.table.rows) == rows
-    host = list(HostSampler(OrtBackend(bundle, "fp32", 2), bundle.config.latent_dim).run(job))
-    device = list(DeviceSampler(FakeBackend(bundle, gpu), bundle.config).run(job))
-    assert [type(event) for event in device] == [type(event) for event in host]
-    for ours, theirs in zip(device, host, strict=True):
-        if isinstance(ours, StepDone):
-            assert (ours.step, ours.t) == (theirs.step, theirs.t)
-            np.testing.assert_array_equal(ours.draft, theirs.draft)
-        else:
+    programs = programs_of(bundle.config, [7, 2**63 + 5, 0][:batch], drafts_every=drafts_every, **params)
+    assert len(programs[0].table.rows) == rows
+    with on_host(bundle) as host, on_device(bundle, gpu) as device:
+        for ours, theirs in zip(device.run(programs), host.run(programs), strict=True):
             assert_same(ours, theirs)
 
 
-def test_four_guidance_rows(bundles: Any, gpu: FakeGpu) -> None:
+def test_four_guidance_rows_and_a_draft(bundles: Any, gpu: FakeGpu) -> None:
     """Both kinds of guidance at once: a model with sources whose self-conditioning has no tokens."""
     bundle = bundles("no_sc_tokens")
     config = ModelConfig(**bundle.config.to_json() | {"max_input_length": 5})
-    job = make_job(config, [1, 2], sc_cfg=2.0, guidance_scale=1.5)
-    assert len(job.table.rows) == 4
-    host = outcome_of(HostSampler(OrtBackend(bundle, "fp32", 2), config.latent_dim).run(job))
-    assert_same(outcome_of(DeviceSampler(FakeBackend(bundle, gpu), config).run(job)), host)
+    programs = programs_of(config, [1, 2], sc_cfg=2.0, guidance_scale=1.5, drafts_every=2)
+    assert programs[0].max_rows == 5
+    with on_host(bundle) as host, on_device(bundle, gpu) as device:
+        for ours, theirs in zip(device.run(programs), host.run(programs), strict=True):
+            assert_same(ours, theirs)
 
 
-def test_guidance_interval(bundles: Any, gpu: FakeGpu) -> None:
-    """Steps without guidance: the host leaves the second row out of the call, the GPU gives it no weight."""
+def test_given_noise_start_and_estimate(bundles: Any, gpu: FakeGpu) -> None:
+    """Each alone, and together: golden runs give only the start, or start and noise."""
+    bundle, rng = bundles("uncond"), np.random.default_rng(0)
+    plain = programs_of(bundle.config, [1], gamma=0.8)[0]
+    shape = (plain.length, bundle.config.latent_dim)
+    arrays = {"eps": rng.standard_normal((6, *shape)), "z0": rng.standard_normal(shape), "x_prev": np.ones(shape)}
+    given = {name: array.astype(np.float32) for name, array in arrays.items()}
+    changed = [Program(**vars(plain) | change) for change in (*({n: a} for n, a in given.items()), given)]
+    with on_host(bundle) as host, on_device(bundle, gpu) as device:
+        first = written(device.run([plain])[0])
+        for ours, theirs in zip(device.run(changed), host.run(changed), strict=True):
+            assert_same(ours, theirs)
+            assert not np.array_equal(written(ours).latents, first.latents)
+        np.testing.assert_array_equal(written(device.run([plain])[0]).latents, first.latents)
+    assert_nothing_left(gpu)
+
+
+# ---- rows
+
+
+def test_texts_beyond_a_call_take_turns(bundles: Any, gpu: FakeGpu) -> None:
+    """Five texts of two rows on calls of four: each waits in some calls, after which its inputs are written alone."""
     bundle = bundles("cond")
-    job = make_job(bundle.config, [1, 2], guidance_scale=2.0, guidance_from=0.2, guidance_until=0.6, schedule="uniform")
-    assert {job.table.calls(j) for j in range(1, job.table.num_steps + 1)} == {1, 2}
-    host = outcome_of(HostSampler(OrtBackend(bundle, "fp32", 2), bundle.config.latent_dim).run(job))
-    device = outcome_of(DeviceSampler(FakeBackend(bundle, gpu), bundle.config).run(job))
-    np.testing.assert_array_equal(device.ids, host.ids)
-    np.testing.assert_allclose(device.latents, host.latents, atol=1e-5)  # other batches, other products in the engine
+    programs = programs_of(bundle.config, [1, 2, 3, 4, 5], guidance_scale=2.0, drafts_every=3)
+    with on_host(bundle) as host:
+        expected = host.run(programs)
+    with on_device(bundle, gpu, max_rows=4) as device:
+        queues = [queue for program in programs for queue in device.submit([program])]  # five callers
+        for queue, theirs in zip(queues, expected, strict=True):
+            assert_same(events_of(queue), theirs)
+        assert device.driver.stats().max_rows <= 4
 
 
-def test_a_text_does_not_depend_on_its_batch(bundles: Any, gpu: FakeGpu) -> None:
+def test_requests_never_capture_anew(bundles: Any, gpu: FakeGpu) -> None:
+    """300 texts of all kinds: no more graphs than buckets of each length, and the ids of each are its own."""
+    bundle, rng = bundles("cond"), np.random.default_rng(1)
+    programs: list[Program] = []
+    for seed in range(300):
+        steps, every = int(rng.integers(1, 6)), int(rng.integers(0, 3))
+        params = {"guidance_scale": float(rng.choice([1.0, 2.0])), "sampler": str(rng.choice(["ode", "sde", "ab2"]))}
+        length = int(rng.choice([bundle.config.max_length, bundle.config.max_length - 2]))
+        programs += programs_of(bundle.config, [seed], steps=steps, drafts_every=every, length=length, **params)
+    with on_device(bundle, gpu, max_rows=8) as device:
+        events = device.run(programs)
+        assert device.driver.stats().captures <= 2 * 4  # buckets of 1, 2, 4, 8 rows, two lengths
+        assert device.driver.stats().finished == 300
+        for index in rng.choice(300, 10, replace=False):
+            alone = written(device.run([programs[index]])[0])
+            np.testing.assert_array_equal(written(events[index]).ids, alone.ids)
+
+
+def test_a_lone_caller_is_never_waited_for(bundles: Any, gpu: FakeGpu) -> None:
+    """One graph launch a step, one kernel for the start; each wait is for the oldest of DEPTH calls under way."""
     bundle = bundles("uncond")
-    sampler = DeviceSampler(FakeBackend(bundle, gpu), bundle.config)
-    together = outcome_of(sampler.run(make_job(bundle.config, [4, 5, 6])))
-    alone = outcome_of(sampler.run(make_job(bundle.config, [5])))
-    np.testing.assert_array_equal(together.ids[1], alone.ids[0])
+    with on_device(bundle, gpu) as device:
+        device.run(programs_of(bundle.config, [1]))  # captures
+        gpu.launches = dict.fromkeys(gpu.launches, 0)
+        gpu.events.clear()
+        (program,) = programs_of(bundle.config, [2], steps=20)
+        device.run([Program(**vars(program) | {"latents": False})])
+        assert gpu.launches == {"graph": 21, "kernel": 1, "network": 1}  # the network: the token head
+        assert "sync" not in gpu.events
+        waits = [index for index, event in enumerate(gpu.events) if event == "wait"]
+        before = gpu.events[: waits[1]]  # the first is for the slot that is used again
+        assert before.count("upload") == 1 + DEPTH  # the start, and the calls
 
 
-# ---- graphs
-
-
-def test_one_launch_from_noise_to_ids(bundles: Any, gpu: FakeGpu) -> None:
+def test_padded_rows_change_nothing(bundles: Any, gpu: FakeGpu) -> None:
+    """Three rows in a bucket of four, whose last row a larger call left full of other things."""
     bundle = bundles("uncond")
-    sampler = DeviceSampler(FakeBackend(bundle, gpu), bundle.config)
-    list(sampler.run(make_job(bundle.config, [1])))
-    gpu.launches = dict.fromkeys(gpu.launches, 0)
-    gpu.events.clear()
-    outcome = outcome_of(sampler.run(replace(make_job(bundle.config, [2]), latents=False)))
-    assert gpu.launches == {"graph": 1, "kernel": 0, "network": 0}
-    assert gpu.events == ["upload", "download", "sync"]  # tables; ids; nothing in between
-    assert not outcome.latents.size
+    with on_device(bundle, gpu, max_rows=4) as device:
+        device.run(programs_of(bundle.config, [4, 5, 6, 7] * 8))  # settles on what pays, through the bucket of four
+        three = device.run(programs_of(bundle.config, [1, 2, 3]))
+    with on_host(bundle) as host:
+        for ours, theirs in zip(three, host.run(programs_of(bundle.config, [1, 2, 3])), strict=True):
+            np.testing.assert_array_equal(written(ours).ids, written(theirs).ids)
 
 
-def test_only_the_shape_captures_anew(bundles: Any, gpu: FakeGpu) -> None:
-    bundle = bundles("cond")
-    sampler = DeviceSampler(FakeBackend(bundle, gpu), bundle.config)
-    host = HostSampler(OrtBackend(bundle, "fp32", 2), bundle.config.latent_dim)
-    list(sampler.run(make_job(bundle.config, [1], guidance_scale=2.0)))
-    captured = len(gpu.graphs)
-    for change in (
-        {"guidance_scale": 3.0},
-        {"guidance_scale": 2.0, "sampler": "ode"},
-        {"guidance_scale": 2.0, "gamma": 0.5, "sc_cfg": 1.0},
-        {"guidance_scale": 2.0, "schedule": "uniform", "source_seed": 3},
-    ):
-        job = make_job(bundle.config, [9], **change)
-        assert_same(outcome_of(sampler.run(job)), outcome_of(host.run(job)))
-    assert len(gpu.graphs) == captured
-    list(sampler.run(make_job(bundle.config, [1], guidance_scale=2.0, steps=7)))
-    assert len(gpu.graphs) == captured + 1
+# ---- failures
 
 
-def test_chunks_serve_every_number_of_steps(bundles: Any, gpu: FakeGpu) -> None:
-    bundle = bundles("uncond")
-    sampler = DeviceSampler(FakeBackend(bundle, gpu), bundle.config)
-    list(sampler.run(make_job(bundle.config, [1], steps=10, drafts_every=4)))
-    captured = len(gpu.graphs)
-    for steps in (6, 14, 18, 62):
-        list(sampler.run(make_job(bundle.config, [1], steps=steps, drafts_every=4)))
-    assert len(gpu.graphs) == captured
+def test_a_capture_that_failed_is_tried_again(bundles: Any, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle, instantiate, failures = bundles("uncond"), gpu.cudaGraphInstantiate, [cudaError_t.cudaErrorUnknown]
 
+    def flaky(graph: Any, flags: int) -> tuple[Any, Any]:
+        return (failures.pop(), None) if failures else instantiate(graph, flags)
 
-def test_graphs_and_workspaces_are_bounded(bundles: Any, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_sampler, "MAX_IDLE_WORKSPACES", 2)
-    monkeypatch.setattr(workspace, "MAX_GRAPHS", 2)
-    bundle = bundles("uncond")
-    backend = FakeBackend(bundle, gpu)
-    sampler = DeviceSampler(backend, bundle.config)
-    host = HostSampler(OrtBackend(bundle, "fp32", 2), bundle.config.latent_dim)
-    for seeds, steps in (([1], 2), ([1], 3), ([1], 4), ([1, 2], 2), ([1, 2, 3], 2), ([1, 2, 3, 4], 2), ([1], 2)):
-        job = make_job(bundle.config, seeds, steps=steps)
-        assert_same(outcome_of(sampler.run(job)), outcome_of(host.run(job)))
-    assert sum(not network.closed for network in backend.networks) == 2
-    assert len(gpu.graphs) <= 4
-    sampler.close()
-    assert gpu.allocated() == gpu.allocated("host") == gpu.num_streams == len(gpu.graphs) == 0
+    monkeypatch.setattr(gpu, "cudaGraphInstantiate", flaky)
+    with on_device(bundle, gpu) as device:
+        written(device.run(programs_of(bundle.config, [1]))[0])
+        assert device.driver.stats().captures == 1 and not failures
+        assert gpu.launches["graph"] == 7
 
 
 def test_a_refused_capture_warns_once_and_changes_nothing(bundles: Any, gpu: FakeGpu) -> None:
     gpu.refuses_capture = True
     bundle = bundles("uncond")
-    sampler = DeviceSampler(FakeBackend(bundle, gpu), bundle.config)
-    host = HostSampler(OrtBackend(bundle, "fp32", 2), bundle.config.latent_dim)
-    job = make_job(bundle.config, [1, 2], drafts_every=2)
-    with pytest.warns(UserWarning, match="cannot be captured in a CUDA graph.*slower") as caught:
-        outcome = outcome_of(sampler.run(job))
-    assert len(caught) == 1
-    assert_same(outcome, outcome_of(host.run(job)))
-    assert gpu.launches["graph"] == 0
-    assert_same(
-        outcome_of(sampler.run(make_job(bundle.config, [3]))), outcome_of(host.run(make_job(bundle.config, [3])))
-    )
+    programs = programs_of(bundle.config, [1, 2], drafts_every=2)
+    with on_host(bundle) as host, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with on_device(bundle, gpu) as device:
+            for ours, theirs in zip(device.run(programs), host.run(programs), strict=True):
+                assert_same(ours, theirs)
+            assert device.driver.stats().captures == gpu.launches["graph"] == 0
+    assert ["cannot be captured in a CUDA graph" in str(each.message) for each in caught] == [True]
 
 
-def test_given_noise_and_start(bundles: Any, gpu: FakeGpu) -> None:
-    """Noise without a start, a start without noise: golden runs give both or only the start."""
+def test_out_of_memory_shrinks_the_largest_bucket_once(bundles: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU has room for small buckets alone: nobody fails, and one warning says so."""
     bundle = bundles("uncond")
-    config, rng = bundle.config, np.random.default_rng(0)
-    shape = (2, config.max_length, config.latent_dim)
-    job = make_job(config, [1, 2], gamma=0.8)
-    z0, eps = rng.standard_normal(shape), rng.standard_normal((job.table.num_steps, *shape))
-    host = HostSampler(OrtBackend(bundle, "fp32", 2), config.latent_dim)
-    sampler = DeviceSampler(FakeBackend(bundle, gpu), config)
-    plain = outcome_of(sampler.run(job))
-    for given in ({"eps": eps}, {"z0": z0}, {"eps": eps, "z0": z0}):
-        changed = replace(job, **{name: array.astype(np.float32) for name, array in given.items()})
-        outcome = outcome_of(sampler.run(changed))
-        assert_same(outcome, outcome_of(host.run(changed)))
-        assert not np.array_equal(outcome.latents, plain.latents)
-    assert_same(outcome_of(sampler.run(job)), plain)
+    probe = install_gpu(monkeypatch)
+    with on_device(bundle, probe, max_rows=2) as device:
+        expected = device.run(programs_of(bundle.config, list(range(16))))
+        room = probe.allocated()
+    gpu = install_gpu(monkeypatch, memory=room + 4096)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with on_device(bundle, gpu) as device:
+            events = device.run(programs_of(bundle.config, list(range(16))))
+            for ours, theirs in zip(events, expected, strict=True):
+                assert_same(ours, theirs)
+            assert device.driver.stats().max_rows <= 2
+    assert len(caught) == 1 and "rows from now on" in str(caught[0].message)
+    assert_nothing_left(gpu)
+
+
+def test_no_memory_at_all_is_a_gpu_memory_error(bundles: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = bundles("uncond")
+    gpu = install_gpu(monkeypatch, memory=80_000)
+    with on_device(bundle, gpu) as device, pytest.raises(GpuMemoryError, match="out of memory"):
+        written(device.run(programs_of(bundle.config, [1]))[0])
+    assert_nothing_left(gpu)
+
+
+def test_what_no_plan_takes_is_refused_alone(bundles: Any, gpu: FakeGpu) -> None:
+    """A length or a number of rows beyond the plans: the others go on, and nothing that was captured goes."""
+    bundle = bundles("cond")
+    length = bundle.config.max_length
+    with on_device(bundle, gpu, most={length: 1}) as device:
+        device.run(programs_of(bundle.config, [1]))
+        captures, graphs = device.driver.stats().captures, len(gpu.graphs)
+        (running,) = device.submit(programs_of(bundle.config, [2], steps=30))
+        for refused in (
+            programs_of(bundle.config, [3], length=length - 1),
+            programs_of(bundle.config, [3], guidance_scale=2.0),
+        ):
+            with pytest.raises(BackendError, match="no plan takes"):
+                written(device.run(refused)[0])
+        written(events_of(running))
+        assert (device.driver.stats().captures, len(gpu.graphs)) == (captures, graphs)
+
+
+def test_a_failed_launch_ends_its_texts_alone(bundles: Any, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = bundles("uncond")
+    with on_device(bundle, gpu) as device:
+        expected = device.run(programs_of(bundle.config, [1]))[0]
+        with monkeypatch.context() as patch:
+            patch.setattr(gpu, "cudaGraphLaunch", lambda graph, stream: (cudaError_t.cudaErrorUnknown,))
+            with pytest.raises(BackendError, match="cudaGraphLaunch failed"):
+                written(device.run(programs_of(bundle.config, [1]))[0])
+        assert_same(device.run(programs_of(bundle.config, [1]))[0], expected)
+        assert device.driver.stats().slots == 0
+
+
+def test_latents_that_are_not_finite_end_their_text_alone(bundles: Any, gpu: FakeGpu) -> None:
+    bundle = bundles("uncond")
+    good, bad = programs_of(bundle.config, [1, 2])
+    shape = (bad.length, bundle.config.latent_dim)
+    bad = Program(**vars(bad) | {"z0": np.full(shape, np.inf, np.float32)})
+    with on_device(bundle, gpu) as device, np.errstate(all="ignore"):
+        alone = device.run([good])[0]
+        together = device.run([good, bad])
+        assert_same(together[0], alone)
+        with pytest.raises(BackendError, match="not finite"):
+            written(together[1])
+
+
+@pytest.mark.parametrize("function", ["cudaMalloc", "cudaMallocHost", "cudaEventCreate"])
+def test_an_engine_that_cannot_be_made_leaves_nothing(
+    function: str, bundles: Any, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = getattr(gpu, function), [0]
+
+    def scarce(*arguments: Any) -> Any:
+        calls[0] += 1
+        return (NO_MEMORY, None) if calls[0] > 1 - (function == "cudaMalloc") else real(*arguments)
+
+    monkeypatch.setattr(gpu, function, scarce)
+    with pytest.raises(GpuMemoryError, match=function):
+        on_device(bundles("uncond"), gpu)
+    assert_nothing_left(gpu)
 
 
 # ---- ONNX Runtime's CUDA backend, with its CPU provider over the fake GPU's memory
@@ -207,11 +298,12 @@ def ort_cuda_backend(bundles: Any, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
 
 
 def test_onnxruntime_cuda_golden_runs(bundles: Any, ort_cuda_backend: OrtCudaBackend, gpu: FakeGpu) -> None:
-    with Model(bundles("cond"), ort_cuda_backend, "test") as model:
+    with Model(bundles("cond"), lambda: (ort_cuda_backend, "test")) as model:
         report = verify(model, Path(__file__).parent / "data" / "golden" / "cond" / "golden.npz")
+        assert model.stats().captures == 0
     assert report.passed, report
     assert gpu.launches["graph"] == 0
-    assert gpu.allocated() == gpu.allocated("host") == 0
+    assert_nothing_left(gpu)
 
 
 def test_onnxruntime_cuda_on_the_cpu_build_says_so(bundles: Any) -> None:

@@ -85,7 +85,7 @@ class OrtBackend:
             return OrtGraph(self._ort, self.sessions[graph], shapes, 1 if self.precision == "int8" else rows)
         return OrtGraph(self._ort, self.sessions[graph], shapes, DISCRETIZED_TOKENS, merged=True)
 
-    def max_rows(self, length: int) -> int | None:
+    def max_rows(self, length: int, needed: int = 1) -> None:
         return None
 
     def describe(self) -> Mapping[str, str]:

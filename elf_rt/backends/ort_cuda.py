@@ -6,20 +6,17 @@ streams of its own, so the host waits before and after each network call, and no
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from elf_rt import device
-from elf_rt.backends.cpu_encoder import CpuEncoder
 from elf_rt.bundle import Bundle
 from elf_rt.device.cudart import DeviceMemory, synchronize
-from elf_rt.device.host import HostNetwork
-from elf_rt.device.network import Enqueued, Launchable
-from elf_rt.errors import BackendError
+from elf_rt.errors import BackendError, first_line
+from elf_rt.network import GRAPHS, Capture, Enqueued, Graph, tensor_shapes
 
 NAME = "onnxruntime-cuda"
-PRECISIONS = ("fp16", "bf16", "fp32")
 PROVIDER = "CUDAExecutionProvider"
 MEMORY = "cuda"  # the name of the GPU's memory in IO bindings
 DISCRETIZED_TOKENS = 4096  # positions whose logits are in memory together: about 1 GB for 32100 ids
@@ -44,10 +41,10 @@ def open_backend(bundle: Bundle, precision: str, threads: int | None = None) -> 
 
 
 class OrtCudaBackend:
-    """Two sessions in GPU memory. Safe to share between threads; networks made by it are not."""
+    """Two sessions in GPU memory."""
 
     name = NAME
-    device = "cuda"
+    device: Literal["cuda"] = "cuda"
 
     def __init__(self, bundle: Bundle, precision: str) -> None:
         import onnxruntime
@@ -55,28 +52,27 @@ class OrtCudaBackend:
         self._ort = onnxruntime
         self.precision = precision
         self.config = bundle.config
-        self.encode = CpuEncoder(bundle)
         files = bundle.variant(precision)
         if MEMORY == "cuda":
             onnxruntime.preload_dlls()  # CUDA and cuDNN from their pip packages, where they are installed
-        self.denoiser = self._session(str(files["denoiser"]))
-        self.discretizer = self._session(str(files["discretizer"]))
+        self.sessions: dict[Graph, Any] = {graph: self._session(str(files[graph])) for graph in GRAPHS}
 
-    def device_network(self, rows: int, length: int, stream: int) -> "OrtCudaNetwork":
-        return OrtCudaNetwork(self, rows, length)
+    def bind(self, graph: Graph, rows: int, length: int, stream: int) -> "OrtCudaGraph":
+        shapes = tensor_shapes(graph, self.config, rows, length)
+        return OrtCudaGraph(self.sessions[graph], shapes, stream)
 
-    def capture(self, stream: int, body: Callable[[], None]) -> Launchable:
-        """See ``elf_rt.device.network.Capturing``: never a graph."""
+    def max_rows(self, length: int, needed: int = 1) -> None:
+        return None
+
+    def capture(self, plain: Capture, stream: int, body: Callable[[], None]) -> Enqueued:
+        """Never a CUDA graph."""
         return Enqueued(body)
-
-    def bind(self, rows: int, length: int) -> HostNetwork:
-        return HostNetwork(self, self.config.latent_dim, rows, length)
 
     def describe(self) -> Mapping[str, str]:
         return {"library": f"ONNX Runtime {self._ort.__version__} ({PROVIDER})", "precision": self.precision}
 
     def close(self) -> None:
-        del self.denoiser, self.discretizer
+        self.sessions.clear()
 
     def _session(self, path: str) -> Any:
         options = self._ort.SessionOptions()
@@ -92,41 +88,36 @@ class OrtCudaBackend:
         return session
 
 
-class OrtCudaNetwork:
-    """GPU memory bound to both sessions for R rows of length L: see ``elf_rt.device.network.DeviceNetwork``."""
+class OrtCudaGraph:
+    """GPU memory bound to a session: see ``elf_rt.network.DeviceGraph``. The head runs on pieces of the tokens."""
 
-    def __init__(self, backend: OrtCudaBackend, rows: int, length: int) -> None:
-        self.rows, self.length = rows, length
-        config = backend.config
-        latents = (rows, length, config.latent_dim)
-        inputs = [value.name for value in backend.denoiser.get_inputs()]
-        self.shapes: dict[str, tuple[int, ...]] = {n: latents if n in ("z", "x_prev") else (rows,) for n in inputs}
-        self.shapes |= {"x": latents, "hidden": (rows, length, config.hidden_size), "ids": (rows, length)}
+    def __init__(self, session: Any, shapes: Mapping[str, tuple[int, ...]], stream: int) -> None:
+        self._session, self._shapes, self._stream = session, shapes, stream
         self.buffers: dict[str, int] = {}
         self._memory: list[DeviceMemory] = []
         try:
-            for name, shape in self.shapes.items():
+            for name, shape in shapes.items():
                 self._memory.append(DeviceMemory(math.prod(shape) * _type(name).itemsize))
                 self.buffers[name] = self._memory[-1].pointer
-            self._denoise = self._bind(backend.denoiser, inputs, ["x", "hidden"])
-            self._discretize = [
-                self._bind(
-                    backend.discretizer, ["hidden"], ["ids"], start, min(DISCRETIZED_TOKENS, rows * length - start)
-                )
-                for start in range(0, rows * length, DISCRETIZED_TOKENS)
-            ]
+            tokens = math.prod(shapes["ids"]) if "ids" in shapes else 0
+            starts = range(0, tokens, DISCRETIZED_TOKENS)
+            pieces = [(start, min(DISCRETIZED_TOKENS, tokens - start)) for start in starts]
+            self._bindings = [self._bind(*piece) for piece in pieces] or [self._bind()]
         except BaseException:
             self.close()
             raise
 
-    def enqueue_denoise(self, stream: int) -> None:
+    def enqueue(self) -> None:
         """Not only enqueued: it waits for the stream, and for the result."""
-        self._run(self._denoise, stream)
-
-    def enqueue_discretize(self, stream: int) -> None:
-        """Not only enqueued: it waits for the stream, and for the result."""
-        for part in self._discretize:
-            self._run(part, stream)
+        for binding in self._bindings:
+            synchronize(self._stream)
+            try:
+                self._session.run_with_iobinding(binding)
+            except Exception as error:  # onnxruntime's own errors have no common base
+                rows, length = next(iter(self._shapes.values()))[:2]
+                raise BackendError(
+                    f"{NAME}: a call of {rows} rows of {length} tokens failed: {first_line(error)}"
+                ) from error
 
     def close(self) -> None:
         for memory in self._memory:
@@ -134,28 +125,18 @@ class OrtCudaNetwork:
         self._memory.clear()
         self.buffers.clear()
 
-    def _bind(
-        self, session: Any, inputs: list[str], outputs: list[str], token: int = 0, tokens: int | None = None
-    ) -> tuple[Any, Any]:
+    def _bind(self, token: int = 0, tokens: int | None = None) -> Any:
         """Bind whole buffers, or `tokens` positions of them from position `token` on, as one row."""
-        binding = session.io_binding()
-        for names, bind in ((inputs, binding.bind_input), (outputs, binding.bind_output)):
-            for name in names:
-                shape, item = self.shapes[name], _type(name).itemsize
+        binding = self._session.io_binding()
+        for values, bind in (
+            (self._session.get_inputs(), binding.bind_input),
+            (self._session.get_outputs(), binding.bind_output),
+        ):
+            for name in (value.name for value in values):
+                shape, item = self._shapes[name], _type(name).itemsize
                 address = self.buffers[name] + token * math.prod(shape[2:]) * item
                 bind(name, MEMORY, 0, _type(name), shape if tokens is None else (1, tokens, *shape[2:]), address)
-        return session, binding
-
-    def _run(self, bound: tuple[Any, Any], stream: int) -> None:
-        session, binding = bound
-        synchronize(stream)
-        try:
-            session.run_with_iobinding(binding)
-        except Exception as error:  # onnxruntime's own errors have no common base
-            reason = str(error).splitlines()[0]
-            raise BackendError(
-                f"{NAME}: a call of {self.rows} rows of {self.length} tokens failed: {reason}"
-            ) from error
+        return binding
 
 
 def _type(name: str) -> np.dtype:

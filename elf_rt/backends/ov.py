@@ -93,7 +93,7 @@ class OpenVinoBackend:
             return OpenVinoGraph(self._ov, self.denoiser(length), shapes)
         return OpenVinoHead(self._ov, self.discretizer, shapes)
 
-    def max_rows(self, length: int) -> int | None:
+    def max_rows(self, length: int, needed: int = 1) -> None:
         return None
 
     def describe(self) -> Mapping[str, str]:

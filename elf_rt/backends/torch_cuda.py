@@ -9,19 +9,15 @@ as long as the network, and whose addresses the kernels are given.
 import importlib.util
 import threading
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from elf_rt import device
-from elf_rt.backends.cpu_encoder import CpuEncoder
 from elf_rt.bundle import Bundle
 from elf_rt.device import setup_lock
-from elf_rt.device.network import Launchable
-from elf_rt.errors import BackendError, GpuMemoryError, first_line
+from elf_rt.errors import BackendError, GpuMemoryError, first_line, warn
+from elf_rt.network import GRAPHS, Capture, Graph, Launchable, tensor_shapes
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +26,6 @@ if TYPE_CHECKING:
 
 NAME = "torch"
 settings_lock = threading.RLock()  # around changes to settings that torch has once for the process
-PRECISIONS = ("fp16", "bf16", "fp32")
 
 
 def unavailable() -> str | None:
@@ -57,7 +52,7 @@ def open_backend(bundle: Bundle, precision: str, threads: int | None = None) -> 
 
 
 class TorchBackend:
-    """One network in torch. Safe to share between threads; what ``bind`` and ``device_network`` return is not.
+    """One network in torch, whose weights all bound graphs share.
 
     Args:
         device: "cuda", or "cpu" to check the network's arithmetic without a GPU.
@@ -75,7 +70,6 @@ class TorchBackend:
         self.device = device
         self.config = bundle.config
         self._torch = torch
-        self.encode = CpuEncoder(bundle)
         self._pool = None
         self._tuner: Tuner | None = None
         self.fused = False
@@ -104,27 +98,23 @@ class TorchBackend:
         """Let torch.compile fuse what stands between the matrix products; keep torch's own kernels where it cannot."""
         eager, self.network.pointwise = self.network.pointwise, type(self.network.pointwise).compiled()
         try:
-            network = self.bind(3, min(8, self.config.max_length))
-            network.denoise()
-            network.discretize()
-            network.close()
+            for graph in GRAPHS:
+                bound = TorchGraph(self, graph, 3, min(8, self.config.max_length))
+                bound.run()
+                bound.close()
             self.fused = True
         except Exception as error:  # dynamo, inductor, Triton and the C compiler have no common error
             self.network.pointwise = eager
-            warnings.warn(
-                f"torch.compile does not work here, so more kernels run, which is slower: {first_line(error)}",
-                stacklevel=2,
-            )
+            warn(f"torch.compile does not work here, so more kernels run, which is slower: {first_line(error)}")
 
-    def bind(self, rows: int, length: int) -> "TorchHostNetwork":
-        return TorchHostNetwork(TorchNetwork(self, rows, length))
+    def bind(self, graph: Graph, rows: int, length: int, stream: int) -> "TorchGraph":
+        return TorchGraph(self, graph, rows, length, stream)
 
-    def device_network(self, rows: int, length: int, stream: int) -> "TorchNetwork":
-        """All networks share the weights. ``stream`` is given again with each call."""
-        return TorchNetwork(self, rows, length)
+    def max_rows(self, length: int, needed: int = 1) -> None:
+        return None
 
-    def capture(self, stream: int, body: Callable[[], None]) -> Launchable:
-        """See ``elf_rt.device.network.Capturing``. All graphs share one pool: nothing in it outlives a launch.
+    def capture(self, plain: Capture, stream: int, body: Callable[[], None]) -> Launchable:
+        """torch leads a capture itself. All CUDA graphs share one pool: nothing in it outlives a launch.
 
         cuBLAS keeps one workspace for each stream, which torch frees with the first graph of the stream that goes. So
         each capture makes its own, in the pool, and leaves none behind.
@@ -144,7 +134,7 @@ class TorchBackend:
             raise failure("a graph", error) from error
         finally:
             clear_workspaces(torch)
-        return TorchGraph(torch, graph, external)
+        return TorchCapture(torch, graph, external)
 
     def describe(self) -> Mapping[str, str]:
         torch, properties = self._torch, dict[str, str]()
@@ -163,96 +153,54 @@ class TorchBackend:
                 self._torch.cuda.empty_cache()
 
 
-class TorchNetwork:
-    """Static tensors for R rows of length L: see ``elf_rt.device.network.DeviceNetwork``."""
+class TorchGraph:
+    """Static tensors for R rows of length L: see ``elf_rt.network.DeviceGraph``. stream: None for torch's own."""
 
-    def __init__(self, backend: TorchBackend, rows: int, length: int) -> None:
-        self.rows, self.length = rows, length
-        self._torch, self._network, self._on_gpu = backend._torch, backend.network, backend.device == "cuda"
-        backend.prepare(rows, length)
-        torch, config = backend._torch, backend.config
-        absent = {
-            "x_prev": not config.self_cond,
-            "s": not config.num_self_cond_cfg_tokens,
-            "mode": not config.num_model_mode_tokens,
-        }
-        latents = (rows, length, config.latent_dim)
-        inputs = {"z": latents, "x_prev": latents, "t": (rows,), "s": (rows,), "mode": (rows,)}
-        shapes: dict[str, tuple[int, ...]] = {name: shape for name, shape in inputs.items() if not absent.get(name)}
-        shapes |= {"x": latents, "hidden": (rows, length, config.hidden_size), "ids": (rows, length)}
+    def __init__(self, backend: TorchBackend, graph: Graph, rows: int, length: int, stream: int | None = None) -> None:
+        self._torch, self._network, self._stream = backend._torch, backend.network, stream
+        self._graph, self._what = graph, f"a network call of {rows} rows of {length} tokens"
+        if graph == "denoiser":
+            backend.prepare(rows, length)
+        torch = backend._torch
         try:
             self.tensors = {
                 name: torch.zeros(shape, dtype=torch.int64 if name == "ids" else torch.float32, device=backend.device)
-                for name, shape in shapes.items()
+                for name, shape in tensor_shapes(graph, backend.config, rows, length).items()
             }
         except torch.OutOfMemoryError as error:
             raise out_of_memory(torch, f"{rows} rows of {length} tokens", error) from error
-        if self._on_gpu:
-            torch.cuda.current_stream().synchronize()  # zeroed on torch's stream, used on the sampler's
+        if backend.device == "cuda":
+            torch.cuda.current_stream().synchronize()  # zeroed on torch's stream, used on the engine's
         self.buffers = {name: tensor.data_ptr() for name, tensor in self.tensors.items()}
 
-    def enqueue_denoise(self, stream: int) -> None:
-        self._on_stream(stream, self.denoise)
-
-    def enqueue_discretize(self, stream: int) -> None:
-        self._on_stream(stream, self.discretize)
-
-    def denoise(self) -> None:
-        """On torch's current stream."""
-        with own_settings(self._torch):
-            at = self.tensors.get
-            inputs = self.tensors["z"], at("x_prev"), self.tensors["t"], at("s"), at("mode")
-            self._network.denoise(*inputs, self.tensors["x"], self.tensors["hidden"])
-
-    def discretize(self) -> None:
-        """On torch's current stream."""
-        with own_settings(self._torch):
-            self.tensors["ids"].copy_(self._network.discretize(self.tensors["hidden"]))
-
-    def close(self) -> None:
-        self.tensors.clear()
-        self.buffers.clear()
-        if self._on_gpu:
-            self._torch.cuda.empty_cache()  # back to CUDA, where the sampler's own memory comes from
-
-    def _on_stream(self, stream: int, body: Callable[[], None]) -> None:
+    def enqueue(self) -> None:
         torch = self._torch
         try:
-            with torch.inference_mode(), torch.cuda.stream(torch.cuda.ExternalStream(stream)):
-                body()
+            with torch.cuda.stream(torch.cuda.ExternalStream(self._stream)):
+                self.run()
         except RuntimeError as error:
-            raise failure(f"a network call of {self.rows} rows of {self.length} tokens", error) from error
+            raise failure(self._what, error) from error
 
-
-class TorchHostNetwork:
-    """A ``elf_rt.backends.base.BoundNetwork`` over a TorchNetwork: for ``elf-rt verify``, not for speed."""
-
-    def __init__(self, network: TorchNetwork) -> None:
-        self._network = network
-        inputs = [name for name in network.tensors if name not in ("hidden", "ids")]
-        self._arrays = {name: np.zeros(tuple(network.tensors[name].shape), np.float32) for name in inputs}
-        self.z, self.x, self.t = (self._arrays[name] for name in ("z", "x", "t"))
-        self.x_prev, self.s, self.mode = (self._arrays.get(name) for name in ("x_prev", "s", "mode"))
-
-    def denoise(self) -> None:
-        torch, tensors = self._network._torch, self._network.tensors
-        with torch.inference_mode():
-            for name, array in self._arrays.items():
-                tensors[name].copy_(torch.from_numpy(array))
-            self._network.denoise()
-            self.x[...] = tensors["x"].cpu().numpy()
-
-    def discretize(self) -> np.ndarray:
-        with self._network._torch.inference_mode():
-            self._network.discretize()
-            return self._network.tensors["ids"].cpu().numpy().copy()
+    def run(self) -> None:
+        """On torch's current stream."""
+        at = self.tensors.get
+        with self._torch.inference_mode(), own_settings(self._torch):
+            if self._graph == "discretizer":
+                self.tensors["ids"].copy_(self._network.discretize(self.tensors["hidden"]))
+            else:
+                inputs = self.tensors["z"], at("x_prev"), self.tensors["t"], at("s"), at("mode")
+                self._network.denoise(*inputs, self.tensors["x"], self.tensors["hidden"])
 
     def close(self) -> None:
-        self._network.close()
+        on_gpu = any(tensor.is_cuda for tensor in self.tensors.values())
+        self.tensors.clear()
+        self.buffers.clear()
+        if on_gpu:
+            self._torch.cuda.empty_cache()  # back to CUDA, where the engine's own memory comes from
 
 
-class TorchGraph:
-    """A graph that torch captured, on the stream that it was captured from."""
+class TorchCapture:
+    """A CUDA graph that torch captured, on the stream that it was captured from."""
 
     def __init__(self, torch: Any, graph: "torch.cuda.CUDAGraph", stream: "torch.cuda.ExternalStream") -> None:
         self._torch, self._graph, self._stream = torch, graph, stream

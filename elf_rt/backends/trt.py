@@ -5,23 +5,20 @@ execution contexts, inputs, outputs, scratch memory) is allocated and bound once
 call is one enqueue on the caller's stream, with no synchronisation, so that a whole sample can be one CUDA graph.
 """
 
-import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from elf_rt import device
-from elf_rt.backends.cpu_encoder import CpuEncoder
 from elf_rt.backends.trt_engine import LoadedEngine
-from elf_rt.backends.trt_network import TrtNetwork
+from elf_rt.backends.trt_graph import TrtGraph
 from elf_rt.bundle import Bundle
-from elf_rt.device.host import HostNetwork
 from elf_rt.device.kernels import default_cache
 from elf_rt.errors import BackendError
+from elf_rt.network import Capture, Graph, Launchable
 from elf_rt.plans import GRAPHS, TENSORRT, Library, Record, find_plans, make_log, this_machine
 
 NAME = TENSORRT.name
-PRECISIONS = ("fp16", "bf16", "fp32")
 
 
 def unavailable() -> str | None:
@@ -44,9 +41,9 @@ def why_unavailable(library: Library) -> str | None:
 
 
 class TrtBackend:
-    """The plans of one bundle in one precision. Safe to share between threads; networks made by it are not."""
+    """The plans of one bundle in one precision."""
 
-    device = "cuda"
+    device: Literal["cuda"] = "cuda"
 
     def __init__(self, bundle: Bundle, precision: str, library: Library) -> None:
         if reason := why_unavailable(library):
@@ -61,36 +58,28 @@ class TrtBackend:
         self._log = make_log(self._trt)
         self._runtime: Any = self._trt.Runtime(self._log)
         self._loaded: dict[Path, dict[str, LoadedEngine]] = {}
-        self._networks: list[TrtNetwork] = []
-        self.encode = CpuEncoder(bundle)  # runs once a text
-        self._lock = threading.Lock()
+        self._bound: list[TrtGraph] = []
         self._load(*self._plans[0])  # what the library refuses is refused now, so that another backend can be tried
 
-    def max_rows(self, length: int) -> int:
-        """The most network rows of this length that a plan takes; 0 if none takes this length."""
+    def max_rows(self, length: int, needed: int = 1) -> int:
         profiles = [profile for _, record in self._plans for profile in record.profiles]
-        return max((profile.rows.most for profile in profiles if length in profile.length), default=0)
+        most = max((profile.rows.most for profile in profiles if length in profile.length), default=0)
+        if most < needed:
+            self._choose(needed, length)  # which says what would take them
+        return most
 
-    def device_network(self, rows: int, length: int, stream: int) -> TrtNetwork:
-        """Buffers and contexts for R network rows of length L, to be enqueued on ``stream`` (a CUstream as an integer).
+    def bind(self, graph: Graph, rows: int, length: int, stream: int) -> TrtGraph:
+        """Fewer rows than the plans take are padded with rows of zeros."""
+        if self._runtime is None:
+            raise BackendError(f"{self.name}: the backend is closed")
+        folder, record, profile, padded = self._choose(rows, length)
+        engine = self._load(folder, record)[graph]
+        bound = TrtGraph(self._trt, engine, graph, profile, (padded, length), stream, self._failure)
+        self._bound = [known for known in self._bound if known.buffers] + [bound]  # closed ones have none
+        return bound
 
-        Fewer rows than the plans take are padded with rows of zeros.
-
-        Raises:
-            BackendError: no plan takes this shape, or GPU memory ran out.
-        """
-        with self._lock:
-            if self._runtime is None:
-                raise BackendError(f"{self.name}: the backend is closed")
-            folder, record, profile, padded = self._choose(rows, length)
-            engines = self._load(folder, record)
-            network = TrtNetwork(self._trt, engines, profile, (rows, padded, length), stream, self._failure)
-            self._networks = [known for known in self._networks if known.buffers] + [network]  # closed ones have none
-            return network
-
-    def bind(self, rows: int, length: int) -> HostNetwork:
-        """The same through arrays on the host, one synchronisation a call: for ``elf-rt verify``, not for speed."""
-        return HostNetwork(self, self._bundle.config.latent_dim, rows, length)
+    def capture(self, plain: Capture, stream: int, body: Callable[[], None]) -> Launchable:
+        return plain(stream, body)
 
     def describe(self) -> Mapping[str, str]:
         folder, record = next((plan for plan in self._plans if plan[0] in self._loaded), self._plans[0])
@@ -106,15 +95,14 @@ class TrtBackend:
 
     def close(self) -> None:
         """Free every network, engine and byte of GPU memory that this backend made."""
-        with self._lock:
-            for network in self._networks:
-                network.close()
-            self._networks.clear()
-            for engines in self._loaded.values():
-                for engine in engines.values():
-                    engine.close()
-            self._loaded.clear()  # engines before the runtime that made them
-            self._runtime = None
+        for bound in self._bound:
+            bound.close()
+        self._bound.clear()
+        for engines in self._loaded.values():
+            for engine in engines.values():
+                engine.close()
+        self._loaded.clear()  # engines before the runtime that made them
+        self._runtime = None
 
     def _choose(self, rows: int, length: int) -> tuple[Path, Record, int, int]:
         """(folder, record, profile index, padded rows): least padding, then an engine that is loaded already."""

@@ -1,6 +1,5 @@
 """TensorRT-RTX: ``elf_rt.backends.trt`` with the other library."""
 
-from elf_rt.backends.trt import PRECISIONS as PRECISIONS
 from elf_rt.backends.trt import TrtBackend, why_unavailable
 from elf_rt.bundle import Bundle
 from elf_rt.plans import TENSORRT_RTX

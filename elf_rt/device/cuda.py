@@ -1,4 +1,4 @@
-"""The CUDA calls of the device sampler: memory, kernel launches, graph capture.
+"""The CUDA calls of the device engine: memory, kernel launches, graph capture.
 
 Kernels are launched through cuda.core. Graphs are captured through the CUDA runtime's own functions, not cuda.core's
 GraphBuilder: a capture that an engine broke has to be ended and its error cleared before the stream works again, and
@@ -16,7 +16,7 @@ import numpy as np
 
 from elf_rt.device import cudart
 from elf_rt.device.cudart import DeviceMemory, PinnedMemory, Stream
-from elf_rt.device.kernels import load_kernels, threads
+from elf_rt.device.kernels import BLOCK, load_kernel
 from elf_rt.errors import BackendError, first_line
 
 
@@ -50,10 +50,10 @@ class PinnedArray:
 
 
 class Cuda:
-    """The first visible GPU with the integrator's kernels loaded.
+    """The first visible GPU with the integrator's kernel loaded.
 
     Raises:
-        BackendError: no driver, one too old, no GPU, no NVRTC, or the driver refuses the kernels.
+        BackendError: no driver, one too old, no GPU, no NVRTC, or the driver refuses the kernel.
     """
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ class Cuda:
         except ImportError as error:
             raise BackendError("cuda-core is not installed: pip install 'cuda-core>=1.0,<2'") from error
         self.activate()
-        self._kernels = load_kernels(gpu.sm)
+        self._kernel = load_kernel(gpu.sm)
         self._core_stream = functools.cache(self._core.Stream.from_handle)  # which makes a class for each one
 
     def activate(self) -> None:
@@ -84,17 +84,17 @@ class Cuda:
     def free_bytes(self) -> int:
         return int(cudart.call("cudaMemGetInfo"))
 
-    def launch(self, stream: int, name: str, grid: tuple[int, int, int], *arguments: int | np.int32) -> None:
-        """Enqueue a kernel of ``elf_rt.device.kernels``: Python integers pass as 64 bits, np.int32 as 32.
+    def step(self, stream: int, grid: tuple[int, int, int], *arguments: int | np.int32) -> None:
+        """Enqueue the integrator's kernel: Python integers pass as 64 bits, np.int32 as 32.
 
         Raises:
-            BackendError: CUDA refused it, as it refuses grids of more than 65535 samples.
+            BackendError: CUDA refused it, as it refuses grids of more than 65535 slots.
         """
         try:
-            config = self._core.LaunchConfig(grid=grid, block=threads(name))
-            self._core.launch(self._core_stream(stream), config, self._kernels[name], *arguments)
+            config = self._core.LaunchConfig(grid=grid, block=BLOCK)
+            self._core.launch(self._core_stream(stream), config, self._kernel, *arguments)
         except Exception as error:  # cuda.core raises CUDAError, which is not public in every version
-            raise BackendError(f"CUDA: could not launch {name}: {first_line(error)}") from error
+            raise BackendError(f"CUDA: could not launch the integrator: {first_line(error)}") from error
 
     def capture(self, stream: int, body: Callable[[], None]) -> Graph:
         """Record what ``body`` enqueues on the stream; nothing of it runs.

@@ -109,6 +109,13 @@ class Stream:
         kind = _module().cudaMemcpyKind.cudaMemcpyDeviceToHost
         call("cudaMemcpyAsync", host, device, num_bytes, kind, self._stream)
 
+    def copy_on_device(self, target: int, source: int, num_bytes: int) -> None:
+        kind = _module().cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        call("cudaMemcpyAsync", target, source, num_bytes, kind, self._stream)
+
+    def zero(self, device: int, num_bytes: int) -> None:
+        call("cudaMemsetAsync", device, 0, num_bytes, self._stream)
+
     def synchronize(self) -> None:
         call("cudaStreamSynchronize", self._stream)
 
@@ -116,6 +123,28 @@ class Stream:
         stream, self._stream = self._stream, None
         if stream is not None:
             call("cudaStreamDestroy", stream)
+
+
+class Event:
+    """A point on a stream that the host can wait for, and the time between two of them; destroyed by ``close``."""
+
+    def __init__(self) -> None:
+        self._event = call("cudaEventCreate")
+
+    def record(self, stream: Stream) -> None:
+        call("cudaEventRecord", self._event, stream.handle)
+
+    def wait(self) -> None:
+        call("cudaEventSynchronize", self._event)
+
+    def seconds_since(self, begin: "Event") -> float:
+        """After both were waited for."""
+        return float(call("cudaEventElapsedTime", begin._event, self._event)) / 1e3
+
+    def close(self) -> None:
+        event, self._event = self._event, None
+        if event is not None:
+            call("cudaEventDestroy", event)
 
 
 def synchronize(stream: int) -> None:

@@ -1,4 +1,4 @@
-"""The CUDA kernels of ``cpp_ext/integrator.cu``: compiled by NVRTC at first use, kept as cubins in the user's cache.
+"""The CUDA kernel of ``cpp_ext/integrator.cu``: compiled by NVRTC at first use, kept as a cubin in the user's cache.
 
 Compiling needs neither a GPU nor a driver. A cached cubin is named by what it was made from (sources, options, compute
 capability, NVRTC version) and carries its own checksum, so a stale or damaged file is never loaded.
@@ -10,7 +10,6 @@ import importlib
 import logging
 import tempfile
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
 from importlib import resources
 from pathlib import Path
 from types import ModuleType
@@ -20,11 +19,13 @@ import numpy as np
 
 from elf_rt.errors import BackendError
 from elf_rt.machine import user_cache
+from elf_rt.sampling.integrator import MAX_ROWS
 from elf_rt.sampling.schedule import Row
 
-TYPES = ("float32", "float16", "bfloat16")  # of the network's tensors
-NAMES = ("elf_advance", *(f"elf_{kernel}_{dtype}" for dtype in TYPES for kernel in ("step", "draft")))
-BLOCK = 256  # threads; also the kernels' launch bound
+NAME = "elf_step"
+BLOCK = 256  # threads; also the kernel's launch bound
+ELEMENTS = 4  # of a thread
+ROW_BITS = 4
 
 _OPTIONS = ("--std=c++17", "--ptxas-options=-v")
 _SOURCE, _HEADER = "integrator.cu", "integrator.h"
@@ -32,59 +33,34 @@ _DIGEST_BYTES = 32
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class StepArguments:
-    """What one launch of ``elf_step_<type>`` gets, in order: device addresses (0: absent), then sizes.
-
-    Shapes are in ``cpp_ext/integrator.cu``. Change `offset` and `final` with ``dataclasses.replace``.
-    """
-
-    z: int
-    x_last: int
-    x_rows: int
-    next_z: int
-    next_x_prev: int
-    next_t: int
-    next_s: int
-    next_mode: int
-    source: int
-    mask: int
-    seeds: int
-    noise: int
-    t: int
-    coef: int
-    weights: int
-    s: int
-    progress: int
-    length: int
-    width: int
-    table_rows: int
-    rows: int
-    next_rows: int
-    offset: int = 0
-    final: int = 0
-
-    def packed(self) -> tuple[int | np.int32, ...]:
-        """For a launch: Python integers pass as 64 bits, np.int32 as 32."""
-        values = astuple(self)
-        return (*values[:17], *map(np.int32, values[17:]))
+# SlotStep of cpp_ext/integrator.h: device addresses (0: absent), then numbers.
+SLOT_STEP = np.dtype(
+    [
+        *((name, np.uint64) for name in ("z", "x_last", "x_rows", "next_z", "next_x_prev", "source", "mask", "noise")),
+        ("not_finite", np.uint64),
+        ("seed", np.uint64),
+        ("coef", np.float32, 5),
+        ("weights", np.float32, MAX_ROWS),
+        ("noise_index", np.uint32),
+        ("rows", np.uint32),
+        ("num_outputs", np.int32),
+        ("num_rows", np.int32),
+        ("first_row", np.int32),
+        ("t", np.float32),
+        ("s", np.float32),
+    ],
+    align=True,
+)
 
 
-def make_progress(base: int, last: int, rows: Sequence[Row]) -> np.ndarray:
-    """The 16 bytes of `Progress`: int32 (4,). `rows` are the Row flags of the call's guidance rows."""
-    sees = sum((row.sees_source | row.sees_prev << 1) << (2 * k) for k, row in enumerate(rows))
-    return np.array([base, last, sees, 0], np.int32)
+def row_flags(rows: Sequence[Row]) -> int:
+    """The flags of all rows of a text in one number: see ``rows`` of SlotStep."""
+    return sum(row.flags << (ROW_BITS * k) for k, row in enumerate(rows))
 
 
-def grid(batch: int, length: int, width: int, dtype: str) -> tuple[int, int, int]:
-    """The launch grid of a step or draft kernel with BLOCK threads a block."""
-    elements = BLOCK * (4 if dtype == "float32" else 8)
-    return -(-length * width // elements), batch, 1
-
-
-def threads(name: str) -> int:
-    """The block size a kernel is launched with."""
-    return 1 if name == "elf_advance" else BLOCK
+def grid(entries: int, length: int, width: int) -> tuple[int, int, int]:
+    """The launch grid of a step with BLOCK threads a block."""
+    return -(-length * width // (BLOCK * ELEMENTS)), entries, 1
 
 
 def get_cubin(sm: int, cache: Path | None = None) -> bytes:
@@ -124,8 +100,8 @@ def compile_cubin(sm: int) -> tuple[bytes, str]:
         nvrtc.nvrtcDestroyProgram(program)
 
 
-def load_kernels(sm: int, cache: Path | None = None) -> dict[str, Any]:
-    """The kernels by name (NAMES), as cuda.core kernels of the current context.
+def load_kernel(sm: int, cache: Path | None = None) -> Any:
+    """The step as a cuda.core kernel of the current context.
 
     Only with a driver (``elf_rt.device.cudart.find_gpu``) and a device made current: cuda.core hangs without one.
     """
@@ -134,7 +110,7 @@ def load_kernels(sm: int, cache: Path | None = None) -> dict[str, Any]:
     cubin = get_cubin(sm, cache)
     try:
         module = ObjectCode.from_cubin(cubin, name="elf_rt_integrator")
-        return {name: module.get_kernel(name) for name in NAMES}
+        return module.get_kernel(NAME)
     except Exception as error:  # cuda.core raises CUDAError, which is not public in every version
         raise BackendError(
             f"the GPU's driver refused kernels made by NVRTC {_version(_nvrtc())} ({error}): update the driver, or "

@@ -9,11 +9,11 @@ from elf_rt.device.cudart import Stream
 
 ALIGNMENT = 256  # bytes, of each array on the GPU
 
-Fields = dict[str, tuple[tuple[int, ...], type]]  # shape and type by name
+Fields = dict[str, tuple[tuple[int, ...], type | np.dtype]]  # shape and type by name
 
 
 class StagedArrays:
-    """Arrays that lie side by side in GPU memory and in page-locked host memory, and travel in one copy."""
+    """Arrays that lie side by side in GPU memory and in page-locked host memory, and travel one by one."""
 
     def __init__(self, driver: Cuda, fields: Fields) -> None:
         self._offsets: dict[str, int] = {}
@@ -38,11 +38,24 @@ class StagedArrays:
         """The GPU's side."""
         return self._device.pointer + self._offsets[name]
 
-    def upload(self, stream: Stream) -> None:
-        stream.copy_to_device(self._device.pointer, self._host.pointer, self._num_bytes)
+    def upload(self, stream: Stream, name: str) -> None:
+        """Send an array to the GPU."""
+        host = self._host.pointer + self._offsets[name]
+        stream.copy_to_device(self.address(name), host, self._arrays[name].nbytes)
 
-    def download(self, stream: Stream) -> None:
-        stream.copy_to_host(self._host.pointer, self._device.pointer, self._num_bytes)
+    def download(self, stream: Stream, name: str) -> None:
+        """Fetch an array from the GPU."""
+        host = self._host.pointer + self._offsets[name]
+        stream.copy_to_host(host, self.address(name), self._arrays[name].nbytes)
+
+    def host_address(self, name: str) -> int:
+        """Where the host's side lies."""
+        return self._host.pointer + self._offsets[name]
+
+    @property
+    def num_bytes(self) -> int:
+        """On the GPU."""
+        return self._num_bytes
 
     def close(self) -> None:
         self._arrays.clear()

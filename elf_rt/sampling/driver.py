@@ -213,6 +213,10 @@ class Driver:
             try:
                 task.slot = engine.open(task.program)
             except Exception as error:
+                if isinstance(error, GpuMemoryError) and self._flying:  # some of which will be over
+                    with self._wake:
+                        self._waiting.setdefault(task.caller, deque()).appendleft(task)
+                    return
                 self._end(engine, task, _as_backend_error(error))
                 continue
             with self._wake:

@@ -69,8 +69,12 @@ class Engine(Protocol[S]):
     """Used by one thread: the driver's. S: its slots."""
 
     depth: int  # calls that may be under way before the oldest is waited for
-    captures: int  # CUDA graphs captured so far
     cost: CallCost
+
+    @property
+    def captures(self) -> int:
+        """CUDA graphs captured so far."""
+        ...
 
     def max_rows(self, length: int) -> int:
         """The rows that a call of this length should hold now."""
@@ -115,14 +119,6 @@ class Engine(Protocol[S]):
 def share_of(rows: int, settled: bool, most: int) -> int:
     """See ``Engine.share``: enough for two larger sizes of call to be tried."""
     return rows if settled else min(4 * rows, most)
-
-
-def refuse_rows(program: Program, limit: int | None, name: str) -> None:
-    """Raises BackendError when a text needs more rows in one call than the library takes."""
-    if limit is not None and program.max_rows > limit:
-        raise BackendError(
-            f"{name} takes {limit} rows of {program.length} tokens in one call, and this text needs {program.max_rows}"
-        )
 
 
 @dataclass(eq=False)
@@ -188,7 +184,7 @@ class HostEngine:
         return min(limit for limit in limits if limit)
 
     def open(self, program: Program) -> HostSlot:
-        refuse_rows(program, self._backend.max_rows(program.length), self._backend.name)
+        self._backend.max_rows(program.length, program.max_rows)
         shape, table = (program.length, self._latent_dim), program.table
         coef, weights = table.coef.astype(np.float32), table.weights.astype(np.float32)
         x_last = np.zeros(shape, np.float32) if program.x_prev is None else program.x_prev.copy()
