@@ -65,10 +65,13 @@ __device__ __forceinline__ void combine(float (&x)[V], const SlotStep& s, int si
     return;
   }
   bool no_weights = true;
-  for (int k = 0; k < s.num_outputs; ++k) no_weights = no_weights && s.weights[k] == 0.0f;
+#pragma unroll
+  for (int k = 0; k < MAX_ROWS; ++k) no_weights = no_weights && (k >= s.num_outputs || s.weights[k] == 0.0f);
 #pragma unroll
   for (int i = 0; i < V; ++i) x[i] = empty_sum(no_weights);
-  for (int k = 0; k < s.num_outputs; ++k) {
+#pragma unroll  // an index that is not known would put all of s into local memory
+  for (int k = 0; k < MAX_ROWS; ++k) {
+    if (k >= s.num_outputs) continue;
     float output[V];
     load(output, s.x_rows + static_cast<int64_t>(k) * size + first, wide, count);
 #pragma unroll

@@ -1,4 +1,4 @@
-"""The device sampler's tests once more, with the real cuda.core and cuda.bindings on a driver that is not there.
+"""The device engine's tests once more, with the real cuda.core and cuda.bindings on a driver that is not there.
 
 So what cuda.core makes of our streams, configurations and arguments is what the kernels are run with.
 """
@@ -14,15 +14,14 @@ from cuda_emulator import compile_library
 from fake_cuda import HAS_DRIVER
 
 HERE = Path(__file__).parent
-FILES = ("test_device.py", "test_device_jobs.py")
 
 
 @pytest.mark.skipif(HAS_DRIVER, reason="there is a real driver: pytest -m gpu")
-def test_the_device_sampler_through_cuda_core(tmp_path: Path) -> None:
+def test_the_device_engine_through_cuda_core(tmp_path: Path) -> None:
     compile_library(HERE / "fake_driver.cpp", tmp_path / "libcuda.so.1")
     libraries = os.pathsep.join([str(tmp_path), os.environ.get("LD_LIBRARY_PATH", "")])
     environment = os.environ | {"LD_LIBRARY_PATH": libraries, "ELF_RT_FAKE_DRIVER": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(str(HERE / name) for name in FILES)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "test_device.py")]
     done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", cwd=tmp_path, timeout=600)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
     passed = re.search(r"(\d+) passed in", done.stdout.splitlines()[-1])  # "passed," would tell of skipped ones

@@ -1,58 +1,67 @@
-"""The CUDA kernels run against the numpy step: on the host through an emulator, and on a GPU where there is one."""
+"""The CUDA kernel run against the numpy step: on the host through an emulator, and on a GPU where there is one."""
 
+import ctypes
 import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
 
 import cuda_emulator
 import numpy as np
 import pytest
-from test_integrator import SHAPES, make_case, run
+from test_integrator import ROWS, SHAPES, assert_same_bits, make_slot, mixed, run
 
 from elf_rt.device import cudart, kernels
 from elf_rt.device.cuda import Cuda
-from elf_rt.device.kernels import StepArguments
-from elf_rt.sampling.integrator import step_numpy, to_float32
+from elf_rt.device.kernels import SLOT_STEP
+from elf_rt.sampling.integrator import SlotStep, step_numpy
 from elf_rt.sampling.noise import NoiseKey
-from elf_rt.sampling.schedule import Row
+from elf_rt.sampling.schedule import DECODE, DRAFT
 
-NUMPY_TYPES = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}
 GUARD = 0xA5
+UNTOUCHED = 77  # in t, s and mode of rows that nobody writes
+T, S = 0.25, 3.0  # of the first text; each one behind it has 1 more
 
 
 class Emulated:
-    """Host memory and the kernels compiled for the host."""
+    """Host memory and the kernel compiled for the host."""
 
-    def __init__(self):
-        self._emulator, self._arrays, self._guards = cuda_emulator.load(), {}, []
+    def __init__(self) -> None:
+        self._emulator = cuda_emulator.load()
+        self._arrays: dict[int, np.ndarray] = {}
+        self._guards: list[tuple[np.ndarray, np.ndarray]] = []
 
-    def put(self, array, shift=0):
+    def put(self, array: np.ndarray | None, shift: int = 0) -> int:
         """Copy an array to the device, `shift` bytes past an aligned address; returns the address."""
         if array is None:
             return 0
         memory = np.full(array.nbytes + 768, GUARD, np.uint8)
         start = 256 - memory.ctypes.data % 256 + shift
         memory[start : start + array.nbytes] = np.frombuffer(array.tobytes(), np.uint8)
-        address = memory.ctypes.data + start
+        address = int(memory.ctypes.data) + start
         self._arrays[address] = memory[start : start + array.nbytes]
         self._guards.append((memory[:start], memory[start + array.nbytes :]))
         return address
 
-    def get(self, address, like):
+    def get(self, address: int, like: np.ndarray) -> np.ndarray:
         assert all((guard == GUARD).all() for pair in self._guards for guard in pair), "written out of bounds"
         return np.frombuffer(self._arrays[address].tobytes(), like.dtype).reshape(like.shape)
 
-    def launch(self, name, grid, *arguments):
-        self._emulator.launch(name, grid, kernels.threads(name), *arguments)
+    def step(self, grid: tuple[int, int, int], *arguments: int | np.int32) -> None:
+        self._emulator.launch(kernels.NAME, grid, kernels.BLOCK, *arguments)
 
 
-class Gpu:
-    """A GPU, launched as the device sampler launches."""
+class OnGpu:
+    """A GPU, launched as the device engine launches."""
 
-    def __init__(self):
-        self._cuda, self._memory = _cuda(), []
+    def __init__(self) -> None:
+        self._cuda = _cuda()
         self._stream = self._cuda.stream()
+        self._memory: list[cudart.DeviceMemory] = []
 
-    def put(self, array, shift=0):
+    def put(self, array: np.ndarray | None, shift: int = 0) -> int:
         if array is None:
             return 0
         data = np.ascontiguousarray(array)
@@ -62,212 +71,215 @@ class Gpu:
         cudart.synchronize(0)
         return memory.pointer + shift
 
-    def get(self, address, like):
+    def get(self, address: int, like: np.ndarray) -> np.ndarray:
         out = np.empty_like(like)
         self._stream.synchronize()
         cudart.call("cudaMemcpy", out.ctypes.data, address, out.nbytes, _copy("DeviceToHost"))
         return out
 
-    def launch(self, name, grid, *arguments):
-        self._cuda.launch(self._stream.handle, name, grid, *arguments)
+    def step(self, grid: tuple[int, int, int], *arguments: int | np.int32) -> None:
+        self._cuda.step(self._stream.handle, grid, *arguments)
 
-    def close(self):
+    def close(self) -> None:
         for part in (self._stream, *self._memory):
             part.close()
 
 
 @functools.cache
-def _cuda():
+def _cuda() -> Cuda:
     return Cuda()
 
 
-def _copy(direction):
+def _copy(direction: str) -> Any:
     from cuda.bindings import runtime
 
     return getattr(runtime.cudaMemcpyKind, f"cudaMemcpy{direction}")
 
 
+Device = Emulated | OnGpu
+
+
 @pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
-def device(request):
+def device(request: pytest.FixtureRequest) -> Iterator[Device]:
     if request.param == "emulated":
         yield Emulated()
         return
     reason = cudart.find_gpu()
     if isinstance(reason, str):
         pytest.skip(reason)
-    gpu = Gpu()
+    gpu = OnGpu()
     yield gpu
     gpu.close()
 
 
-ROW, LAST = 2, 4  # the table's row of the case, and its number of steps
+class Call:
+    """Texts in one launch: what each writes, whether its z was finite, and t, s and mode of all rows and one more.
+
+    Args:
+        shift: bytes past an aligned address, by array.
+        padding: around and between the texts stand copies of their entries without z, which must do nothing.
+        signals: whether the network has t, s and mode.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        slots: Sequence[SlotStep],
+        shift: dict[str, int] | None = None,
+        padding: bool = False,
+        signals: bool = True,
+    ) -> None:
+        shift, num_rows, entries = shift or {}, sum(len(slot.rows) for slot in slots), []
+        written, flag = [], np.zeros(1, np.int32)
+        for number, slot in enumerate(slots):
+            entry = np.zeros((), SLOT_STEP)
+            for name in ("z", "x_last", "x_rows", "next_z", "next_x_prev", "source", "mask"):
+                entry[name] = device.put(getattr(slot, name), shift.get(name, 0))
+            if isinstance(slot.noise, NoiseKey):
+                entry["seed"], entry["noise_index"] = slot.noise.seed, slot.noise.index
+            else:
+                entry["noise"] = device.put(slot.noise, shift.get("noise", 0))
+            entry["not_finite"] = device.put(flag)
+            entry["coef"] = slot.coef
+            if slot.x_rows is not None and slot.weights is not None:
+                entry["num_outputs"] = len(slot.x_rows)
+                entry["weights"] = np.nan  # of rows that it does not have
+                entry["weights"][: len(slot.weights)] = slot.weights
+            entry["rows"], entry["num_rows"] = kernels.row_flags(slot.rows), len(slot.rows)
+            entry["first_row"] = sum(len(before.rows) for before in slots[:number])
+            entry["t"], entry["s"] = T + number, S + number
+            written.append({name: int(entry[name]) for name in run(step_numpy, slot)[0]})
+            entries += [_without_z(entry), entry] if padding else [entry]
+        entries += [_without_z(entries[-1])] * padding
+        inputs = [np.full(num_rows + 1, UNTOUCHED, np.float32) for _ in range(3)]
+        addresses = [device.put(array) if signals else 0 for array in inputs]
+        length, width = slots[0].z.shape
+        grid = kernels.grid(len(entries), length, width)
+        device.step(grid, device.put(np.array(entries)), *addresses, np.int32(length), np.int32(width))
+        self.written = [
+            {name: device.get(address, getattr(slot, name)) for name, address in addresses_of.items()}
+            for slot, addresses_of in zip(slots, written, strict=True)
+        ]
+        real = [entry for entry in entries if entry["z"]]
+        self.not_finite = [int(device.get(int(entry["not_finite"]), flag)[0]) for entry in real]
+        if signals:
+            self.t, self.s, self.mode = (device.get(a, like) for a, like in zip(addresses, inputs, strict=True))
 
 
-def put_step(device, case, *, row=ROW, last=LAST, base=0, shift=0) -> StepArguments:
-    """The case as row `row` of a table on the device; the other rows are NaN, so that reading one would show."""
-    num_rows, batch, length, width = case["x_rows"].shape
-    t = np.full((last + 2, batch), np.nan, np.float32)
-    coef = np.full((last + 2, batch, 5), np.nan, np.float32)
-    weights = np.full((last + 2, num_rows, batch), np.nan, np.float32)
-    t[row], coef[row], weights[row] = np.linspace(0.25, 0.75, batch), case["coef"], case["weights"]
-    noise = case.get("noise")
-    given = None
-    if isinstance(noise, np.ndarray):
-        given = np.full((last + 2, *noise.shape), np.nan, np.float32)
-        given[row] = noise
-    seeds = noise.seeds if isinstance(noise, NoiseKey) else np.zeros(batch, np.uint64)
-    signals = np.full((num_rows, batch), 77, np.float32)
-    return StepArguments(
-        *(device.put(case[name], shift) for name in ("z", "x_last", "x_rows", "next_z", "next_x_prev")),
-        *(device.put(signals) for _ in range(3)),
-        device.put(case.get("source"), shift),
-        device.put(case.get("mask")),
-        device.put(seeds),
-        device.put(given, shift),
-        *(device.put(array) for array in (t, coef, weights)),
-        device.put(np.arange(batch, dtype=np.float32) + 3),
-        device.put(kernels.make_progress(base, last, case["rows"])),
-        length,
-        width,
-        table_rows=num_rows,
-        rows=num_rows,
-        next_rows=num_rows,
-        offset=row - base,
+def _without_z(entry: np.ndarray) -> np.ndarray:
+    padded = entry.copy()
+    padded["z"] = 0
+    return padded
+
+
+def assert_numpys_bits(device: Device, slots: Sequence[SlotStep], **options: Any) -> Call:
+    call = Call(device, slots, **options)
+    for result, slot in zip(call.written, slots, strict=True):
+        assert_same_bits(result, run(step_numpy, slot)[0])
+    return call
+
+
+def test_the_entries_are_the_structs_of_the_kernel(tmp_path: Path) -> None:
+    """Names, places and sizes, as the C++ compiler has them."""
+    members = "".join(
+        f"*out++ = offsetof(elf::SlotStep, {name}); *out++ = sizeof(elf::SlotStep::{name});\n"
+        for name in SLOT_STEP.names or ()
     )
+    source = tmp_path / "layout.cpp"
+    source.write_text(
+        '#include <cstddef>\n#include "integrator.h"\nextern "C" void layout(size_t* out) {\n'
+        f"*out++ = sizeof(elf::SlotStep); *out++ = alignof(elf::SlotStep);\n{members}}}\n",
+        encoding="utf-8",
+    )
+    cuda_emulator.compile_library(source, tmp_path / "layout.so", "-I", str(resources.files("elf_rt._csrc")))
+    out = (ctypes.c_size_t * 64)()
+    ctypes.CDLL(str(tmp_path / "layout.so")).layout(out)
+    fields = [SLOT_STEP.fields[name] for name in SLOT_STEP.names or ()]  # type: ignore[index]
+    expected = [SLOT_STEP.itemsize, SLOT_STEP.alignment]
+    for dtype, offset, *_ in fields:
+        expected += [offset, dtype.itemsize]
+    assert list(out[: len(expected)]) == expected
 
 
-def launch_step(device, case, arguments, dtype="float32"):
-    grid = kernels.grid(*case["z"].shape, dtype)
-    device.launch(f"elf_step_{dtype}", grid, *arguments.packed())
-    return {name: device.get(getattr(arguments, name), case[name]) for name in ("z", "x_last", "next_z", "next_x_prev")}
-
-
-def assert_same_bits(result, expected):
-    for name, value in result.items():
-        integer = f"uint{8 * value.itemsize}"
-        np.testing.assert_array_equal(value.view(integer), expected[name].view(integer), err_msg=name)
-
-
+@pytest.mark.parametrize("noise", ["key", "given"])
 @pytest.mark.parametrize("conditional", [False, True])
+@pytest.mark.parametrize("draft", [False, True])
+@pytest.mark.parametrize("outputs", [False, True])
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 4])
-@pytest.mark.parametrize("shape", [*SHAPES, (2, 130, 16)])  # the last: more than one block
-@pytest.mark.parametrize("dtype", kernels.TYPES)
-def test_step_gives_numpys_bits(device, dtype, shape, num_rows, conditional):
-    case = make_case(shape, num_rows, NUMPY_TYPES[dtype], conditional, seed=num_rows)
-    case["noise"] = replace(case["noise"], index=ROW)
-    result = launch_step(device, case, put_step(device, case), dtype)
-    assert_same_bits(result, run(step_numpy, case))
+@pytest.mark.parametrize("shape", [*SHAPES, (130, 16)])  # the last: more than one block
+def test_numpys_bits(
+    device: Device, shape: tuple[int, int], num_rows: int, outputs: bool, draft: bool, conditional: bool, noise: str
+) -> None:
+    slot = make_slot(shape, num_rows, conditional, noise, draft, outputs, seed=num_rows)
+    call = assert_numpys_bits(device, [slot])
+    decodes = [0.0] * num_rows + [1.0] * draft
+    assert call.t.tolist() == [T] * num_rows + [1.0] * draft + [UNTOUCHED]
+    assert call.mode.tolist() == [*decodes, UNTOUCHED]
+    assert call.s.tolist() == [S] * len(decodes) + [UNTOUCHED]
+    assert call.not_finite == [0]
 
 
-@pytest.mark.parametrize("dtype", kernels.TYPES)
-def test_unaligned_addresses(device, dtype):
-    case = make_case((2, 7, 16), 2, NUMPY_TYPES[dtype], conditional=True)
-    case["noise"] = replace(case["noise"], index=ROW)
-    result = launch_step(device, case, put_step(device, case, shift=4), dtype)
-    assert_same_bits(result, run(step_numpy, case))
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 16), (67, 257)])
+def test_texts_of_different_states_in_one_launch(device: Device, shape: tuple[int, int], padding: bool) -> None:
+    """Guided, drafting, without outputs, decoding, waiting, without x_prev; entries without z leave everything alone."""
+    slots = mixed(shape) + mixed(shape, seed=10)
+    call = assert_numpys_bits(device, slots, padding=padding)
+    flat = [(number, row) for number, slot in enumerate(slots) for row in slot.rows]
+    assert {DECODE, DRAFT} < {row for _, row in flat}
+    assert call.t.tolist() == [1.0 if row.decodes else T + number for number, row in flat] + [UNTOUCHED]
+    assert call.s.tolist() == [S + number for number, _ in flat] + [UNTOUCHED]
+    assert call.mode.tolist() == [float(row.decodes) for _, row in flat] + [UNTOUCHED]
+    assert call.not_finite == [0] * len(slots)
 
 
-def test_given_noise(device):
-    case = make_case((2, 7, 16), 2, noise="given")
-    assert_same_bits(launch_step(device, case, put_step(device, case)), run(step_numpy, case))
+@pytest.mark.parametrize("name", ["z", "x_last", "x_rows", "next_z", "next_x_prev", "source", "noise"])
+def test_an_unaligned_address(device: Device, name: str) -> None:
+    slot = make_slot((7, 16), 2, conditional=True, noise="given", draft=True)
+    assert_numpys_bits(device, [slot], shift={name: 4})
 
 
-def test_zero_factors_and_absent_inputs(device):
-    """The start: garbage in z, x_last and the outputs is not used; no self-conditioning, no prefix inputs."""
-    case = make_case((2, 7, 16), 2)
-    for name in ("z", "x_last", "x_rows"):
-        case[name][:] = np.nan
-    case["weights"][:], case["coef"][:] = 0, np.float32([0, 0, 0, 2, 0])
-    case["noise"] = replace(case["noise"], index=0)
-    arguments = put_step(device, case, row=0)
-    arguments = replace(arguments, next_x_prev=0, next_t=0, next_s=0, next_mode=0, s=0)
-    grid = kernels.grid(*case["z"].shape, "float32")
-    device.launch("elf_step_float32", grid, *arguments.packed())
-    expected = run(step_numpy, case)
-    names = ("z", "x_last", "next_z")
-    assert_same_bits({name: device.get(getattr(arguments, name), case[name]) for name in names}, expected)
+@pytest.mark.parametrize("seed", [2**64 - 1, 2**63 + 2**31])
+def test_noise_at_large_counters(device: Device, seed: int) -> None:
+    assert_numpys_bits(device, [replace(make_slot((1088, 512)), noise=NoiseKey(seed, 2**31 + 5))])
 
 
-@pytest.mark.parametrize("final", [0, 1])
-def test_signals_of_the_next_call(device, final):
-    """t, s and mode of every network row; the decoding row is found by `final`, wherever base and offset point."""
-    case = make_case((2, 3, 8), 3)
-    arguments = replace(put_step(device, case, row=LAST + 1 if final else ROW), final=final)
-    if final:
-        arguments = replace(arguments, offset=99)
-    launch_step(device, case, arguments)
-    like = np.empty((3, 2), np.float32)
-    np.testing.assert_array_equal(device.get(arguments.next_t, like), [[0.25, 0.75]] * 3)
-    np.testing.assert_array_equal(device.get(arguments.next_s, like), [[3, 4]] * 3)
-    np.testing.assert_array_equal(device.get(arguments.next_mode, like), [[final] * 2] * 3)
+def test_without_the_inputs_that_a_model_lacks(device: Device) -> None:
+    """The start: garbage in z, x_last and the outputs is not used; no x_prev, t, s or mode."""
+    slot = replace(make_slot((7, 16), 2), next_x_prev=None, coef=np.float32([0, 0, 0, 2, 0]))
+    assert slot.x_rows is not None and slot.weights is not None
+    for array in (slot.z, slot.x_last, slot.x_rows):
+        array[:] = np.nan
+    slot.weights[:] = 0
+    call = assert_numpys_bits(device, [slot], signals=False)
+    assert np.isfinite(call.written[0]["z"]).all() and not call.written[0]["x_last"].any()
 
 
-def test_a_step_past_the_last_does_nothing(device):
-    case = make_case((2, 3, 8), 2)
-    arguments = put_step(device, case, row=LAST + 1)
-    assert_same_bits(launch_step(device, case, arguments), case)
-    assert (device.get(arguments.next_t, np.empty((2, 2), np.float32)) == 77).all()
+def test_an_entry_without_outputs_keeps_its_estimate(device: Device) -> None:
+    """As a text that was advanced while it waited: z and the estimate stay, and its inputs are written."""
+    coef = np.float32([1, 0, 0, 0, 1])
+    slot = replace(make_slot((7, 16), 2, draft=True, outputs=False), coef=coef, rows=(*ROWS[:2], DRAFT))
+    (result,) = assert_numpys_bits(device, [slot]).written
+    np.testing.assert_array_equal(result["z"], slot.z)
+    np.testing.assert_array_equal(result["x_last"], slot.x_last)
+    np.testing.assert_array_equal(result["next_z"], [slot.z, slot.z, slot.x_last])
+    np.testing.assert_array_equal(result["next_x_prev"], [slot.x_last, slot.x_last, 0 * slot.z])
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 8])
-@pytest.mark.parametrize("steps", [1, 3, 7])
-def test_graphs_of_any_length_run_any_number_of_steps(device, steps, chunk):
-    """A whole sampler in launches of `chunk` steps, each closed by elf_advance, against the loop on the host."""
-    shape, rows = (2, 3, 8), (Row(True, True), Row(False, False))
-    case = make_case(shape, 2, conditional=True) | {"rows": rows}
-    rng = np.random.default_rng(steps)
-    table = {
-        "t": rng.random((steps + 2, 2), dtype=np.float32),
-        "coef": rng.standard_normal((steps + 2, 2, 5), dtype=np.float32),
-        "weights": rng.standard_normal((steps + 2, 2, 2), dtype=np.float32),
-    }
-    expected = run_on_host(case, table)
-
-    arguments = replace(
-        put_step(device, case, last=steps, row=0),
-        **{name: device.put(array) for name, array in table.items()},
-        progress=device.put(kernels.make_progress(0, steps, rows)),
-    )
-    arguments = replace(arguments, next_z=(network := device.put(case["next_z"])), x_rows=network)  # x = z
-    grid = kernels.grid(*shape, "float32")
-    for _ in range(-(-(steps + 1) // chunk)):
-        for offset in range(chunk):
-            device.launch("elf_step_float32", grid, *replace(arguments, offset=offset).packed())
-        device.launch("elf_advance", (1, 1, 1), arguments.progress, np.int32(chunk))
-    device.launch("elf_step_float32", grid, *replace(arguments, final=1, next_rows=1).packed())
-    for name in ("z", "x_last"):
-        np.testing.assert_array_equal(device.get(getattr(arguments, name), case[name]), expected[name], err_msg=name)
+SPOILT: dict[str, Callable[[np.ndarray], None]] = {
+    "first": lambda z: z.__setitem__((0, 0), np.inf),
+    "last": lambda z: z.__setitem__((-1, -1), -np.inf),
+    "not a number": lambda z: z.__setitem__((1, 2), np.nan),
+}
 
 
-def run_on_host(case, table):
-    """The loop of the host sampler, for a network that returns z."""
-    state = {name: case[name].copy() for name in ("z", "x_last", "next_z", "next_x_prev")}
-    for j in range(len(table["t"])):
-        step_numpy(
-            **state,
-            x_rows=state["next_z"].copy(),
-            weights=table["weights"][j],
-            coef=table["coef"][j],
-            noise=NoiseKey(case["noise"].seeds, j),
-            source=case["source"],
-            mask=case["mask"],
-            rows=case["rows"],
-        )
-    return state
-
-
-@pytest.mark.parametrize("dtype", kernels.TYPES)
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 7, 16)])
-def test_draft_decodes_the_estimate(device, dtype, shape):
-    case = make_case(shape, 1, NUMPY_TYPES[dtype])
-    x_last, next_z, next_x_prev = (device.put(case[name]) for name in ("x_last", "next_z", "next_x_prev"))
-    t, s, mode = (device.put(np.full(shape[0], 77, np.float32)) for _ in range(3))
-    scale = device.put(np.full(shape[0], 3, np.float32))
-    signals = (next_z, next_x_prev, t, s, mode, scale)
-    grid = kernels.grid(*shape, dtype)
-    device.launch(f"elf_draft_{dtype}", grid, x_last, *signals, np.int32(shape[1]), np.int32(shape[2]))
-    ulp = {"float32": 0, "float16": 2**-11, "bfloat16": 2**-8}[dtype]
-    np.testing.assert_allclose(to_float32(device.get(next_z, case["next_z"]))[0], case["x_last"], rtol=ulp, atol=1e-7)
-    assert not device.get(next_x_prev, case["next_x_prev"]).any()
-    for address, value in ((t, 1), (s, 3), (mode, 1)):
-        assert (device.get(address, np.empty(shape[0], np.float32)) == value).all()
+@pytest.mark.parametrize("spoil", SPOILT)
+@pytest.mark.parametrize("shape", [(3, 5), (7, 16), (130, 16)])
+def test_z_that_is_not_finite_is_told_of_its_text_alone(device: Device, shape: tuple[int, int], spoil: str) -> None:
+    slots = [replace(make_slot(shape, 1, seed=k), coef=np.float32([1, 0, 0, 0, 0])) for k in range(4)]
+    SPOILT[spoil](slots[1].z)
+    slots[2].z[:] = np.finfo(np.float32).max  # finite still
+    held = slots[3] = replace(slots[3], source=np.ones(shape, np.float32), mask=np.ones(shape[0], bool))
+    held.z[:] = np.nan  # and gone
+    call = assert_numpys_bits(device, slots)
+    assert call.not_finite == [0, 1, 0, 0]
