@@ -15,6 +15,7 @@ from elf_rt.export.gpt2 import GPT2Sizes
 from elf_rt.export.hub import download
 from elf_rt.export.layouts import read_stored
 from elf_rt.export.t5 import T5Sizes
+from elf_rt.libraries import import_library
 
 TABLE = "embedding.weight"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # T5's own names have no organisation: t5-small
@@ -154,9 +155,7 @@ def _prove(folder: Path, sizes: T5Sizes | GPT2Sizes) -> None:
 
 def run_encoder(path: Path, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """ids and mask (B, S) int64 -> latents (B, S, C) of an encoder.onnx, in ONNX Runtime."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = import_library("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
     (latents,) = session.run(None, {"ids": ids, "mask": mask})
     return np.asarray(latents)
 

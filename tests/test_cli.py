@@ -101,6 +101,12 @@ def test_jsonl_in_and_out(run_cli, spoken, tmp_path):
         (b'{"input": 3}\n', ("line 1",)),
         (b'{"input": "a"}\n\n{"input": " "}\n', ("line 3 has an empty input",)),
         (b'{"input": "a", "id": "\\ud800"}\n', ("line 1 holds half of a surrogate pair",)),
+        (b'{"input": "a", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", ("line 1 is nested more than 100 deep",)),
+        (b'{"input": "a", "x": ' + b'{"a":' * 500 + b"1" + b"}" * 500 + b"}", ("line 1 is nested more than 100",)),
+        (b'{"input": "a"}\n{"input": "a", "x": NaN}', ("line 2 holds NaN, which is not JSON",)),
+        (b'{"input": "a", "x": [-Infinity]}', ("line 1 holds -Infinity, which is not JSON",)),
+        (b'{"input": "a", "x": 1e999}', ("line 1 holds a number that is too large",)),
+        (b'{"input": "a", "x": ' + b"9" * 5000 + b"}", ("line 1 is not a JSON object",)),
     ],
 )
 def test_bad_jsonl(run_cli, spoken, tmp_path, content, words):

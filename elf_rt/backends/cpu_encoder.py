@@ -7,6 +7,7 @@ import numpy as np
 
 from elf_rt.bundle import Bundle
 from elf_rt.errors import BackendError
+from elf_rt.libraries import import_library, why_absent
 
 
 class CpuEncoder:
@@ -30,8 +31,6 @@ class CpuEncoder:
 
     def _open(self) -> Any:
         path = self._bundle.path("encoder.onnx")
-        try:
-            import onnxruntime
-        except ImportError:
-            raise BackendError("a text encoder runs in ONNX Runtime: pip install 'elf-rt[cpu]'") from None
-        return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        if reason := why_absent("onnxruntime", "InferenceSession", "pip install 'elf-rt[cpu]'"):
+            raise BackendError(f"a text encoder runs in ONNX Runtime, which is {reason}")
+        return import_library("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])

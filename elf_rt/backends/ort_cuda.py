@@ -17,6 +17,7 @@ from elf_rt.device.cudart import DeviceMemory, synchronize
 from elf_rt.device.host import HostNetwork
 from elf_rt.device.network import Enqueued, Launchable
 from elf_rt.errors import BackendError
+from elf_rt.libraries import import_library, why_absent
 
 NAME = "onnxruntime-cuda"
 PRECISIONS = ("fp16", "bf16", "fp32")
@@ -27,11 +28,9 @@ DISCRETIZED_TOKENS = 4096  # positions whose logits are in memory together: abou
 
 def unavailable() -> str | None:
     """Why this backend cannot be used here, or None."""
-    try:
-        import onnxruntime
-    except ImportError:
-        return "not installed: pip install 'elf-rt[gpu]'"
-    if PROVIDER not in onnxruntime.get_available_providers():
+    if reason := why_absent("onnxruntime", "InferenceSession", "pip install 'elf-rt[gpu]'"):
+        return reason
+    if PROVIDER not in import_library("onnxruntime").get_available_providers():
         return "this onnxruntime is the CPU build: pip uninstall onnxruntime, then pip install 'elf-rt[gpu]'"
     return device.unavailable()
 
@@ -50,15 +49,13 @@ class OrtCudaBackend:
     device = "cuda"
 
     def __init__(self, bundle: Bundle, precision: str) -> None:
-        import onnxruntime
-
-        self._ort = onnxruntime
+        self._ort = import_library("onnxruntime")
         self.precision = precision
         self.config = bundle.config
         self.encode = CpuEncoder(bundle)
         files = bundle.variant(precision)
         if MEMORY == "cuda":
-            onnxruntime.preload_dlls()  # CUDA and cuDNN from their pip packages, where they are installed
+            self._ort.preload_dlls()  # CUDA and cuDNN from their pip packages, where they are installed
         self.denoiser = self._session(str(files["denoiser"]))
         self.discretizer = self._session(str(files["discretizer"]))
 

@@ -17,7 +17,8 @@ import numpy as np
 from elf_rt.backends.base import check_widths, token_slices
 from elf_rt.bundle import Bundle
 from elf_rt.errors import BackendError
-from elf_rt.machine import cores, has_bf16, import_without_telemetry, user_cache
+from elf_rt.libraries import import_library, why_absent
+from elf_rt.machine import cores, has_bf16, user_cache
 
 if TYPE_CHECKING:
     import openvino
@@ -34,11 +35,7 @@ _COMPILING = threading.Lock()
 
 def unavailable() -> str | None:
     """Why this backend cannot be used here, or None."""
-    try:
-        library = import_without_telemetry("openvino")
-    except ImportError:
-        return "not installed: pip install 'elf-rt[openvino]'"
-    return None if hasattr(library, "Core") else "openvino is a broken install: reinstall it"
+    return why_absent("openvino", "Core", "pip install 'elf-rt[openvino]'")
 
 
 def open_backend(bundle: Bundle, precision: str, threads: int | None = None) -> "OpenVinoBackend":
@@ -59,7 +56,7 @@ class OpenVinoBackend:
     device = "cpu"
 
     def __init__(self, bundle: Bundle, precision: str, threads: int | None) -> None:
-        self._ov = import_without_telemetry("openvino")
+        self._ov = import_library("openvino")
         self._core = self._ov.Core()
         self.config = bundle.config
         bf16 = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")

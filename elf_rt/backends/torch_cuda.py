@@ -22,6 +22,7 @@ from elf_rt.bundle import Bundle
 from elf_rt.device import setup_lock
 from elf_rt.device.network import Launchable
 from elf_rt.errors import BackendError, GpuMemoryError, first_line
+from elf_rt.libraries import why_absent
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +41,8 @@ def unavailable() -> str | None:
             return f"{package} is not installed: pip install torch onnx"
     if reason := device.unavailable():
         return reason
+    if reason := why_absent("torch", "cuda", "pip install torch"):
+        return f"torch is {reason}"
     import torch
 
     if torch.version.cuda is None:

@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-import json
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -18,9 +17,10 @@ from elf_rt import machine
 from elf_rt.backends import MODULES, discover, held_precisions, open_backend, variant_of
 from elf_rt.backends.cpu_encoder import CpuEncoder
 from elf_rt.bundle import Bundle, atomic_file, find_bundle
-from elf_rt.commands.generate import read_jsonl
-from elf_rt.console import note, progress
+from elf_rt.commands.jsonl import read_jsonl
+from elf_rt.console import note, print_json, progress
 from elf_rt.errors import BackendError, InputError
+from elf_rt.libraries import needs, why_absent
 from elf_rt.measure.bench import Contender, Opened, Report, Work, measure, open_contender
 from elf_rt.measure.bench_report import describe_machine, draw, lines
 from elf_rt.model import Model
@@ -116,15 +116,16 @@ def command(bundle: Path | None, **options: Any) -> None:
             title = f"{name} on {machine_here['cpu']}, {machine_here['cores']} cores"
             draw(report, title, picture, options["plot"].suffix[1:].lower())
     result = {"machine": machine_here, "model": name, **report.to_json()}
-    click.echo(json.dumps(result, indent=1) if options["as_json"] else "\n".join(lines(result, report)))
+    if options["as_json"]:
+        print_json(result, indent=1)
+    else:
+        click.echo("\n".join(lines(result, report)))
 
 
 def _picture(stack: ExitStack, path: Path) -> Path:
     """Where to draw, checked before anything is measured; it takes its name when all went well."""
-    try:
-        importlib.import_module("matplotlib")
-    except ImportError:
-        raise BackendError("--plot needs matplotlib: pip install 'elf-rt[plot]'") from None
+    if reason := why_absent("matplotlib", "__version__", "pip install 'elf-rt[plot]'"):
+        raise BackendError(f"--plot needs matplotlib, which is {reason}")
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise InputError(f"{path} must end with .png, .svg or .pdf")
     return stack.enter_context(atomic_file(path))
@@ -200,8 +201,8 @@ def _torch_contenders(bundle: Bundle, state: Any, options: dict[str, Any]) -> li
     try:
         from elf_rt.export.checkpoint import load_checkpoint
         from elf_rt.export.torch_cpu import TorchBackend
-    except ImportError as error:
-        raise BackendError(f"--vs needs {error.name}: pip install 'elf-rt[export]'") from None
+    except (ImportError, OSError) as error:
+        raise needs("--vs", error, "pip install 'elf-rt[export]'") from None
     if state is None:
         source = bundle.manifest["source"]
         checkpoint = load_checkpoint(options["checkpoint"], raw=source["weights"] == "raw")
@@ -224,8 +225,8 @@ def _write_random(folder: Path, size: str, wanted: Sequence[tuple[str, str]]) ->
     """A bundle of random weights with the variants that the wanted backends read; its weights."""
     try:
         from elf_rt.export.random_bundle import write_random_bundle
-    except ImportError as error:
-        raise BackendError(f"--random needs {error.name}: pip install 'elf-rt[export]'") from None
+    except (ImportError, OSError) as error:
+        raise needs("--random", error, "pip install 'elf-rt[export]'") from None
     variants = {variant_of(*choice) for choice in wanted if choice[1] != "auto"}
     if not wanted:
         variants = {"int8", "int8-openvino"} if importlib.util.find_spec("nncf") else {"int8"}

@@ -1,6 +1,5 @@
 """``elf-rt eval``: how good the text is, of a JSONL file or of texts written now."""
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -13,9 +12,9 @@ import numpy as np
 from click.core import ParameterSource
 
 from elf_rt.bundle import Bundle
-from elf_rt.commands.generate import read_jsonl
+from elf_rt.commands.jsonl import read_jsonl
 from elf_rt.commands.options import SAMPLING_NAMES, backend_options, sampling_options
-from elf_rt.console import Ticker, note, progress
+from elf_rt.console import Ticker, note, print_json, progress
 from elf_rt.errors import InputError
 from elf_rt.measure import evaluation
 from elf_rt.text.codec import load_tokenizer
@@ -110,7 +109,7 @@ def command(bundle: Path | None, **options: Any) -> None:
         results.append({"seed": run.seed, "texts": len(run.texts), **measured})
     summary = _summary(results, unit)
     if options["as_json"]:
-        click.echo(json.dumps(summary))
+        print_json(summary)
     else:
         _show(summary)
 

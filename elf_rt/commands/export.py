@@ -8,6 +8,7 @@ import click
 from elf_rt.bundle import Bundle
 from elf_rt.console import note, progress
 from elf_rt.errors import BackendError, BundleError, InputError
+from elf_rt.libraries import needs
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-openvino")
 
@@ -65,11 +66,11 @@ def command(
     """
     try:
         from elf_rt.export.pipeline import ExportOptions, default_output, export_bundle, read_presets
-    except ImportError as error:
-        raise BackendError(f"export needs {error.name}: pip install 'elf-rt[export]'") from None
+    except (ImportError, OSError) as error:
+        raise needs("export", error, "pip install 'elf-rt[export]'") from None
     if "int8-openvino" in precision and importlib.util.find_spec("nncf") is None:
         raise BackendError("int8-openvino needs nncf: pip install 'elf-rt[int8]'")
-    from elf_rt.commands.generate import read_jsonl
+    from elf_rt.commands.jsonl import read_jsonl
     from elf_rt.measure.verify import verify_folder
 
     output = output or default_output(checkpoint)

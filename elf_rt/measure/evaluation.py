@@ -5,7 +5,6 @@ that are read together: perplexity under a language model, unigram entropy, and 
 Libraries of the extra ``elf-rt[eval]`` are imported by the functions that need them.
 """
 
-import importlib
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from elf_rt.errors import InputError
+from elf_rt.libraries import import_library, why_absent
 
 Tokens = Sequence[Hashable]  # the tokens of one text: ids, or words
 
@@ -254,7 +254,6 @@ def require_libraries(metrics: Collection[str]) -> None:
 
 
 def _library(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise InputError(f"{name.split('.')[0]} is not installed: pip install 'elf-rt[eval]'") from None
+    if reason := why_absent(name, "__name__", "pip install 'elf-rt[eval]'"):
+        raise InputError(f"{name.split('.')[0]} is {reason}")
+    return import_library(name)
