@@ -1,4 +1,7 @@
-"""Every error that elf-rt raises on purpose: one clear line that says how to mend it."""
+"""Every error that elf-rt raises on purpose: one clear line that says how to mend it. And its warnings."""
+
+import sys
+import warnings
 
 
 class ElfError(Exception):
@@ -29,3 +32,11 @@ def first_line(error: BaseException) -> str:
     """What a library's error says, in one line."""
     lines = str(error).splitlines() or [type(error).__name__]
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+
+
+def warn(message: str) -> None:
+    """Warn at the line outside of elf_rt that led here."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).split(".")[0] == "elf_rt":
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

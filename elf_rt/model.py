@@ -70,13 +70,17 @@ def load(
     bundle = Bundle.open(path)
     if check:
         bundle.check()
-    return Model(bundle, *open_backend(bundle, backend, precision, threads))
+    return Model(bundle, *open_backend(bundle, backend, precision, threads), threads)
+
+
+def _reopen(folder: Path, backend: str, precision: str, threads: int | None) -> "Model":
+    return load(folder, backend, precision=precision, threads=threads)
 
 
 class Model:
     """A loaded model. Safe to share between threads; ``close()`` it, or use it as a context manager."""
 
-    def __init__(self, bundle: Bundle, backend: Any, reason: str) -> None:
+    def __init__(self, bundle: Bundle, backend: Any, reason: str, threads: int | None = None) -> None:
         self.bundle = bundle
         self.config = bundle.config
         self.backend = backend
@@ -84,6 +88,7 @@ class Model:
         self.codec = TextCodec(bundle, backend.encode)
         self._sampler: Any = _make_sampler(backend, bundle)
         self._closed = False
+        self._threads, self._folder = threads, bundle.folder.resolve()
 
     def params(self, preset: str = "default", **overrides: Any) -> SamplingParams:
         """The bundle's preset with some values changed (None keeps the preset's)."""
@@ -213,6 +218,12 @@ class Model:
 
     def __repr__(self) -> str:
         return f"Model({str(self.bundle.folder)!r}, {self.backend_reason})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickled model is a path: whoever unpickles it, in another process, opens the bundle again."""
+        if self._closed:
+            raise BackendError("the model is closed: load it again, or send the bundle's path instead")
+        return _reopen, (self._folder, self.backend.name, self.backend.precision, self._threads)
 
     def __enter__(self) -> Self:
         return self

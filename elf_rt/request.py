@@ -1,7 +1,6 @@
 """What a caller asks for, checked once and cut into batches of bounded size."""
 
 import secrets
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -9,7 +8,7 @@ from typing import Self
 
 import numpy as np
 
-from elf_rt.errors import InputError
+from elf_rt.errors import InputError, warn
 from elf_rt.params import ModelConfig, SamplingParams
 from elf_rt.sampling import schedule
 from elf_rt.sampling.engine import Job
@@ -149,7 +148,7 @@ def check_length(config: ModelConfig, length: int | None) -> int:
         raise InputError(f"length must be a whole number between 1 and {trained}, got {length!r}")
     if length == trained:
         return trained
-    warnings.warn(f"the model was trained on {trained} tokens; a length of {length} changes results", stacklevel=5)
+    warn(f"the model was trained on {trained} tokens; a length of {length} changes results")
     return length
 
 

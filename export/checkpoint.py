@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 
 from elf_rt.bundle import sha256
-from elf_rt.errors import CheckpointError
+from elf_rt.errors import CheckpointError, warn
 from elf_rt.export.config import Shape, active_depth, expected_shapes, make_config, read_sizes
 from elf_rt.export.foreign import AGAIN, few, printable
 from elf_rt.export.layouts import read_stored, step_of
@@ -101,7 +100,7 @@ def _needed(tensors: Mapping[str, Any], shapes: Mapping[str, Shape], path: Path)
     unused = [name for name in tensors if name not in shapes and is_unused(name)]
     heads = [name for name in unused if isinstance(tensors[name], torch.Tensor) and tensors[name].ndim > 0]
     if heads:
-        warnings.warn(f"{path} holds tensors that inference does not need, left out: {few(heads)}", stacklevel=3)
+        warn(f"{path} holds tensors that inference does not need, left out: {few(heads)}")
     return {name: value for name, value in tensors.items() if name not in unused}
 
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 
 from elf_rt import __version__
 from elf_rt.bundle import SUFFIX, Bundle, atomic_folder, write_manifest
-from elf_rt.errors import CheckpointError, InputError
+from elf_rt.errors import CheckpointError, InputError, warn
 from elf_rt.export.bf16 import engine_agreement, operations_to_keep
 from elf_rt.export.checkpoint import Checkpoint, load_checkpoint
 from elf_rt.export.encoder import check_tokenizer, find_tokenizer, run_encoder, write_encoder
@@ -184,7 +183,7 @@ def _write_text_side(folder: Path, checkpoint: Checkpoint, options: ExportOption
         except CheckpointError as error:
             if needs_encoder:
                 raise
-            warnings.warn(f"no tokenizer: {error}", stacklevel=2)
+            warn(f"no tokenizer: {error}")
     if tokenizer is not None:
         tokens = check_tokenizer(tokenizer, config.vocab_size)
         shutil.copyfile(tokenizer, folder / "tokenizer.json")

@@ -1,7 +1,10 @@
 """The Python API on the demo models."""
 
+import multiprocessing
+import pickle
 import threading
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
@@ -125,6 +128,43 @@ def test_another_length_warns(shakespeare):
         shakespeare.generate(seed=0, steps=1, length=128)
 
 
+def test_a_short_canvas_says_how_much_it_leaves(spoken):
+    """The places of the longest source stay free, as in the official sampler, however short the prompt is."""
+    for length, left in ((33, 1), (40, 8), (20, 1)):
+        with pytest.warns(UserWarning, match=f"a length of {length} cuts texts to {left} tokens, for 32 are kept"):
+            (result,) = spoken.generate("it costs five pounds", seed=0, steps=1, length=length)
+        assert len(result.ids) == left
+
+
+def test_warnings_name_the_line_that_asked(spoken, tmp_path):
+    """Not one inside elf_rt, however deep the reason lies."""
+    for arguments in ({"prompts": "one hundred " * 40}, {"prompts": "a", "length": 40}):
+        for call in (spoken.generate, lambda **given: list(spoken.stream(**given))):
+            with pytest.warns(UserWarning) as told:
+                call(**arguments, seed=0, steps=1)
+            assert {warning.filename for warning in told} == {__file__}
+
+
+def test_a_pickled_model_is_opened_again(bundle, tmp_path, monkeypatch):
+    """As the argument of a spawned process, wherever that runs."""
+    monkeypatch.chdir(bundle("spoken-to-written").parent)
+    with elf_rt.load("spoken-to-written.elfrt", "onnxruntime", threads=1) as model:
+        want = model.generate(SPOKEN[0], seed=3, steps=2)[0].text
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            assert pool.submit(write, model).result() == want
+        monkeypatch.chdir(tmp_path)
+        with pickle.loads(pickle.dumps(model)) as again:
+            assert again.generate(SPOKEN[0], seed=3, steps=2)[0].text == want
+            assert again.backend.describe() == model.backend.describe()
+    with pytest.raises(BackendError, match="the model is closed"):
+        pickle.dumps(model)
+
+
+def write(model: elf_rt.Model) -> str | None:
+    with model:
+        return model.generate(SPOKEN[0], seed=3, steps=2)[0].text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -177,6 +217,7 @@ def test_a_closed_model_says_so(bundle):
         ({"length": 32.0}, "length must be a whole number between 1 and 64, got 32.0"),
         ({"seed": 1.5}, "seed must be a whole number"),
         ({"prompts": 5}, "prompts must be a text or a sequence of texts, got 5"),
+        ({"prompts": ["fine", " \t\n "]}, "prompt 2 has no token in it"),
         ({"prompts": [None]}, "prompt 1 is not a text in UTF-8: None"),
         ({"prompts": ["fine", "\ud800"]}, "prompt 2 is not a text in UTF-8"),
         ({"pinned": "no blanks"}, "a template needs a blank such as"),

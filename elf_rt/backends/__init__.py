@@ -1,13 +1,12 @@
 """Engine libraries, best first. A backend's library is imported only when that backend is asked for."""
 
 import importlib
-import warnings
 from dataclasses import dataclass
 from types import ModuleType
 
 from elf_rt.backends.base import Backend
 from elf_rt.bundle import MIN_AGREEMENT, Bundle
-from elf_rt.errors import BackendError, InputError
+from elf_rt.errors import BackendError, InputError, warn
 
 # In the order in which "auto" tries them.
 # Each module has NAME, PRECISIONS (best first), unavailable() and open_backend(). VARIANTS names the graphs that it
@@ -102,7 +101,7 @@ def _open_best(bundle: Bundle, precision: str, threads: int | None) -> tuple[Bac
         return backend, why + (f" ({'; '.join(refused)})" if refused else "")
     if precision in ("fp16", "bf16"):
         backend, why = _open_best(bundle, "auto", threads)
-        warnings.warn(f"nothing here runs {precision} ({'; '.join(refused)}): {why}", stacklevel=5)
+        warn(f"nothing here runs {precision} ({'; '.join(refused)}): {why}")
         return backend, why
     if lacking:
         raise BackendError(f"{'; '.join(lacking)}: export the checkpoint again with them (elf-rt export --precision)")

@@ -7,7 +7,6 @@ the weights for every batch size. Other lengths share one second network, compil
 
 import hashlib
 import threading
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ import numpy as np
 
 from elf_rt.backends.base import check_widths, token_slices
 from elf_rt.bundle import Bundle
-from elf_rt.errors import BackendError
+from elf_rt.errors import BackendError, warn
 from elf_rt.libraries import import_library, why_absent
 from elf_rt.machine import cores, has_bf16, user_cache
 
@@ -134,7 +133,7 @@ class OpenVinoBackend:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            warnings.warn(f"compiled networks are not cached: {error}", stacklevel=2)
+            warn(f"compiled networks are not cached: {error}")
             return {}
         return {"CACHE_DIR": str(folder)}
 
@@ -194,7 +193,7 @@ def _supported(precision: str, bf16: bool) -> str:
     if precision in ("fp32", "int8") or (precision == "bf16" and bf16):
         return precision
     nearest = "bf16" if bf16 else "fp32"
-    warnings.warn(f"{NAME} has no {precision} on this processor: {nearest} instead", stacklevel=4)
+    warn(f"{NAME} has no {precision} on this processor: {nearest} instead")
     return nearest
 
 

@@ -9,7 +9,6 @@ as long as the network, and whose addresses the kernels are given.
 import importlib.util
 import threading
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from elf_rt.backends.cpu_encoder import CpuEncoder
 from elf_rt.bundle import Bundle
 from elf_rt.device import setup_lock
 from elf_rt.device.network import Launchable
-from elf_rt.errors import BackendError, GpuMemoryError, first_line
+from elf_rt.errors import BackendError, GpuMemoryError, first_line, warn
 from elf_rt.libraries import why_absent
 
 if TYPE_CHECKING:
@@ -114,10 +113,7 @@ class TorchBackend:
             self.fused = True
         except Exception as error:  # dynamo, inductor, Triton and the C compiler have no common error
             self.network.pointwise = eager
-            warnings.warn(
-                f"torch.compile does not work here, so more kernels run, which is slower: {first_line(error)}",
-                stacklevel=2,
-            )
+            warn(f"torch.compile does not work here, so more kernels run, which is slower: {first_line(error)}")
 
     def bind(self, rows: int, length: int) -> "TorchHostNetwork":
         return TorchHostNetwork(TorchNetwork(self, rows, length))
