@@ -10,6 +10,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from elf_rt.errors import InputError
+
 # Linux's names of the instructions that decide how fast a network runs, slowest first.
 ISA_FLAGS = (
     "avx2",
@@ -60,6 +62,20 @@ def cores() -> int:
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cgroup_cpus()
     return allowed if quota is None else max(1, min(allowed, math.ceil(quota)))
+
+
+def check_threads(threads: int | None) -> int:
+    """How many threads to compute with: what is asked for, or one for each core.
+
+    Raises:
+        InputError: fewer than 1, or more than 4 for each core: they would only wait for each other.
+    """
+    here = cores()
+    if threads is None:
+        return here
+    if not isinstance(threads, int) or isinstance(threads, bool) or not 1 <= threads <= 4 * here:
+        raise InputError(f"threads must be a whole number between 1 and {4 * here} (4 x {here} cores), got {threads!r}")
+    return threads
 
 
 @cache

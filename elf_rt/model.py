@@ -61,11 +61,11 @@ def load(
         path: the folder ``name.elfrt`` that ``elf-rt export`` wrote.
         backend: "auto", or a name that ``elf-rt doctor`` lists.
         precision: "auto", fp32, bf16, fp16 or int8, as the backend allows.
-        threads: CPU threads of the engine; all cores by default.
+        threads: CPU threads, from 1 to 4 for each core; one for each core by default.
         check: verify the sha256 of every file now, not only of those that are used.
 
     Raises:
-        BundleError, BackendError: with one line that says how to mend it.
+        BundleError, BackendError, InputError: with one line that says how to mend it.
     """
     bundle = Bundle.open(path)
     if check:

@@ -1,11 +1,11 @@
 """Bundles that many tests read: exported once a run, whatever the number of test processes."""
 
-import fcntl
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from elf_rt.device.cudart import Gpu, find_gpu
 
@@ -43,8 +43,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def make(name: str) -> Path:
         source = GOLDEN / name if (GOLDEN / name).is_dir() else EXAMPLES / name
         output = shared / f"{name}.elfrt"
-        with (shared / f"{name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with FileLock(shared / f"{name}.lock"):
             if not output.exists():
                 export(source, output, append_eos=name != "shakespeare")
         return output

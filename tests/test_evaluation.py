@@ -294,6 +294,14 @@ def test_rouge_of_every_alphabet(text, other):
     assert 0 < near.rouge_1 < 100 and near.exact_match == 0.0
 
 
+def test_an_option_without_use_is_named_as_it_is_given(capsys, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}')
+    for option in ("-n", "--guidance-scale", "--threads"):
+        with pytest.raises(SystemExit) as stop:
+            main(["eval", "--input", str(tmp_path / "a.jsonl"), option, "1"])
+        assert stop.value.code == 2 and f"Error: {option} has no use without a BUNDLE" in capsys.readouterr().err
+
+
 def test_rouge_of_english_is_that_of_rouge_score():
     from rouge_score.rouge_scorer import RougeScorer
 

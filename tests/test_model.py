@@ -5,12 +5,16 @@ import pickle
 import threading
 import warnings
 from concurrent.futures import ProcessPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import elf_rt
+from elf_rt import backends
+from elf_rt.bundle import Bundle
 from elf_rt.errors import BackendError, InputError
+from elf_rt.machine import cores
 from elf_rt.model import Draft
 from elf_rt.sampling.engine import MAX_IDLE_NETWORKS
 from elf_rt.sampling.noise import normal
@@ -195,6 +199,19 @@ def test_unknown_backends_and_precisions(bundle):
         elf_rt.load(bundle("uncond"), "jax")
     with pytest.raises((InputError, BackendError), match="fp4"):
         elf_rt.load(bundle("uncond"), precision="fp4")
+
+
+@pytest.mark.parametrize("threads", [0, -1, 2.0, True, "2", 10**12, 4 * cores() + 1])
+def test_threads_are_within_reason(bundle, threads):
+    with pytest.raises(InputError, match=rf"threads must be a whole number between 1 and {4 * cores()} .*, got"):
+        elf_rt.load(bundle("uncond"), threads=threads)
+
+
+def test_threads_have_no_meaning_on_a_gpu(bundle, monkeypatch):
+    gpu = SimpleNamespace(name="tensorrt", device="cuda")
+    monkeypatch.setattr(backends, "_open_best", lambda *_: (gpu, "why"))
+    with pytest.warns(UserWarning, match="threads=1 has no meaning for tensorrt"):
+        backends.open_backend(Bundle.open(bundle("uncond")), threads=1)
 
 
 def test_a_closed_model_says_so(bundle):

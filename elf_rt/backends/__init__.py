@@ -7,6 +7,7 @@ from types import ModuleType
 from elf_rt.backends.base import Backend
 from elf_rt.bundle import MIN_AGREEMENT, Bundle
 from elf_rt.errors import BackendError, InputError, warn
+from elf_rt.machine import check_threads
 
 # In the order in which "auto" tries them.
 # Each module has NAME, PRECISIONS (best first), unavailable() and open_backend(). VARIANTS names the graphs that it
@@ -55,10 +56,15 @@ def open_backend(
     """
     if precision not in PRECISIONS:
         raise InputError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    if threads is not None and threads < 1:
-        raise InputError(f"threads must be 1 or more, got {threads}")
-    if name == "auto":
-        return _open_best(bundle, precision, threads)
+    check_threads(threads)
+    backend, why = _open_best(bundle, precision, threads) if name == "auto" else _open(bundle, name, precision, threads)
+    if threads is not None and backend.device == "cuda":
+        warn(f"threads={threads} has no meaning for {backend.name}, which computes on the GPU")
+    return backend, why
+
+
+def _open(bundle: Bundle, name: str, precision: str, threads: int | None) -> tuple[Backend, str]:
+    """The backend of this name."""
     if name not in MODULES:
         raise InputError(f"backend must be one of auto, {', '.join(MODULES)}, got {name!r}")
     module = _module(name)

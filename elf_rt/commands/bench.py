@@ -48,8 +48,8 @@ def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> t
     if value is None:
         return None
     parts = value.split(",")
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise click.BadParameter(f"{value!r} is not a list of positive whole numbers such as 8,32")
+    if not all(part.isdecimal() and len(part) < 5 and int(part) > 0 for part in parts):
+        raise click.BadParameter(f"{value!r} is not a list of whole numbers from 1 to 9999, such as 8,32")
     return tuple(dict.fromkeys(int(part) for part in parts))
 
 
@@ -82,7 +82,7 @@ def _names(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
     "--input", "input_path", type=click.Path(path_type=Path), help="JSONL of prompts.  [default: random tokens]"
 )
 @click.option("--seed", type=click.IntRange(0), default=0, help="Seed of the first text.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all cores]")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads, up to 4 for each core.  [default: all cores]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw latency against steps and batch.")
 def command(bundle: Path | None, **options: Any) -> None:
@@ -209,7 +209,7 @@ def _torch_contenders(bundle: Bundle, state: Any, options: dict[str, Any]) -> li
         if checkpoint.sha256 != source["sha256"]:
             raise InputError(f"{bundle.folder} was not exported from {options['checkpoint']}: export it again")
         state = checkpoint.state
-    threads = options["threads"] or machine.cores()
+    threads = machine.check_threads(options["threads"])
 
     def load(name: str) -> Model:
         compiled = name == "torch-compile"

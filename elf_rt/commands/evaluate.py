@@ -121,7 +121,8 @@ def _without_bundle(options: dict[str, Any]) -> None:
     given = click.get_current_context().get_parameter_source
     for name in WRITING:
         if given(name) is ParameterSource.COMMANDLINE:
-            raise click.UsageError(f"--{name.replace('_', '-')} has no use without a BUNDLE: no text is written")
+            (option,) = (p.opts[0] for p in click.get_current_context().command.params if p.name == name)
+            raise click.UsageError(f"{option} has no use without a BUNDLE: no text is written")
 
 
 def _measure(

@@ -31,7 +31,9 @@ def backend_options(command: F) -> F:
                 "--backend", type=click.Choice(("auto", *MODULES)), default="auto", help="Engine library; see doctor."
             ),
             click.option("--precision", type=click.Choice(PRECISIONS), default="auto", help="Of the large products."),
-            click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all cores]"),
+            click.option(
+                "--threads", type=click.IntRange(1), help="CPU threads, up to 4 for each core.  [default: all cores]"
+            ),
         ]
     ):
         command = option(command)
