@@ -7,6 +7,7 @@ becomes slower than torch.compile is, nor wrong.
 
 import hashlib
 import itertools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from functools import partial
@@ -20,6 +21,7 @@ from elf_rt.backends import torch_attention
 from elf_rt.backends.torch_attention import Attention
 from elf_rt.backends.torch_cuda import clear_workspaces, own_settings
 from elf_rt.backends.torch_network import Choice, Network
+from elf_rt.backends.torch_weights import why_not
 from elf_rt.backends.tuning_cache import TuningCache
 from elf_rt.errors import first_line
 
@@ -44,6 +46,7 @@ SIZES = (
 )
 MOST_ADDED = 128  # columns of a tile of ``torch_kernels.add``, which holds h beside its product
 KERNELS = "Triton kernels"
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -61,11 +64,17 @@ class Tuner:
     passed_over: dict[str, str] = field(default_factory=dict)  # why, by way
 
     def __post_init__(self) -> None:
-        fused = make_fused(self.network, self.sm) if self.tune else "not measured (--no-tune)"
-        if isinstance(fused, str):
-            self.passed_over[KERNELS] = fused
+        if reason := why_not(self.network.blocks) if self.tune else "not measured (--no-tune)":
+            self.passed_over[KERNELS] = reason
+        elif isinstance(fused := make_fused(self.network, self.sm), str):
+            self._refuse_kernels(fused)
         else:
             self.network.fused = fused
+
+    def _refuse_kernels(self, why: str) -> None:
+        """They should work here, and do not."""
+        self.passed_over[KERNELS] = why
+        _log.warning("torch's products run instead of the Triton kernels, which may be slower: %s", why)
 
     def prepare(self, rows: int, length: int) -> None:
         """Choose for this shape, unless that was done."""
@@ -120,11 +129,11 @@ class Tuner:
             return plain
         fused, call = Choice(plain.attention, tiles), Call(network, rows, length)
         if why := call.refusal(fused, plain, DIFFERENCE[self.precision]):
-            self.passed_over[KERNELS] = why
+            self._refuse_kernels(why)
             return plain
         torchs, ours = self.clock([lambda: call.run(plain), lambda: call.run(fused)])
         if isinstance(ours, str):
-            self.passed_over[KERNELS] = ours
+            self._refuse_kernels(ours)
         elif isinstance(torchs, float) and torchs <= ours:
             self.passed_over[KERNELS] = f"{ours:.3g} ms a call of {rows} x {length}, torch {torchs:.3g}"
         else:
@@ -145,6 +154,7 @@ class Tuner:
         for product, possible in tiles_of(fused, self.sm).items():
             chosen.append(self._fastest({tile: partial(runs[product], tile) for tile in possible}, lambda _: KERNELS))
             if chosen[-1] is None:
+                self._refuse_kernels(self.passed_over[KERNELS])
                 return None
         self.passed_over.pop(KERNELS, None)  # of single tiles
         return make_tiles(chosen)
@@ -211,11 +221,9 @@ def make_fused(network: Network, sm: int) -> "FusedBlocks | str":
     if sm < OLDEST:
         return f"they need a GPU of compute capability {OLDEST / 10} or newer"
     try:
-        from elf_rt.backends.torch_fused import FusedBlocks, why_not
+        from elf_rt.backends.torch_fused import FusedBlocks
     except ImportError as error:
         return f"Triton does not work here ({first_line(error)})"
-    if reason := why_not(network.blocks):
-        return reason
     return FusedBlocks(network.blocks, network.cos, network.sin, network.eps, network.config.head_dim)
 
 
