@@ -30,6 +30,7 @@ class Checkpoint:
     """A checked model: every tensor of `state` is there, finite, float32, contiguous and of the size in `config`."""
 
     path: Path  # the file, or the folder where the layout has several
+    folders: tuple[Path, ...]  # that it lies in: through a link, there may be two
     sha256: str  # of the file; of several, of their names and sums
     layout: str  # how it was kept
     step: int | None  # of the training, where the checkpoint tells
@@ -39,6 +40,14 @@ class Checkpoint:
     settings_from: Path | None  # the YAML
     statistics: np.ndarray | None  # (2, P, C) of the latents, per channel; None: config has one mean and deviation
     state: dict[str, torch.Tensor]
+
+    @property
+    def folder(self) -> Path:
+        """Where its tokenizer and encoder lie, if anywhere."""
+        kept = (
+            f for f in self.folders if any((f / name).exists() for name in ("tokenizer.json", "encoder.safetensors"))
+        )
+        return next(kept, self.folders[0])
 
     @property
     def summary(self) -> str:
@@ -71,6 +80,7 @@ def load_checkpoint(source: str | Path, *, config: Path | None = None, raw: bool
     model = dataclasses.replace(make_config(sizes, settings), head_gelu=head_gelu)
     return Checkpoint(
         path=path,
+        folders=found.folders,
         sha256=_fingerprint(stored.files, path),
         layout=stored.layout,
         step=step_of(stored, path),

@@ -160,6 +160,17 @@ def run_encoder(path: Path, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.asarray(latents)
 
 
+def encoder_beside(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    """The encoder that lies in a checkpoint's folder, or the one that its YAML names."""
+    table = folder / "encoder.safetensors"
+    named = settings.get("encoder_model_name")
+    if table.is_file():
+        return str(table)
+    if isinstance(named, str) and (folder / named).is_dir():
+        return str(folder / named)
+    return named if isinstance(named, str) and named != "embedding" else None
+
+
 def find_tokenizer(checkpoint_folder: Path, encoder_source: str | Path | None, *, alone: bool = False) -> Path | None:
     """The tokenizer.json beside the checkpoint, else beside the encoder or in its Hub snapshot; None: there is none.
 

@@ -24,11 +24,12 @@ def export(
 ) -> Path:
     """Export a checkpoint as the command line does, proof included."""
     from elf_rt.export.pipeline import ExportOptions, export_bundle
-    from elf_rt.measure.verify import verify_folder
+    from elf_rt.measure.verify import Report, verify_folder
 
-    def prove(folder: Path, precision: str) -> None:
+    def prove(folder: Path, precision: str) -> Report:
         report = verify_folder(folder, backend="onnxruntime", precision=precision)
         assert report.passed, report
+        return report
 
     export_bundle(str(source), output, ExportOptions(append_eos=append_eos, precisions=precisions), prove=prove)
     return output

@@ -60,6 +60,8 @@ def open_backend(
     backend, why = _open_best(bundle, precision, threads) if name == "auto" else _open(bundle, name, precision, threads)
     if threads is not None and backend.device == "cuda":
         warn(f"threads={threads} has no meaning for {backend.name}, which computes on the GPU")
+    if doubt := bundle.unproven.get(variant_of(backend.name, backend.precision)):
+        warn(f"{backend.precision} of this bundle was not proven at export ({doubt})")
     return backend, why
 
 
@@ -90,7 +92,8 @@ def _open_best(bundle: Bundle, precision: str, threads: int | None) -> tuple[Bac
             continue
         if precision != "auto" and precision not in held_precisions(bundle, candidate):
             if precision in module.PRECISIONS:
-                lacking.append(f"{candidate}: the bundle has no {variant_of(candidate, precision)} graphs")
+                variant = variant_of(candidate, precision)
+                lacking.append(f"{candidate}: the bundle has no {variant} graphs{bundle.why_left_out(variant)}")
                 refused.append(lacking[-1])
             else:
                 refused.append(f"{candidate}: runs no {precision}")
@@ -144,7 +147,10 @@ def _unsafe(module: ModuleType, bundle: Bundle, precision: str) -> str | None:
     Graphs of that precision were proven at export; of an engine that rounds the float32 graphs, export measured what
     it changes.
     """
-    if precision == "fp32" or variant_of(module.NAME, precision) != "fp32":
+    variant = variant_of(module.NAME, precision)
+    if variant in bundle.unproven:
+        return f"{precision} was not proven at export ({bundle.unproven[variant]})"
+    if precision == "fp32" or variant != "fp32":
         return None
     agreement = bundle.agreement.get(precision)
     if agreement is None:

@@ -46,6 +46,9 @@ def _lines(bundle: Bundle) -> list[tuple[str, str]]:
         weights = (bundle.folder / files["weights"]).stat().st_size
         lines.append(("precision", f"{name}: weights {weights / 1e6:.1f} MB"))
         lines += [("", text) for text in _exceptions(bundle.manifest.get("precision", {}).get(name, {}))]
+        if doubt := bundle.unproven.get(name):
+            lines.append(("", f"not proven, so only by name: {doubt}"))
+    lines += [("left out", f"{name}: {reason}") for name, reason in bundle.left_out.items()]
     return lines + describe_plans(bundle, inspect_denoiser)
 
 
