@@ -27,6 +27,8 @@ from elf_rt.backends.tuning_cache import NO_TUNE, TuningCache
 from elf_rt.bundle import Bundle
 from elf_rt.commands import doctor
 from elf_rt.commands.options import backend_options
+from elf_rt.measure.bench import Report
+from elf_rt.measure.bench_report import describe_machine, lines
 from elf_rt.measure.verify import verify
 from elf_rt.model import Model
 
@@ -96,7 +98,7 @@ class Clock:
     def __init__(self, last_first: bool = True) -> None:
         self.last_first, self.timed = last_first, 0
 
-    def __call__(self, ways: Sequence[Callable[[], object]]) -> list[float | str]:
+    def __call__(self, ways: Sequence[Callable[[], object]], calls: int) -> list[float | str]:
         self.timed += len(ways)
         times: list[float | str] = []
         for i, way in enumerate(ways):
@@ -132,6 +134,9 @@ def test_the_fastest_is_taken_named_and_kept(backend: TorchBackend, tmp_path: Pa
     said = first.describe()
     assert (said["attention"], said["blocks"]) == ("library fast", KERNELS)
     assert "cudnn: its version is too old" in said["passed over"]
+    entry = {"name": "torch", "library": "torch", "load_s": 1.0, "first_s": 1.0, "memory_mb": None, **said}
+    *_, last = lines({"machine": describe_machine(), "model": "m"}, Report("a", "b", [entry], []))
+    assert last == "torch: attention by library fast, blocks by Triton kernels; cudnn: its version is too old"
     backend.network.choices.clear()
     clock = Clock()
     tuner(backend, tmp_path, clock, attentions=[SLOW, FAST]).prepare(1, 8)

@@ -29,11 +29,13 @@ if TYPE_CHECKING:
     from elf_rt.backends.torch_fused import FusedBlocks, Tiles
     from elf_rt.backends.torch_kernels import Tile
 
-Clock = Callable[[Sequence[Callable[[], object]]], list[float | str]]  # milliseconds of each, or why it does not work
+Ways = Sequence[Callable[[], object]]
+Clock = Callable[[Ways, int], list[float | str]]  # milliseconds of a call of each, or why it does not work
 
 OLDEST = 80  # compute capability with bfloat16 and asynchronous copies
 TMA = 90  # the first with a unit that loads tiles
-CALLS, ROUNDS = 10, 7  # in a graph that is timed; how often, all ways in turn
+KERNEL_CALLS, NETWORK_CALLS = 10, 2  # in a graph that is timed
+ROUNDS = 7  # how often, all ways in turn
 DIFFERENCE = {torch.float16: 0.05, torch.bfloat16: 0.1}  # between two right ways; a wrong one is far from both
 # (rows, columns, depth, warps, stages) of a tile. Every GPU has the shared memory for the first.
 SIZES = (
@@ -131,7 +133,7 @@ class Tuner:
         if why := call.refusal(fused, plain, DIFFERENCE[self.precision]):
             self._refuse_kernels(why)
             return plain
-        torchs, ours = self.clock([lambda: call.run(plain), lambda: call.run(fused)])
+        torchs, ours = self.clock([lambda: call.run(plain), lambda: call.run(fused)], NETWORK_CALLS)
         if isinstance(ours, str):
             self._refuse_kernels(ours)
         elif isinstance(torchs, float) and torchs <= ours:
@@ -163,7 +165,7 @@ class Tuner:
         """The key of the fastest way that works."""
         if len(ways) == 1:
             return next(iter(ways))
-        timed = dict(zip(ways, self.clock(list(ways.values())), strict=True))
+        timed = dict(zip(ways, self.clock(list(ways.values()), KERNEL_CALLS), strict=True))
         self.passed_over |= {name(way): reason for way, reason in timed.items() if isinstance(reason, str)}
         works = {way: ms for way, ms in timed.items() if isinstance(ms, float)}
         return min(works, key=lambda way: works[way], default=None)
@@ -249,10 +251,10 @@ def normal(network: Network, *shape: int) -> Tensor:
     return torch.randn(shape, device=network.cos.device)
 
 
-def gpu_clock(ways: Sequence[Callable[[], object]]) -> list[float | str]:
-    """Milliseconds of each on the GPU, by replays of its graph, or why it does not work: the least of several, the ways
+def gpu_clock(ways: Ways, calls: int) -> list[float | str]:
+    """Milliseconds of a call of each on the GPU, by replays of its graph, or why it does not work: the least of several, the ways
     in turn, because a GPU's clock changes."""
-    stream, graphs = torch.cuda.Stream(), [captured(way) for way in ways]
+    stream, graphs = torch.cuda.Stream(), [captured(way, calls) for way in ways]
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
     times: list[float | str] = [graph if isinstance(graph, str) else float("inf") for graph in graphs]
     with torch.cuda.stream(stream):
@@ -263,12 +265,12 @@ def gpu_clock(ways: Sequence[Callable[[], object]]) -> list[float | str]:
             graph.replay()
             events[1].record()
             stream.synchronize()
-            times[i] = min(float(times[i]), events[0].elapsed_time(events[1]) / CALLS)
+            times[i] = min(float(times[i]), events[0].elapsed_time(events[1]) / calls)
     return times
 
 
-def captured(way: Callable[[], object]) -> "torch.cuda.CUDAGraph | str":
-    """A graph of CALLS calls, or why there is none."""
+def captured(way: Callable[[], object], calls: int) -> "torch.cuda.CUDAGraph | str":
+    """A graph of so many calls, or why there is none."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     try:
         with torch.cuda.stream(stream):
@@ -276,7 +278,7 @@ def captured(way: Callable[[], object]) -> "torch.cuda.CUDAGraph | str":
             stream.synchronize()
             clear_workspaces(torch)
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                for _ in range(CALLS):
+                for _ in range(calls):
                     way()
     except Exception as error:  # torch's, Triton's and the driver's have no common base
         return first_line(error)
