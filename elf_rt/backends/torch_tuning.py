@@ -252,8 +252,8 @@ def normal(network: Network, *shape: int) -> Tensor:
 
 
 def gpu_clock(ways: Ways, calls: int) -> list[float | str]:
-    """Milliseconds of a call of each on the GPU, by replays of its graph, or why it does not work: the least of several, the ways
-    in turn, because a GPU's clock changes."""
+    """Milliseconds of a call of each on the GPU, or why it does not work: the least of several replays of its graph,
+    the ways in turn, because a GPU's clock changes."""
     stream, graphs = torch.cuda.Stream(), [captured(way, calls) for way in ways]
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
     times: list[float | str] = [graph if isinstance(graph, str) else float("inf") for graph in graphs]
