@@ -9,7 +9,11 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell find elf_rt export engines cpp_ext -type f -not -path '*/__pycache__/*' -not -name '*.so')
 OUT     := out
 
-.PHONY: demo test lint types pytest slow dev clean
+GPU_VENV  := .venv-gpu
+GPU_PIP   := $(GPU_VENV)/bin/python -m pip --disable-pip-version-check
+GPU_TESTS := tests/test_gpu.py tests/test_trt_gpu.py tests/test_torch_kernels.py
+
+.PHONY: demo test lint types pytest slow gpu dev clean
 
 demo: $(VENV)/.demo
 	mkdir -p $(OUT)
@@ -41,6 +45,12 @@ pytest: $(VENV)/.test
 slow: $(VENV)/.test
 	$(BIN)/pytest -m slow
 
+# With an NVIDIA GPU: its tests, then the benchmark, in under 9 minutes once the packages are there. The PyTorch and
+# TensorRT of $(PYTHON) are kept; what is not installed is skipped, with a line.
+gpu: $(GPU_VENV)/.done
+	-timeout 180 $(GPU_VENV)/bin/python -P -m pytest -q -m gpu --continue-on-collection-errors $(GPU_TESTS)
+	$(GPU_VENV)/bin/python benchmarks/gpu.py --minutes 4.5 --output docs
+
 # An editable install, for work on elf-rt itself.
 dev: $(VENV)/.test-packages
 	$(PIP) install -q --no-deps --no-build-isolation -e .
@@ -49,6 +59,13 @@ dev: $(VENV)/.test-packages
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -U pip "setuptools>=77" wheel "pybind11>=2.13"
+
+$(GPU_VENV)/.done: $(SOURCES) pyproject.toml setup.py
+	$(PYTHON) -m venv --system-site-packages $(GPU_VENV)
+	$(GPU_PIP) install -q "setuptools>=77" wheel "pybind11>=2.13" "pytest>=8"
+	$(GPU_PIP) install -q --no-build-isolation ".[torch,export,plot]" || \
+	    $(GPU_PIP) install -q --no-deps --no-build-isolation .
+	touch $@
 
 $(VENV)/.demo: $(SOURCES) pyproject.toml setup.py constraints.txt | $(BIN)/python
 	$(PIP) install -q -c constraints.txt "setuptools>=77" "pybind11>=2.13"
@@ -65,4 +82,4 @@ $(VENV)/.test: $(VENV)/.test-packages $(SOURCES) setup.py
 	touch $@
 
 clean:
-	rm -rf $(VENV) build $(OUT) *.egg-info
+	rm -rf $(VENV) $(GPU_VENV) build $(OUT) *.egg-info

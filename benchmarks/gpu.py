@@ -2,172 +2,91 @@
 
     python benchmarks/gpu.py --output docs
 
-writes gpu.json and gpu.png and prints the table, in under 10 minutes: what does not fit in --minutes is left out and
-named (TensorRT builds its plans first, which takes most of the time), and so is what this machine cannot run.
---smoke runs the script itself on the CPU, with a tiny model.
+writes gpu.json and two pictures and prints one table, in under 9 minutes: what does not fit in --minutes is left out
+and named, and so is at once what this machine cannot run. --smoke runs the script itself on the CPU, with a tiny model.
 
-Baselines follow the official code: float32 residual, bfloat16 blocks, one call of the network at a time, noise drawn on
-the GPU. All samplers make N denoising calls and the decoding one. A time is the whole sample's, ids on the host.
+"torch" rows are what a strong user of torch writes (``gpu_baseline``); speeds of elf-rt are quoted against the best of
+them. "official" rows follow the official code: attention spelt out, float32 without TF32 around bfloat16 blocks, one
+call at a time. All samplers make N denoising calls and the decoding one. A time is the whole sample's, ids on the host;
+TFLOP/s count the products of all calls, and the share is of an FP16 product of 8192^3 in the same run.
 """
 
 import argparse
+import gc
 import json
 import platform
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from gpu_bandwidth import integrator_bandwidth
+from typing import TYPE_CHECKING, Any
 
 import elf_rt
-from elf_rt import backends
-from elf_rt.bundle import Bundle, write_manifest
 from elf_rt.device.cudart import Gpu, find_gpu
 from elf_rt.params import RELEASED, ModelConfig, SamplingParams
 
-Sample = Callable[[int, int], object]  # (batch, seed) -> token ids on the host
+if TYPE_CHECKING:
+    from gpu_systems import Opened, Sample, Setting, System
 
 TINY = replace(RELEASED["ELF-B"], depth=2, hidden_size=64, num_heads=2, head_dim=32, mlp_dim=96, latent_dim=16)
 TINY = replace(TINY, bottleneck_dim=16, vocab_size=96, max_length=32)
 SECONDS_EACH = 3.0  # of timed repeats
 COLUMNS = {
-    "model": "6", "batch": "5", "system": "22", "p50_ms": "9.1f", "p95_ms": "9.1f", "ms_per_call": "11.3f",
-    "tokens_per_s": "12.0f", "memory_gb": "9.2f", "integrator_share": "16.3f",
+    "model": "6", "batch": "5", "system": "20", "p50_ms": "9.1f", "p95_ms": "9.1f", "ms_per_call": "11.3f",
+    "tokens_per_s": "12.0f", "tflops": "7.0f", "share": "6.2f", "memory_gb": "9.2f", "against_torch": "13.2f",
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What to run on. device: "cuda" or "cpu"."""
-
-    models: dict[str, ModelConfig]
-    batches: tuple[int, ...]
-    params: SamplingParams
-    device: str
-    deadline: float  # of time.monotonic
-
-
-@contextmanager
-def torch_baseline(config: ModelConfig, setting: Setting, *, compiled: bool) -> Iterator[Sample]:
-    """The official sampler in torch."""
+def versions(device: str) -> dict[str, str]:
+    """Of what decides how fast this is."""
     import torch
 
-    from elf_rt.export import reference, replay
-    from elf_rt.export.random_init import random_state
+    from elf_rt.backends.torch_attention import cudnn_version, usable
+    from elf_rt.backends.torch_tuning import triton_version
 
-    class InBfloat16(torch.nn.Module):
-        def __init__(self, block: torch.nn.Module) -> None:
-            super().__init__()
-            self.block = block
-
-        def forward(self, *inputs: torch.Tensor) -> Any:
-            with torch.autocast(setting.device, torch.bfloat16):
-                return self.block(*inputs)
-
-    model = reference.ELF(config)
-    model.load_state_dict(random_state(config, seed=0))
-    model.blocks = torch.nn.ModuleList(map(InBfloat16, model.blocks))
-    model.to(setting.device).requires_grad_(False)
-    tables = reference.rotary_tables(config.num_prefix_tokens, config.max_length, config.head_dim)
-    on_device = tuple(table.to(setting.device) for table in tables)
-    made_each_call, reference.rotary_tables = reference.rotary_tables, lambda *sizes: on_device
-    network: Any = torch.compile(model, dynamic=False) if compiled else model
-    steps = setting.params.steps
-
-    def sample(batch: int, seed: int) -> object:
-        torch.manual_seed(seed)
-        shape = (batch, config.max_length, config.latent_dim)
-        inner = torch.sigmoid(config.p_mean + config.p_std * torch.randn(steps - 1)).sort().values
-        grid = torch.cat([torch.zeros(1), inner, torch.ones(1)])
-        with torch.device(setting.device):
-            noise = torch.randn(steps, *shape)
-            run = replay.Run(setting.params, grid, config.noise_scale * noise[0], noise[1:])
-            return replay.sample(network, run)[1].cpu()
-
-    try:
-        yield sample
-    finally:
-        reference.rotary_tables = made_each_call
+    found = {"elf-rt": elf_rt.__version__, "torch": torch.__version__, "CUDA": str(torch.version.cuda)}
+    found |= {"cuDNN": cudnn_version() or "none", "Triton": triton_version() or "none"}
+    if device == "cuda":
+        attentions, absent = usable(torch.bfloat16)
+        found |= {"attention": ", ".join(a.library for a in attentions[:-1]) or attentions[-1].library}
+        found |= {f"no {name}": reason for name, reason in absent.items()}
+    return found
 
 
-@contextmanager
-def ours(config: ModelConfig, setting: Setting, *, backend: str) -> Iterator[Sample]:
-    """The device sampler over a backend, FP16."""
-    from elf_rt.backends.torch_cuda import TorchBackend
-    from elf_rt.model import Model
+def matmul_ceiling(device: str) -> float:
+    """TFLOP/s of an FP16 product of random numbers, 8192^3 on a GPU; the best of several, after a second of work."""
+    import torch
 
-    with tempfile.TemporaryDirectory() as folder:
-        bundle = make_bundle(Path(folder) / "model.elfrt", config)
-        if backend.startswith("tensorrt"):
-            build_plan(bundle, backend, setting.batches)
-        if setting.device == "cpu":
-            model = Model(bundle, TorchBackend(bundle, "fp16", "cpu"), "to see that the script runs")
-        else:
-            model = elf_rt.load(bundle.folder, backend, precision="fp16")
-
-        def sample(batch: int, seed: int) -> object:
-            return model.sample(seeds=np.arange(batch) + seed, params=setting.params, latents=False).ids
-
-        with model:
-            yield sample
+    n, dtype = (8192, torch.float16) if device == "cuda" else (256, torch.float32)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    times, end = [], time.monotonic() + (2 if device == "cuda" else 0.05)
+    while time.monotonic() < end or len(times) < 2:
+        begun = time.perf_counter()
+        for _ in range(10):
+            a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - begun) / 10)
+    return 2 * n**3 / min(times) / 1e12
 
 
-def make_bundle(folder: Path, config: ModelConfig) -> Bundle:
-    """FP16 graphs with random weights."""
-    from elf_rt.export.graph import write_graphs
-    from elf_rt.export.precision import Precision, PrecisionPlan
-    from elf_rt.export.random_init import random_state
-
-    (folder / "fp16").mkdir(parents=True)
-    state = {name: tensor.numpy() for name, tensor in random_state(config, seed=0).items()}
-    names = write_graphs(folder / "fp16", config, state, PrecisionPlan(Precision.FP16))
-    variants = {"fp16": {Path(name).stem: f"fp16/{name}" for name in names}}
-    presets = {"default": SamplingParams().to_json()}
-    manifest = {"model": config.to_json(), "presets": presets, "variants": variants, "tokenizer": {}, "encoder": None}
-    write_manifest(folder, manifest)
-    return Bundle.open(folder)
+def flops(config: ModelConfig, steps: int) -> float:
+    """Of the products of a text: N + 1 calls of the network, and the token head once."""
+    tokens, hidden = config.num_prefix_tokens + config.max_length, config.hidden_size
+    heads = config.num_heads * config.head_dim
+    block = 2 * tokens * (4 * hidden * heads + 3 * hidden * config.mlp_dim) + 4 * tokens**2 * heads
+    latents = 3 * config.latent_dim * config.bottleneck_dim + config.bottleneck_dim * hidden
+    ends = 2 * config.max_length * (latents + hidden * config.latent_dim)
+    head = 2 * config.max_length * config.latent_dim * (hidden + config.vocab_size)
+    return (steps + 1) * (config.depth * block + ends) + head
 
 
-def build_plan(bundle: Bundle, target: str, batches: tuple[int, ...]) -> None:
-    from elf_rt.engines.build import Request, build, plan_spec
-    from elf_rt.engines.recipe import Recipe
-    from elf_rt.engines.shapes import parse_profiles
-    from elf_rt.plans import this_machine
-
-    machine = this_machine()
-    assert machine.gpu is not None
-    profiles = parse_profiles(",".join(map(str, batches)), None, bundle.config)
-    build(plan_spec(bundle, Recipe.load(target), machine, Request("fp16", (machine.gpu.sm,), profiles)))
-
-
-def systems(device: str) -> dict[str, tuple[Any, dict[str, Any], str | None]]:
-    """By name: how to open it, its options, and why it cannot run here."""
-    cannot = {a.name: a.reason for a in backends.discover()}
-
-    def why(backend: str) -> str | None:
-        return "needs a GPU" if device == "cpu" else cannot[backend]
-
-    on_cpu_too = why("torch") if device == "cuda" else None
-
-    return {
-        "elf-rt torch, graph": (ours, {"backend": "torch"}, on_cpu_too),
-        "torch eager bf16": (torch_baseline, {"compiled": False}, on_cpu_too),
-        "torch.compile bf16": (torch_baseline, {"compiled": True}, why("torch")),
-        "elf-rt TensorRT": (ours, {"backend": "tensorrt"}, why("tensorrt")),
-        "elf-rt TensorRT-RTX": (ours, {"backend": "tensorrt-rtx"}, why("tensorrt-rtx")),
-        "elf-rt ONNX Runtime": (ours, {"backend": "onnxruntime-cuda"}, why("onnxruntime-cuda")),
-    }
-
-
-def measure(sample: Sample, batch: int, setting: Setting) -> dict[str, float]:
+def measure(sample: "Sample", batch: int, setting: "Setting") -> dict[str, float]:
     """Wall times of whole samples after a first one, which sets everything up."""
+    begun = time.perf_counter()
     sample(batch, 0)
+    first = time.perf_counter() - begun
     free, total = _memory(setting.device)
     times: list[float] = []
     while len(times) < 2 or (sum(times) < SECONDS_EACH and len(times) < 100 and time.monotonic() < setting.deadline):
@@ -178,66 +97,102 @@ def measure(sample: Sample, batch: int, setting: Setting) -> dict[str, float]:
         "p50_ms": 1e3 * statistics.median(times),
         "p95_ms": 1e3 * sorted(times)[int(0.95 * (len(times) - 1) + 0.5)],
         "repeats": len(times),
+        "first_s": first,
         "memory_gb": (total - free) / 1e9,
     }
 
 
-def run(setting: Setting) -> Iterator[dict[str, Any]]:
-    """One row for each system, model and batch; those that could not be measured have a `reason`."""
-    integrator = {batch: _integrator(batch, setting) for batch in setting.batches}
-    for name, (opened, options, reason) in systems(setting.device).items():
-        if reason:
-            print(f"{name}: {reason}", flush=True)
-            yield {"system": name, "reason": reason}
-            continue
-        for model, config in setting.models.items():
-            try:
-                yield from _run_model(name, model, config, opened(config, setting, **options), integrator, setting)
-            except Exception as error:  # one system that fails must not hide the others
-                reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-                print(f"{model} {name}: {reason}", flush=True)
-                yield {"model": model, "system": name, "reason": reason}
+def run(setting: "Setting", ceiling: float) -> Iterator[dict[str, Any]]:
+    """One row for each system, model and batch; those that could not be measured have a `reason`. All systems on the
+    first model come before the other models."""
+    from gpu_systems import systems
+
+    usable = []
+    for system in systems(setting.device):
+        if system.reason:
+            print(f"skips {system.name}: {system.reason}", flush=True)
+            yield {"system": system.name, "reason": system.reason}
+        else:
+            usable.append(system)
+    print("  ".join(f"{name:>{form.partition('.')[0]}}" for name, form in COLUMNS.items()), flush=True)
+    for model, config in setting.models.items():
+        torchs: dict[int, float] = {}  # the best milliseconds of torch by batch
+        for system in usable:
+            for row in _run_system(system, model, config, setting):
+                if "p50_ms" in row:
+                    _add_rates(row, config, setting.params.steps, ceiling, torchs)
+                print(_line(row), flush=True)
+                yield row
             _free_memory(setting.device)
 
 
-def _run_model(
-    name: str, model: str, config: ModelConfig, opened: Any, integrator: dict[int, dict[str, float]], setting: Setting
-) -> Iterator[dict[str, Any]]:
+def _run_system(system: "System", model: str, config: ModelConfig, setting: "Setting") -> Iterator[dict[str, Any]]:
+    place = {"model": model, "system": system.name}
     if time.monotonic() > setting.deadline:
-        print(f"{model} {name}: out of time", flush=True)
-        yield {"model": model, "system": name, "reason": "out of time"}
+        yield place | {"reason": "out of time"}
         return
-    with opened as sample:
-        for batch in setting.batches:
-            row: dict[str, Any] = {"model": model, "batch": batch, "system": name}
-            if time.monotonic() > setting.deadline:
-                yield row | {"reason": "out of time"}
-                continue
-            row |= measure(sample, batch, setting)
-            seconds, steps = row["p50_ms"] / 1e3, setting.params.steps
-            row["ms_per_call"] = row["p50_ms"] / (steps + 1)
-            row["tokens_per_s"] = batch * config.max_length / seconds
-            if name.startswith("elf-rt") and "step_ms" in integrator[batch]:
-                row["integrator_share"] = integrator[batch]["step_ms"] * (steps + 2) / row["p50_ms"]
-                row["integrator"] = integrator[batch]
-            print("  ".join(f"{row.get(key, float('nan')):{form}}" for key, form in COLUMNS.items()), flush=True)
-            yield row
-
-
-def _integrator(batch: int, setting: Setting) -> dict[str, float]:
-    """The step kernel alone: all models have the same latents."""
-    if setting.device == "cpu":
-        return {}
-    config = next(iter(setting.models.values()))
     try:
-        measured = integrator_bandwidth(batch, config.max_length, config.latent_dim)
-    except elf_rt.ElfError as error:
-        print(f"integrator: {error}", flush=True)
-        return {}
-    print(
-        f"integrator, batch {batch}: " + ", ".join(f"{key} {value:.4g}" for key, value in measured.items()), flush=True
-    )
-    return measured
+        with system.open(config, setting) as opened:
+            for batch in setting.batches:
+                if time.monotonic() > setting.deadline:
+                    yield place | {"batch": batch, "reason": "out of time"}
+                    continue
+                row = place | {"batch": batch, **measure(opened.sample, batch, setting)}
+                yield row | _details(opened, system, batch, setting)
+    except Exception as error:  # one system that fails must not hide the others
+        yield place | {"reason": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
+
+
+def _details(opened: "Opened", system: "System", batch: int, setting: "Setting") -> dict[str, Any]:
+    """What runs, and where a sample's time goes by kernel."""
+    found: dict[str, Any] = {"runs": dict(opened.describe())}
+    if system.name == "elf-rt torch" and setting.device == "cuda":
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CUDA]) as trace:
+            opened.sample(batch, 1)
+        events = [event for event in trace.key_averages() if event.self_device_time_total]
+        events.sort(key=lambda event: -event.self_device_time_total)
+        calls = setting.params.steps + 1
+        found["kernels_per_call"] = sum(event.count for event in events) / calls
+        found["memsets_per_call"] = sum(event.count for event in events if "emset" in event.key) / calls
+        found["us_per_call"] = {event.key[:80]: event.self_device_time_total / calls for event in events[:16]}
+    return found
+
+
+def _add_rates(row: dict[str, Any], config: ModelConfig, steps: int, ceiling: float, torchs: dict[int, float]) -> None:
+    batch, seconds = row["batch"], row["p50_ms"] / 1e3
+    row["ms_per_call"] = row["p50_ms"] / (steps + 1)
+    row["tokens_per_s"] = batch * config.max_length / seconds
+    row["tflops"] = batch * flops(config, steps) / seconds / 1e12
+    row["share"] = row["tflops"] / ceiling
+    if row["system"].startswith("torch"):
+        torchs[batch] = min(row["p50_ms"], torchs.get(batch, float("inf")))
+    if batch in torchs:
+        row["against_torch"] = torchs[batch] / row["p50_ms"]
+
+
+def _line(row: dict[str, Any]) -> str:
+    if "reason" in row:
+        return f"{row['model']} {row['system']} {row.get('batch', '')}: {row['reason']}"
+    return "  ".join(f"{row.get(key, float('nan')):{form}}" for key, form in COLUMNS.items())
+
+
+def finished_table(rows: list[dict[str, Any]]) -> str:
+    """The best of elf-rt against the best of torch, by model and batch; measured rows alone."""
+    lines = ["model   batch   elf-rt ms   torch ms   faster   TFLOP/s   of the ceiling"]
+    places = dict.fromkeys((row["model"], row["batch"]) for row in rows)
+    for model, batch in places:
+        here = [row for row in rows if (row["model"], row["batch"]) == (model, batch)]
+        ours, torchs = (
+            min((row for row in here if row["system"].startswith(kind)), key=lambda row: row["p50_ms"], default=None)
+            for kind in ("elf-rt", "torch")
+        )
+        if ours and torchs:
+            faster = torchs["p50_ms"] / ours["p50_ms"]
+            figures = f"{ours['p50_ms']:9.1f}   {torchs['p50_ms']:8.1f}   {faster:4.2f} x"
+            lines.append(f"{model:7} {batch:5}   {figures}   {ours['tflops']:7.0f}   {ours['share']:14.2f}")
+    return "\n".join(lines)
 
 
 def _memory(device: str) -> tuple[int, int]:
@@ -250,75 +205,60 @@ def _memory(device: str) -> tuple[int, int]:
 
 
 def _free_memory(device: str) -> None:
+    gc.collect()
     if device == "cuda":
-        import gc
-
         import torch
 
-        gc.collect()
         torch.cuda.empty_cache()
         torch.compiler.reset()
 
 
-def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
-    """One panel a batch: milliseconds by model, one bar a system."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    measured = [row for row in rows if "p50_ms" in row]
-    batches, models, names = (list(dict.fromkeys(row[key] for row in measured)) for key in ("batch", "model", "system"))
-    figure, axes = plt.subplots(1, max(1, len(batches)), figsize=(5 * max(1, len(batches)), 4), squeeze=False)
-    for axis, batch in zip(axes[0], batches, strict=False):
-        for i, name in enumerate(names):
-            bars = {row["model"]: row["p50_ms"] for row in measured if (row["batch"], row["system"]) == (batch, name)}
-            places = [models.index(model) + (i - (len(names) - 1) / 2) * 0.8 / len(names) for model in bars]
-            drawn = axis.bar(places, list(bars.values()), 0.8 / len(names), label=name)
-            axis.bar_label(drawn, fmt="%.3g", fontsize=7, rotation=90, padding=2)
-        axis.set_xticks(range(len(models)), models)
-        axis.set_yscale("log")
-        axis.margins(y=0.2)
-        axis.set_title(f"batch {batch}")
-    axes[0][0].set_ylabel("ms for a sample, median")
-    axes[0][-1].legend(fontsize=7)
-    figure.suptitle(title, fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-
-
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="ELF-B,ELF-M,ELF-L", help="comma-separated: " + ", ".join(RELEASED))
     parser.add_argument("--batches", default="1,8,64")
     parser.add_argument("--steps", type=int, default=32)
-    parser.add_argument("--minutes", type=float, default=9.0, help="begin nothing new after this time")
-    parser.add_argument("--output", type=Path, default=Path(), help="folder for gpu.json and gpu.png")
+    parser.add_argument("--minutes", type=float, default=6.0, help="begin nothing new after this time")
+    parser.add_argument("--output", type=Path, default=Path(), help="folder for gpu.json and the pictures")
     parser.add_argument("--smoke", action="store_true", help="a tiny model on the CPU")
-    arguments = parser.parse_args()
-    gpu = find_gpu()
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments, gpu, begun = parse_arguments(), find_gpu(), time.monotonic()
     if not arguments.smoke and not isinstance(gpu, Gpu):
         print(f"nothing to measure: {gpu}")
         return
+    try:
+        from gpu_pictures import draw_batches, draw_systems
+        from gpu_systems import Setting
+    except ImportError as error:
+        print(f"nothing to measure: {error}: pip install '.[torch,export,plot]' here")
+        return
+    device = "cpu" if arguments.smoke else "cuda"
     models = {"tiny": TINY} if arguments.smoke else {name: RELEASED[name] for name in arguments.models.split(",")}
     batches = (1, 2) if arguments.smoke else tuple(int(batch) for batch in arguments.batches.split(","))
     params = SamplingParams(steps=3 if arguments.smoke else arguments.steps)
-    begun = time.monotonic()
-    setting = Setting(
-        models, batches, params, "cpu" if arguments.smoke else "cuda", deadline=begun + 60 * arguments.minutes
-    )
+    setting = Setting(models, batches, params, device, begun + 60 * arguments.minutes)
     machine = f"{platform.system()} {platform.machine()}" if isinstance(gpu, str) else gpu.name
-    print("  ".join(f"{name:>{form.partition('.')[0]}}" for name, form in COLUMNS.items()))
+    libraries, ceiling = versions(device), matmul_ceiling(device)
+    print(", ".join([machine, *(f"{name} {version}" for name, version in libraries.items())]))
+    print(f"the ceiling, one large product: {ceiling:.3g} TFLOP/s", flush=True)
     arguments.output.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    for row in run(setting):
+    study = {"machine": machine, "versions": libraries, "ceiling_tflops": ceiling, "params": params.to_json()}
+    for row in run(setting, ceiling):
         rows.append(row)  # and written at once: a run that is cut short keeps what it measured
-        study = {"machine": machine, "params": params.to_json(), "seconds": time.monotonic() - begun, "rows": rows}
+        study |= {"seconds": time.monotonic() - begun, "rows": rows}
         (arguments.output / "gpu.json").write_text(json.dumps(study, indent=1) + "\n")
-    if not any("p50_ms" in row for row in rows):
+    measured = [row for row in rows if "p50_ms" in row]
+    if not measured:
         return
-    draw(rows, f"{machine}: SDE, {params.steps} steps, {models[next(iter(models))].max_length} tokens",
-         arguments.output / "gpu.png")  # fmt: skip
+    title, first = f"{machine}: SDE, {params.steps} steps", next(iter(models))
+    draw_systems(measured, f"{title}, {models[first].max_length} tokens", arguments.output / "gpu.png")
+    least = flops(models[first], params.steps) / ceiling / 1e9  # ms
+    draw_batches(measured, measured[0]["model"], least, title, arguments.output / "gpu-batch.png")
+    print(finished_table(measured))
 
 
 if __name__ == "__main__":

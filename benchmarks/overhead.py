@@ -62,7 +62,7 @@ def main() -> None:
         print(f"  {name:11}{medians[name]:8.3%}")
     print(f"outside network calls: {outside:.3%} (limit {LIMIT:.0%})")
     if arguments.json:
-        record = {"machine": here, "backend": backend, "outside": outside, "runs": runs, **vars(arguments)}
+        record = {**vars(arguments), "machine": here, "backend": backend, "outside": outside, "runs": runs}
         arguments.json.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
     sys.exit(outside >= LIMIT)
 

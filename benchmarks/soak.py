@@ -100,7 +100,7 @@ def main() -> None:
     slower = late["cpu_ms"] / early["cpu_ms"] - 1
     print(f"memory {growth:+.1f} MB, processor time of a text {slower:+.1%}")
     if options.json:
-        record = {"machine": here, "backend": backend, "windows": windows, **vars(options)}
+        record = {**vars(options), "machine": here, "backend": backend, "windows": windows}
         options.json.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
     sys.exit(growth > max(4.0, 0.02 * early["private_mb"]) or slower > 0.1)
 

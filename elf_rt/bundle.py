@@ -51,6 +51,8 @@ class Bundle:
             self.tokenizer: dict[str, Any] = manifest["tokenizer"]
             self.encoder: dict[str, Any] | None = manifest["encoder"]
             self.agreement: dict[str, float] = manifest.get("agreement", {})  # absent: not measured
+            self.left_out: dict[str, str] = manifest.get("left_out", {})  # variants that were not proven, and why
+            self.unproven: dict[str, str] = manifest.get("unproven", {})  # those that are here all the same
             self._sha256: dict[str, str] = manifest["files"]
         except (KeyError, TypeError, AttributeError) as error:
             raise BundleError(
@@ -108,9 +110,15 @@ class Bundle:
         if precision not in self.variants:
             have = ", ".join(self.variants)
             raise BundleError(
-                f"{self.folder} holds {have}, not {precision}: export the checkpoint again with --precision {precision}"
+                f"{self.folder} holds {have}, not {precision}{self.why_left_out(precision)}: "
+                f"export the checkpoint again with --precision {precision}"
             )
         return {part: self.path(name) for part, name in self.variants[precision].items()}
+
+    def why_left_out(self, precision: str) -> str:
+        """In brackets, why export left a precision out; empty where it did not."""
+        reason = self.left_out.get(precision)
+        return f" (export left it out: {reason}; --keep-unproven keeps it)" if reason else ""
 
     def check(self) -> None:
         """Check every file."""

@@ -1,7 +1,8 @@
 """The command line. Each command lives in ``elf_rt/commands`` and is imported when it is called."""
 
+import contextlib
+import errno
 import importlib
-import io
 import signal
 import sys
 from typing import Any
@@ -9,8 +10,11 @@ from typing import Any
 import click
 
 from elf_rt import __version__
-from elf_rt.console import note, plain_warnings
+from elf_rt.console import close_streams, note, open_streams, plain_warnings
 from elf_rt.errors import ElfError
+
+# SIGHUP: the terminal, or the connection to it, is gone.
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 COMMANDS = {  # name -> (module in elf_rt.commands, one line for --help)
     "export": ("export", "Turn a trained checkpoint into a bundle."),
@@ -49,27 +53,63 @@ def group() -> None:
 
 
 def main(args: list[str] | None = None) -> Any:
-    """Run a command; an error that elf-rt raises on purpose is one line and exit code 1."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that has no such character shows ? instead
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half-written files are taken away
+    """Run a command and exit: with 0; with 1 and one line for an error that elf-rt raises on purpose; with 2 and a line
+    of usage for arguments that cannot be; with 128 + N where signal N stopped it."""
+    open_streams()
+    for number in STOPPING:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and background jobs have it
+            signal.signal(number, _stop)
+    code = _run(args)
+    unwritten = close_streams()
+    if unwritten is not None and code == 0:
+        code = _report(unwritten)
+    sys.exit(code)
+
+
+class Stopped(SystemExit):
+    """A signal asks the process to end: half-written files are taken away, and what is finished is kept."""
+
+
+def _stop(number: int, frame: object) -> None:
+    for other in STOPPING:  # the end is not to be cut short, but by a second Ctrl-C
+        signal.signal(other, signal.SIG_DFL if other == signal.SIGINT else signal.SIG_IGN)
+    raise Stopped(128 + number)
+
+
+def _run(args: list[str] | None) -> int:
+    """The exit code of a command."""
     try:
         with plain_warnings():
-            group.main(args=args, standalone_mode=False)
-    except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
+            code = group.main(args=args, standalone_mode=False)
+    except Stopped as stop:
+        code = stop.code
+        note(_with_notes("stopped", stop))
+    except SystemExit as stop:
+        code = stop.code
     except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        note("stopped")
-        sys.exit(130)
-    except ElfError as error:
-        note(f"error: {' '.join(str(error).split())}")  # one line, also where a library's reason has several
-        sys.exit(1)
-    except BrokenPipeError:
-        sys.exit(1)
-    except OSError as error:
-        note(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
-        sys.exit(1)
+        with contextlib.suppress(OSError):
+            error.show()
+        return error.exit_code
+    except (ElfError, OSError, MemoryError) as error:
+        return _report(error)
+    return code if isinstance(code, int) else 0
+
+
+def _report(error: ElfError | OSError | MemoryError) -> int:
+    """Tell why a command failed, but not to somebody who has stopped to listen. Returns the exit code."""
+    if isinstance(error, OSError) and error.errno == errno.EBADF:
+        reason = "standard output is closed"
+    elif isinstance(error, OSError):
+        reason = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+    elif isinstance(error, MemoryError):
+        reason = "memory ran out: ask for fewer texts at once or a shorter --length, or use a machine with more"
+    else:
+        reason = str(error)
+    if not isinstance(error, BrokenPipeError):
+        note(f"error: {_with_notes(reason, error)}")
+    return 1
+
+
+def _with_notes(text: str, error: BaseException) -> str:
+    """In one line, also where a library's reason has several."""
+    return " ".join("; ".join([text, *getattr(error, "__notes__", ())]).split())

@@ -1,5 +1,10 @@
-"""What the command line shows beside its results: progress, warnings, errors. All of it goes to stderr."""
+"""The standard streams, and what the command line shows beside its results: progress, warnings, errors, on stderr."""
 
+import contextlib
+import io
+import json
+import math
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -12,9 +17,71 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 
+def open_streams() -> None:
+    """Make the standard streams usable, whatever the shell did with them.
+
+    A stream that is closed (``>&-``) gets /dev/null in its place, or the next file that is opened would get its number,
+    and what a library prints would go into that. What is written to a closed standard output fails all the same. Text
+    goes to a terminal in its own encoding, with ? for what it cannot show, and anywhere else in UTF-8, unless
+    PYTHONIOENCODING names another.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_WRONLY if name == "stderr" else os.O_RDONLY)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+            setattr(sys, name, open(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stays = stream.isatty() or "PYTHONIOENCODING" in os.environ
+            stream.reconfigure(encoding=None if stays else "utf-8", errors="replace")
+
+
+def utf8_output() -> None:
+    """Standard output in UTF-8, whatever the terminal's encoding: for JSON."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")
+
+
+def print_json(value: Any, indent: int | None = None) -> None:
+    """One JSON value on standard output; a number that is not finite, which JSON has not, is null."""
+    utf8_output()
+    click.echo(json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, indent=indent))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def close_streams() -> OSError | None:
+    """Write out what is left in the streams; why standard output could not be written, or None. A stream that failed
+    leads to /dev/null afterwards, so that Python does not complain of it once more."""
+    failed = None
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError as error:
+            _silence(stream)
+            failed = error if stream is sys.stdout else failed
+    return failed
+
+
+def _silence(stream: Any) -> None:
+    with contextlib.suppress(OSError, AttributeError, io.UnsupportedOperation):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def note(text: str) -> None:
-    """One line for people, on stderr."""
-    click.echo(text, err=True)
+    """One line for people, on stderr; nothing where that is closed or full, for the results matter more."""
+    try:
+        click.echo(text, err=True)
+    except OSError:
+        _silence(sys.stderr)
 
 
 @contextmanager

@@ -1,12 +1,16 @@
 """What this machine is: processor, vector instructions, memory in use, and where caches go."""
 
-import importlib
+import atexit
+import math
 import os
 import platform
+import shutil
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
-from types import ModuleType
+
+from elf_rt.errors import InputError
 
 # Linux's names of the instructions that decide how fast a network runs, slowest first.
 ISA_FLAGS = (
@@ -27,8 +31,14 @@ BF16_FLAGS = frozenset(("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def user_cache() -> Path:
-    """elf-rt's folder in the user's cache, by the platform's custom. It may not exist yet."""
-    home = Path.home()
+    """elf-rt's folder in the user's cache, by the platform's custom. It may not exist yet.
+
+    A user without a home (a container's, under a number of its own) has it for the time of this process.
+    """
+    try:
+        home = Path.home()
+    except (RuntimeError, KeyError):  # neither HOME nor an entry in passwd
+        home = _passing_home()
     if sys.platform == "win32":
         base = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
     else:
@@ -36,11 +46,71 @@ def user_cache() -> Path:
     return base / "elf-rt"
 
 
+@cache
+def _passing_home() -> Path:
+    """Under a name that nobody else can have taken before: what is found in a cache is believed."""
+    folder = tempfile.mkdtemp(prefix="elf-rt-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
 def cores() -> int:
-    """CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """CPU cores that this process may use: by its affinity, and by its container's share of processor time, rounded up.
+
+    More threads than that wait for each other once the share is used up: 16 threads in one CPU run 14 x slower.
+    """
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cgroup_cpus()
+    return allowed if quota is None else max(1, min(allowed, math.ceil(quota)))
+
+
+def check_threads(threads: int | None) -> int:
+    """How many threads to compute with: what is asked for, or one for each core.
+
+    Raises:
+        InputError: fewer than 1, or more than 4 for each core: they would only wait for each other.
+    """
+    here = cores()
+    if threads is None:
+        return here
+    if not isinstance(threads, int) or isinstance(threads, bool) or not 1 <= threads <= 4 * here:
+        raise InputError(f"threads must be a whole number between 1 and {4 * here} (4 x {here} cores), got {threads!r}")
+    return threads
+
+
+@cache
+def cgroup_cpus(root: Path = Path("/")) -> float | None:
+    """Processors' worth of time that Linux's control groups (version 1 or 2) grant this process; None: no limit.
+
+    A group's limit holds for those inside it, so the least of all groups on the way is taken. Inside a container the
+    path in /proc may be the host's: what is mounted is then the container's own group.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    limits: list[float] = []
+    for line in lines:  # "0::/a/b" is version 2, "4:cpu,cpuacct:/a/b" version 1
+        _, controllers, group = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        for mount in (controllers, "cpu") if controllers else ("", "unified"):
+            top = root / "sys/fs/cgroup" / mount
+            inner = top / group.lstrip("/")
+            limits += [limit for place in (inner, *inner.parents) if (limit := _quota(place))]
+    return min(limits, default=None)
+
+
+def _quota(group: Path) -> float | None:
+    """Quota / period of one control group."""
+    try:
+        if (group / "cpu.max").is_file():
+            quota, period = (group / "cpu.max").read_text(encoding="ascii").split()
+        else:
+            quota, period = ((group / f"cpu.cfs_{name}_us").read_text("ascii") for name in ("quota", "period"))
+        return int(quota) / int(period) if int(quota) > 0 else None
+    except (OSError, ValueError, ZeroDivisionError):  # not there, or "max"
+        return None
 
 
 @cache
@@ -79,21 +149,6 @@ def reset_peak_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:
         return  # then "peak" is that of the whole process
-
-
-def import_without_telemetry(name: str) -> ModuleType:
-    """Import OpenVINO or NNCF, which otherwise tell a web service so, from a process of their own.
-
-    Both take a stub in place of openvino_telemetry where that is not installed.
-    """
-    hide = "openvino_telemetry" not in sys.modules
-    if hide:
-        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
-    try:
-        return importlib.import_module(name)
-    finally:
-        if hide:
-            del sys.modules["openvino_telemetry"]
 
 
 @cache

@@ -59,12 +59,12 @@ def load(
         path: the folder ``name.elfrt`` that ``elf-rt export`` wrote.
         backend: "auto", or a name that ``elf-rt doctor`` lists.
         precision: "auto", fp32, bf16, fp16 or int8, as the backend allows.
-        threads: CPU threads of the engine; all cores by default.
+        threads: CPU threads, from 1 to 4 for each core; one for each core by default.
         max_rows: the most rows of one network call; by default as many as were measured to pay.
         check: verify the sha256 of every file now, not only of those that are used.
 
     Raises:
-        BundleError, BackendError: with one line that says how to mend it.
+        BundleError, BackendError, InputError: with one line that says how to mend it.
     """
     if max_rows is not None and (not is_whole(max_rows) or max_rows < 1):
         raise InputError(f"max_rows must be a whole number, 1 or more, got {max_rows!r}")
@@ -72,6 +72,10 @@ def load(
     if check:
         bundle.check()
     return Model(bundle, lambda: open_backend(bundle, backend, precision, threads), threads=threads, max_rows=max_rows)
+
+
+def _reopen(folder: Path, backend: str, precision: str, threads: int | None, max_rows: int | None) -> "Model":
+    return load(folder, backend, precision=precision, threads=threads, max_rows=max_rows)
 
 
 class Model:
@@ -89,14 +93,15 @@ class Model:
         self.bundle = bundle
         self.config = bundle.config
         self._open, self._threads, self._max_rows = open_backend, threads, max_rows
+        self._folder = bundle.folder.resolve()
         self._start()
         _models.add(self)
 
     def _start(self) -> None:
-        bundle, max_rows = self.bundle, self._max_rows
+        bundle, max_rows, threads = self.bundle, self._max_rows, self._threads
         self.backend, self.backend_reason = backend, _ = self._open()
         self.codec = TextCodec(bundle, self._threads)
-        self._driver = Driver(lambda: _open_engine(backend, bundle, max_rows), bundle.config.max_length)
+        self._driver = Driver(lambda: _open_engine(backend, bundle, max_rows, threads), bundle.config.max_length)
         self._finalizer = weakref.finalize(self, _close, self._driver, backend)
 
     def params(self, preset: str = "default", **overrides: Any) -> SamplingParams:
@@ -255,6 +260,12 @@ class Model:
     def __repr__(self) -> str:
         return f"Model({str(self.bundle.folder)!r}, {self.backend_reason})"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickled model is a path: whoever unpickles it, in another process, opens the bundle again."""
+        if not self._finalizer.alive:
+            raise BackendError("the model is closed: load it again, or send the bundle's path instead")
+        return _reopen, (self._folder, self.backend.name, self.backend.precision, self._threads, self._max_rows)
+
     def __enter__(self) -> Self:
         return self
 
@@ -338,12 +349,12 @@ class Model:
         return self.codec.decode(prepared.finish(self.codec, ids))
 
 
-def _open_engine(backend: Backend, bundle: Bundle, max_rows: int | None) -> Engine[Any]:
+def _open_engine(backend: Backend, bundle: Bundle, max_rows: int | None, threads: int | None) -> Engine[Any]:
     if backend.device == "cuda":
         from elf_rt.device.engine import DeviceEngine
 
         return DeviceEngine(backend, bundle.config, max_rows)
-    return HostEngine(backend, bundle.config.latent_dim, max_rows)
+    return HostEngine(backend, bundle.config.latent_dim, max_rows, threads)
 
 
 def _close(driver: Driver, backend: Backend) -> None:

@@ -11,7 +11,6 @@ given another one fails late and obscurely, so the record is checked before a si
 
 import dataclasses
 import functools
-import importlib
 import json
 import platform
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from typing import Any, Self
 from elf_rt.bundle import Bundle, sha256
 from elf_rt.device.cudart import Gpu, find_gpu
 from elf_rt.errors import BackendError
+from elf_rt.libraries import import_library, why_absent
 
 RECORD = "plan.json"
 FORMAT = "elf-rt-plan"
@@ -44,18 +44,11 @@ class Library:
         """Import it. Raises BackendError when it is not installed or cannot start."""
         if reason := self.unavailable():
             raise BackendError(f"{self.name}: {reason}")
-        return importlib.import_module(self.module)
+        return import_library(self.module)
 
     def unavailable(self) -> str | None:
         """Why it cannot be imported, or None."""
-        try:
-            module = importlib.import_module(self.module)
-        except ModuleNotFoundError as error:
-            missing = "" if error.name == self.module else f" completely ({error.name} is missing)"
-            return f"not installed{missing}: {self.install}"
-        except (ImportError, OSError) as error:  # the package is there, a shared library that it needs is not
-            return f"cannot be loaded ({str(error).splitlines()[0]}): {self.install}"
-        return None if hasattr(module, "Runtime") else f"a broken install: {self.install}"
+        return why_absent(self.module, "Runtime", self.install)
 
 
 TENSORRT = Library("tensorrt", "tensorrt", "TensorRT", "pip install 'elf-rt[tensorrt]', or use JetPack's own")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 
 from elf_rt.bundle import sha256
-from elf_rt.errors import CheckpointError
+from elf_rt.errors import CheckpointError, warn
 from elf_rt.export.config import Shape, active_depth, expected_shapes, make_config, read_sizes
 from elf_rt.export.foreign import AGAIN, few, printable
 from elf_rt.export.layouts import read_stored, step_of
@@ -31,6 +30,7 @@ class Checkpoint:
     """A checked model: every tensor of `state` is there, finite, float32, contiguous and of the size in `config`."""
 
     path: Path  # the file, or the folder where the layout has several
+    folders: tuple[Path, ...]  # that it lies in: through a link, there may be two
     sha256: str  # of the file; of several, of their names and sums
     layout: str  # how it was kept
     step: int | None  # of the training, where the checkpoint tells
@@ -40,6 +40,14 @@ class Checkpoint:
     settings_from: Path | None  # the YAML
     statistics: np.ndarray | None  # (2, P, C) of the latents, per channel; None: config has one mean and deviation
     state: dict[str, torch.Tensor]
+
+    @property
+    def folder(self) -> Path:
+        """Where its tokenizer and encoder lie, if anywhere."""
+        kept = (
+            f for f in self.folders if any((f / name).exists() for name in ("tokenizer.json", "encoder.safetensors"))
+        )
+        return next(kept, self.folders[0])
 
     @property
     def summary(self) -> str:
@@ -72,6 +80,7 @@ def load_checkpoint(source: str | Path, *, config: Path | None = None, raw: bool
     model = dataclasses.replace(make_config(sizes, settings), head_gelu=head_gelu)
     return Checkpoint(
         path=path,
+        folders=found.folders,
         sha256=_fingerprint(stored.files, path),
         layout=stored.layout,
         step=step_of(stored, path),
@@ -101,7 +110,7 @@ def _needed(tensors: Mapping[str, Any], shapes: Mapping[str, Shape], path: Path)
     unused = [name for name in tensors if name not in shapes and is_unused(name)]
     heads = [name for name in unused if isinstance(tensors[name], torch.Tensor) and tensors[name].ndim > 0]
     if heads:
-        warnings.warn(f"{path} holds tensors that inference does not need, left out: {few(heads)}", stacklevel=3)
+        warn(f"{path} holds tensors that inference does not need, left out: {few(heads)}")
     return {name: value for name, value in tensors.items() if name not in unused}
 
 

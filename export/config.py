@@ -3,13 +3,12 @@
 import dataclasses
 import math
 import re
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from elf_rt.errors import CheckpointError
+from elf_rt.errors import CheckpointError, warn
 from elf_rt.export.foreign import shown
 from elf_rt.export.settings import LENGTH, Settings
 from elf_rt.params import RELEASED, ModelConfig
@@ -128,10 +127,9 @@ def make_config(sizes: Mapping[str, int | None], settings: Settings) -> ModelCon
     if LENGTH not in settings:
         for name, released in RELEASED.items():
             if all(getattr(released, size) == known[size] for size in _PRESET_SIZES):
-                warnings.warn(
+                warn(
                     f"{where} has no YAML beside it and is taken for {name}: unconditional, {released.max_length} "
-                    "tokens. If it was trained otherwise, name its config with --config",
-                    stacklevel=2,
+                    "tokens. If it was trained otherwise, name its config with --config"
                 )
                 return dataclasses.replace(released, **known)
         raise CheckpointError(
@@ -147,12 +145,11 @@ def make_config(sizes: Mapping[str, int | None], settings: Settings) -> ModelCon
         field: settings.number(key, *_RANGES[key]) for field, key in _KEYS.items() if key in settings
     }
     if absent := [key for key in _KEYS.values() if key not in settings]:
-        warnings.warn(f"{where} lacks {', '.join(absent)}: ELF-B's values are taken", stacklevel=2)
+        warn(f"{where} lacks {', '.join(absent)}: ELF-B's values are taken")
     if max_input_length and settings.get("pad_token") == "pad":
-        warnings.warn(
+        warn(
             f"{where} has pad_token: pad for a conditional model, which then never learns to end its texts; the "
-            "released ones were trained with pad_token: eos",
-            stacklevel=2,
+            "released ones were trained with pad_token: eos"
         )
     return ModelConfig(**known, **numbers, max_length=max_length, max_input_length=max_input_length)
 
@@ -164,9 +161,7 @@ def active_depth(sizes: Mapping[str, int | None], settings: Settings) -> int:
         return depth
     active = settings.integer("active_depth", 1, depth)
     if active < depth:
-        warnings.warn(
-            f"{settings.where} has active_depth {active}: blocks {active} to {depth - 1} are left out", stacklevel=2
-        )
+        warn(f"{settings.where} has active_depth {active}: blocks {active} to {depth - 1} are left out")
     return active
 
 

@@ -15,6 +15,7 @@ from elf_rt.export.gpt2 import GPT2Sizes
 from elf_rt.export.hub import download
 from elf_rt.export.layouts import read_stored
 from elf_rt.export.t5 import T5Sizes
+from elf_rt.libraries import import_library
 
 TABLE = "embedding.weight"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # T5's own names have no organisation: t5-small
@@ -154,11 +155,20 @@ def _prove(folder: Path, sizes: T5Sizes | GPT2Sizes) -> None:
 
 def run_encoder(path: Path, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """ids and mask (B, S) int64 -> latents (B, S, C) of an encoder.onnx, in ONNX Runtime."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = import_library("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
     (latents,) = session.run(None, {"ids": ids, "mask": mask})
     return np.asarray(latents)
+
+
+def encoder_beside(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    """The encoder that lies in a checkpoint's folder, or the one that its YAML names."""
+    table = folder / "encoder.safetensors"
+    named = settings.get("encoder_model_name")
+    if table.is_file():
+        return str(table)
+    if isinstance(named, str) and (folder / named).is_dir():
+        return str(folder / named)
+    return named if isinstance(named, str) and named != "embedding" else None
 
 
 def find_tokenizer(checkpoint_folder: Path, encoder_source: str | Path | None, *, alone: bool = False) -> Path | None:

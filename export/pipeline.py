@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,20 +12,15 @@ import torch
 
 from elf_rt import __version__
 from elf_rt.bundle import SUFFIX, Bundle, atomic_folder, write_manifest
-from elf_rt.errors import CheckpointError, InputError
-from elf_rt.export.bf16 import engine_agreement, operations_to_keep
+from elf_rt.errors import CheckpointError, InputError, warn
 from elf_rt.export.checkpoint import Checkpoint, load_checkpoint
-from elf_rt.export.encoder import check_tokenizer, find_tokenizer, write_encoder
-from elf_rt.export.graph import FUSED_OPSET, write_graphs
-from elf_rt.export.planner import plan_precision
-from elf_rt.export.precision import FP32, Precision
-from elf_rt.export.quantize import calibrate, write_int8
-from elf_rt.export.quantize_openvino import write_openvino_int8
-from elf_rt.export.ranges import measure_ranges
+from elf_rt.export.encoder import check_tokenizer, encoder_beside, find_tokenizer, write_encoder
+from elf_rt.export.graph import FUSED_OPSET
+from elf_rt.export.precisions import PrecisionWriter, Proof
 from elf_rt.export.reference import ELF
 from elf_rt.export.replay import Run, plan_runs, record
 from elf_rt.export.variants import variant_of
-from elf_rt.params import SamplingParams, presets_for
+from elf_rt.params import ModelConfig, SamplingParams, presets_for
 from elf_rt.text.codec import EOS_ID, TextCodec
 
 REPLAY_BATCH = 4
@@ -44,6 +38,8 @@ class ExportOptions:
     tokenizer, encoder: files, folders or Hub ids; looked for beside the checkpoint by default.
     append_eos: whether source texts end with EOS; None: yes, but for models on GPT-2, which are trained without.
     opset: of ONNX; 20 for engines older than its operators Attention and RMSNormalization, such as TensorRT 10.3.
+    precisions: to be tried; float32 is always written. required: of these, what must be proven; others are left out
+    where they are not. keep_unproven: required ones stay even then, and are marked.
     prompts: texts to record the replay and measure activations with, for conditional models.
     presets: named sampling parameters that replace the official ones.
     """
@@ -54,9 +50,16 @@ class ExportOptions:
     encoder: str | None = None
     append_eos: bool | None = None
     precisions: Sequence[str] = ("fp32", "fp16")
+    required: Sequence[str] = ()
+    keep_unproven: bool = False
     opset: int = FUSED_OPSET
     prompts: Sequence[str] = ()
     presets: dict[str, SamplingParams] = field(default_factory=dict)
+
+
+def range_texts(config: ModelConfig) -> int:
+    """How many texts activations are measured on."""
+    return max(LEAST_TEXTS, min(MOST_TEXTS, RANGE_POSITIONS // config.max_length))
 
 
 def default_output(source: str) -> Path:
@@ -71,17 +74,18 @@ def export_bundle(
     output: Path,
     options: ExportOptions,
     *,
-    prove: Callable[[Path, str], None],
+    prove: Callable[[Path, str], Proof],
     say: Callable[[str], None] = lambda _: None,
-) -> None:
-    """Write the bundle of a checkpoint. Nothing is left at ``output`` unless every precision was proven.
+) -> list[str]:
+    """Write the bundle of a checkpoint; returns what there is to know of it, a line each.
 
     Args:
-        prove: called with the finished folder and each precision; raises to refuse the bundle.
+        prove: replays one precision of a folder.
         say: told what is being done.
 
     Raises:
         CheckpointError: the checkpoint, its config, tokenizer or encoder cannot be used.
+        InputError: float32 or a required precision is not proven; then nothing is written.
     """
     say("reading the checkpoint")
     checkpoint = load_checkpoint(source, config=options.config, raw=options.raw)
@@ -99,57 +103,26 @@ def export_bundle(
         runs = plan_runs(checkpoint.config, presets, cond, mask, max_steps=REPLAY_STEPS, batch=REPLAY_BATCH, seed=0)
         np.savez(folder / "replay.npz", **record(model, runs))  # type: ignore[arg-type]
 
-        range_batch = max(LEAST_TEXTS, min(MOST_TEXTS, RANGE_POSITIONS // checkpoint.config.max_length))
+        range_batch = range_texts(checkpoint.config)
 
         def longer_runs(max_steps: int) -> list[Run]:
             return plan_runs(checkpoint.config, presets, cond, mask, max_steps=max_steps, batch=range_batch, seed=1)
 
-        manifest |= _write_variants(folder, checkpoint, model, options, longer_runs, say)
-        write_manifest(folder, manifest)
-        for name in manifest["variants"]:
-            say(f"replaying the {name} bundle")
-            prove(folder, name)
-
-
-def _write_variants(
-    folder: Path,
-    checkpoint: Checkpoint,
-    model: ELF,
-    options: ExportOptions,
-    runs_of: Callable[[int], list[Run]],
-    say: Callable[[str], None],
-) -> dict[str, Any]:
-    """The graphs in every precision; their manifest entries. ``runs_of(max_steps)`` gives the runs to measure on."""
-    state = {name: tensor.numpy() for name, tensor in checkpoint.state.items()}
-    say("writing the fp32 graphs")
-    write_graphs(folder, checkpoint.config, state, FP32, options.opset)
-    variants, plans = {"fp32": _files("")}, {}
-    runs = runs_of(RANGE_STEPS)
-    say("measuring activations")
-    ranges = measure_ranges(model, runs)
-    say("measuring what bf16 changes")
-    agreement = {"bf16": engine_agreement(model, runs, ranges.ids)}
-    for precision in (Precision(name) for name in options.precisions if name in ("fp16", "bf16")):
-        say(f"writing the {precision.value} graphs")
-        kept = operations_to_keep(model, runs, ranges.ids) if precision is Precision.BF16 else {}
-        plan = plan_precision(precision, checkpoint.config, state, ranges, kept)
-        (folder / precision.value).mkdir()
-        write_graphs(folder / precision.value, checkpoint.config, state, plan, options.opset)
-        variants[precision.value], plans[precision.value] = _files(f"{precision.value}/"), plan.to_json()
-    int8 = [name for name in options.precisions if name.startswith("int8")]
-    if int8:
-        say("measuring what int8 changes")
-        calibration = calibrate(model, runs_of(REPLAY_STEPS))
-    for name in int8:
-        say(f"writing the {name} graphs")
-        if name == "int8":
-            (folder / name).mkdir()
-            write_int8(folder, folder / name, calibration)
-            variants[name] = _files(f"{name}/")
-        else:
-            variants[name] = write_openvino_int8(folder, model, runs, list(calibration.kept))
-        plans[name] = calibration.to_json()
-    return {"variants": variants, "precision": plans, "agreement": agreement}
+        writer = PrecisionWriter(
+            folder,
+            manifest,
+            checkpoint,
+            model,
+            opset=options.opset,
+            measured=longer_runs(RANGE_STEPS),
+            calibrated=lambda: longer_runs(REPLAY_STEPS),
+            prove=prove,
+            required=options.required,
+            keep_unproven=options.keep_unproven,
+            say=say,
+        )
+        writer.write(options.precisions)
+    return writer.notes
 
 
 def _describe(checkpoint: Checkpoint, options: ExportOptions, presets: dict[str, SamplingParams]) -> dict[str, Any]:
@@ -173,18 +146,17 @@ def _write_text_side(folder: Path, checkpoint: Checkpoint, options: ExportOption
     """Tokenizer and encoder into the folder; their manifest entries."""
     entries: dict[str, Any] = {}
     config = checkpoint.config
-    beside = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    encoder = options.encoder or _encoder_beside(beside, checkpoint.settings)
+    encoder = options.encoder or encoder_beside(checkpoint.folder, checkpoint.settings)
     # An unconditional model needs an encoder for pinned spans alone, so only when it is asked for.
     needs_encoder = config.max_input_length > 0 or options.encoder is not None
     tokenizer, tokens = options.tokenizer, 0
     if tokenizer is None:
         try:
-            tokenizer = find_tokenizer(beside, encoder, alone=not needs_encoder)
+            tokenizer = find_tokenizer(checkpoint.folder, encoder, alone=not needs_encoder)
         except CheckpointError as error:
             if needs_encoder:
                 raise
-            warnings.warn(f"no tokenizer: {error}", stacklevel=2)
+            warn(f"no tokenizer: {error}")
     if tokenizer is not None:
         tokens = check_tokenizer(tokenizer, config.vocab_size)
         shutil.copyfile(tokenizer, folder / "tokenizer.json")
@@ -210,17 +182,6 @@ def _eos_rules(checkpoint: Checkpoint, options: ExportOptions) -> dict[str, bool
     return {"append_eos": appends, "ends_at_eos": not gpt2 or checkpoint.config.max_input_length > 0}
 
 
-def _encoder_beside(folder: Path, settings: dict[str, Any]) -> str | None:
-    """The encoder that lies beside the checkpoint, or the one that its YAML names."""
-    table = folder / "encoder.safetensors"
-    named = settings.get("encoder_model_name")
-    if table.is_file():
-        return str(table)
-    if isinstance(named, str) and (folder / named).is_dir():
-        return str(folder / named)
-    return named if isinstance(named, str) and named != "embedding" else None
-
-
 def _sources(
     folder: Path, manifest: dict[str, Any], checkpoint: Checkpoint, options: ExportOptions
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -242,11 +203,6 @@ def _sources(
         sources = [rng.integers(EOS_ID + 1, tokens, width).tolist() for width in widths]
     latents, mask = codec.encode(sources, config.max_length)
     return torch.from_numpy(latents), torch.from_numpy(mask)
-
-
-def _files(prefix: str) -> dict[str, str]:
-    names = {"denoiser": "denoiser.onnx", "discretizer": "discretizer.onnx", "weights": "weights.bin"}
-    return {part: prefix + name for part, name in names.items()}
 
 
 def read_presets(path: Path) -> dict[str, SamplingParams]:

@@ -11,6 +11,7 @@ FP16 ends at 65504 and starts to lose digits below 2^-14. Three things keep ever
 What none of these makes safe stays float32, by name.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -37,19 +38,20 @@ def plan_precision(
     """What runs in `precision`, which is scaled, and what stays float32, for weights and ranges of one model.
 
     `state` holds float32 arrays under the official names; `ranges` comes from `measure_ranges` on the same weights;
-    `kept`, of layers that stay float32 although nothing overflows, from `elf_rt.export.bf16`.
+    `kept`, of layers that stay float32 although nothing overflows, from `elf_rt.export.sensitivity`.
     """
     if precision is Precision.FP32:
         return FP32
     items = [
         Item(name, Precision.FP32, reason="float32, as in the official run") for name in sorted(KEPT_IN_FP32[precision])
     ]
-    for name, error in (kept or {}).items():
-        items.append(
-            Item(name, Precision.FP32, reason=f"float32: {precision.value} alone would change x by {error:.2%}")
-        )
-    if precision is Precision.FP16:
-        items += _Fp16Planner(config, state, ranges).plan()
+    reasons = {n: f"float32: {precision.value} alone would change x by {e:.2%}" for n, e in (kept or {}).items()}
+    planned = _Fp16Planner(config, state, ranges).plan() if precision is Precision.FP16 else []
+    for item in planned:  # what was to be rounded and is not keeps its powers of two, which change no bit
+        reason = reasons.pop(item.name, "") if item.precision is Precision.FP16 else ""
+        items.append(dataclasses.replace(item, precision=Precision.FP32, reason=reason) if reason else item)
+    done = {item.name for item in planned}
+    items += [Item(name, Precision.FP32, reason=reason) for name, reason in reasons.items() if name not in done]
     return PrecisionPlan(precision, (*items, _unembedding(precision, ranges)))
 
 

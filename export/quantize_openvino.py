@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from elf_rt.errors import BackendError
 from elf_rt.export.quantize import QUANTIZED
 from elf_rt.export.reference import ELF
 from elf_rt.export.replay import Call, Run, sample
-from elf_rt.machine import import_without_telemetry
+from elf_rt.libraries import import_library, needs
 
 VARIANT = "int8-openvino"
 CALLS = 64  # measured at most, spread over all runs
@@ -33,10 +32,10 @@ def write_openvino_int8(bundle: Path, model: ELF, runs: Sequence[Run], kept: Seq
     Raises BackendError: OpenVINO or NNCF is not installed.
     """
     try:
-        openvino = import_without_telemetry("openvino")
-        nncf = import_without_telemetry("nncf")
-    except ImportError as error:
-        raise BackendError(f"int8 for OpenVINO needs {error.name}: pip install 'elf-rt[int8]'") from None
+        openvino = import_library("openvino")
+        nncf = import_library("nncf")
+    except (ImportError, OSError) as error:
+        raise needs("int8 for OpenVINO", error, "pip install 'elf-rt[int8]'") from None
     logging.getLogger("nncf").setLevel(logging.ERROR)  # else it tells of every product left out
     network = openvino.Core().read_model(bundle / "denoiser.onnx")
     calls = _calls(model, runs, {port.get_any_name() for port in network.inputs})

@@ -10,7 +10,7 @@ from typing import IO, Any
 
 import torch
 
-from elf_rt.errors import CheckpointError
+from elf_rt.errors import CheckpointError, warn
 from elf_rt.export.foreign import AGAIN, printable, refuse_other_kinds
 
 _MEMBER = re.compile(
@@ -120,7 +120,7 @@ def _without_checksums(entries: list[zipfile.ZipInfo], name: object) -> bool:
     """torch.serialization.set_crc32_options(False) writes zeros."""
     absent = all(entry.CRC == 0 for entry in entries)
     if absent:
-        warnings.warn(f"{name} was saved without checksums, so damage in its weights cannot be seen", stacklevel=2)
+        warn(f"{name} was saved without checksums, so damage in its weights cannot be seen")
     return absent
 
 

@@ -1,11 +1,11 @@
 """Bundles that many tests read: exported once a run, whatever the number of test processes."""
 
-import fcntl
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from elf_rt.device.cudart import Gpu, find_gpu
 
@@ -24,11 +24,12 @@ def export(
 ) -> Path:
     """Export a checkpoint as the command line does, proof included."""
     from elf_rt.export.pipeline import ExportOptions, export_bundle
-    from elf_rt.measure.verify import verify_folder
+    from elf_rt.measure.verify import Report, verify_folder
 
-    def prove(folder: Path, precision: str) -> None:
+    def prove(folder: Path, precision: str) -> Report:
         report = verify_folder(folder, backend="onnxruntime", precision=precision)
         assert report.passed, report
+        return report
 
     export_bundle(str(source), output, ExportOptions(append_eos=append_eos, precisions=precisions), prove=prove)
     return output
@@ -43,8 +44,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def make(name: str) -> Path:
         source = GOLDEN / name if (GOLDEN / name).is_dir() else EXAMPLES / name
         output = shared / f"{name}.elfrt"
-        with (shared / f"{name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with FileLock(shared / f"{name}.lock"):
             if not output.exists():
                 export(source, output, append_eos=name != "shakespeare")
         return output

@@ -1,17 +1,22 @@
 """elf-rt bench: what it measures, compares and refuses."""
 
+import itertools
 import json
+import runpy
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import GOLDEN
+from conftest import GOLDEN, ROOT
 
 from elf_rt import machine
 from elf_rt.backends import open_backend
 from elf_rt.bundle import Bundle
+from elf_rt.commands.bench import TINY
 from elf_rt.errors import BackendError, InputError
 from elf_rt.measure import bench
-from elf_rt.model import Model
+from elf_rt.model import Draft, Model, Timings
 
 
 @pytest.fixture
@@ -54,6 +59,35 @@ def test_agreement_is_counted_against_the_reference():
     assert a.step_p50 == pytest.approx(20)
     assert a.sample_p50 == pytest.approx(25)
     assert (a.network, a.integrator) == (pytest.approx(0.8), pytest.approx(0.1))
+
+
+@pytest.mark.parametrize(("device", "step"), [("cpu", [2.0, 2.0, 2.0]), ("cuda", [10.0])])
+def test_a_step_of_a_batch_that_one_call_does_not_hold(monkeypatch, device, step):
+    """Is a step of all its pieces: 2 of 8 texts each, a step of which takes a second by this clock."""
+    seconds = itertools.count()
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: next(seconds), process_time=lambda: 0.0))
+    timings = Timings(total_ms=20_000.0, network_ms=0.0, integrator_ms=0.0, batch=4, calls=4)
+    result = SimpleNamespace(timings=timings, ids=np.zeros(3, int))
+
+    def stream(*_, **__):
+        for _ in range(2):
+            yield from (Draft(k, 4, 0.0, None, 4) for k in (1, 2, 3))
+            yield [result] * 4
+
+    model = SimpleNamespace(backend=SimpleNamespace(device=device), stream=stream)
+    run = bench.run_once(model, bench.Work(steps=(4,), batches=(8,), repeats=1, seed=0), 4, 8, 0)
+    assert run.steps == step and run.ids.shape == (8, 3)
+
+
+def test_overhead_records_the_backend_that_ran(tmp_path, monkeypatch):
+    """Not the one that was asked for, which is auto."""
+    names = runpy.run_path(str(ROOT / "benchmarks" / "overhead.py"))
+    monkeypatch.setitem(names["main"].__globals__, "RELEASED", {"ELF-B": TINY})
+    monkeypatch.setattr(sys, "argv", ["overhead.py", "--steps", "1", "--repeats", "1", "--json", str(tmp_path / "a")])
+    with pytest.raises(SystemExit):
+        names["main"]()
+    record = json.loads((tmp_path / "a").read_text(encoding="utf-8"))
+    assert record["backend"].split()[0] in ("openvino", "onnxruntime")
 
 
 def test_one_text_is_the_one_that_generate_writes(bundle):
@@ -122,6 +156,7 @@ def test_table_of_a_bundle(run_cli, bundle):
         (("--steps", "²"), ("--steps", "²")),
         (("--steps", "0"), ("--steps", "0")),
         (("--batch", "two"), ("--batch", "two")),
+        (("--batch", "99999999999999999999"), ("--batch", "from 1 to 9999")),
         (("--plot", "picture.txt"), (".png",)),
         (("--plot", "no/such/folder.png"), ("no/such",)),
         (("--preset", "none"), ("default",)),

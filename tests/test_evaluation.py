@@ -272,3 +272,48 @@ def test_a_folder_that_is_no_language_model(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot open the language model") as caught:
         evaluation.LanguageModel(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "other"),
+    [
+        ("Привет, мир", "Пока, мир"),
+        ("हिन्दी में लिखा", "हिन्दी में नहीं"),
+        ("今日は良い天気です", "今日は悪い天気です"),
+        ("สวัสดีครับ", "สวัสดีค่ะ"),
+        ("안녕 세상", "안녕 모두"),
+        ("مرحبا بالعالم", "مرحبا بكم"),
+        ("naïve Übung", "naive Übung"),
+        ("😀 🎉", "😀 🙁"),
+        ("!?", "!!"),
+    ],
+)
+def test_rouge_of_every_alphabet(text, other):
+    same, near = evaluation.accuracy([text], [text]), evaluation.accuracy([other], [text])
+    assert (same.rouge_1, same.rouge_2, same.rouge_l) == (100.0, 100.0, 100.0) and same.exact_match == 1.0
+    assert 0 < near.rouge_1 < 100 and near.exact_match == 0.0
+
+
+def test_an_option_without_use_is_named_as_it_is_given(capsys, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}')
+    for option in ("-n", "--guidance-scale", "--threads"):
+        with pytest.raises(SystemExit) as stop:
+            main(["eval", "--input", str(tmp_path / "a.jsonl"), option, "1"])
+        assert stop.value.code == 2 and f"Error: {option} has no use without a BUNDLE" in capsys.readouterr().err
+
+
+def test_rouge_of_english_is_that_of_rouge_score():
+    from rouge_score.rouge_scorer import RougeScorer
+
+    texts = [
+        "She paid $9,350 for the chairs; it's hers!",
+        "a_b c-d running 3.5 ends",
+        "He's been re-reading U.S. papers.",
+    ]
+    others = ["She pays 9350 for a chair, isn't it?", "a b c d runs 35 end", "He was reading the US paper"]
+    kinds = ["rouge1", "rouge2", "rougeL"]
+    official = RougeScorer(kinds, use_stemmer=True)
+    scores = [official.score(other, text) for text, other in zip(texts, others, strict=True)]
+    got = evaluation.accuracy(texts, others)
+    want = [100 * np.mean([score[kind].fmeasure for score in scores]) for kind in kinds]
+    np.testing.assert_allclose([got.rouge_1, got.rouge_2, got.rouge_l], want)

@@ -74,6 +74,28 @@ def test_16_bits_pass_the_replay(precision: str, spoken: Path, opened: Any) -> N
     assert report.passed, report
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_both_ways_of_the_blocks_agree_and_the_choice_is_named(precision: str, spoken: Path, opened: Any) -> None:
+    import torch
+
+    from elf_rt.backends import torch_tuning
+
+    model = opened(spoken, precision=precision)
+    model.generate(PROMPTS[0], steps=2)
+    said = model.backend.describe()
+    assert said["blocks"] and said["attention"]
+    network, length = model.backend.network, model.bundle.config.max_length
+    if network.fused is None:
+        pytest.skip(said["passed over"])
+    tiles = [possible[0] for possible in torch_tuning.tiles_of(network.fused, find_gpu().sm).values()]
+    plain = torch_tuning.Choice()
+    fused = torch_tuning.Choice(tiles=torch_tuning.make_tiles(tiles))
+    with torch.inference_mode():
+        for rows in (1, 3):
+            call = torch_tuning.Call(network, rows, length)
+            assert call.refusal(fused, plain, 0.01 if precision == "fp16" else 0.05) is None
+
+
 def test_a_text_is_one_graph_launch(spoken: Path, opened: Any) -> None:
     from torch.profiler import ProfilerActivity, profile
 

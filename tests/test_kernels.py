@@ -222,7 +222,7 @@ def test_numpys_bits(
 @pytest.mark.parametrize("padding", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1), (7, 16), (67, 257)])
 def test_texts_of_different_states_in_one_launch(device: Device, shape: tuple[int, int], padding: bool) -> None:
-    """Guided, drafting, without outputs, decoding, waiting, without x_prev; entries without z leave everything alone."""
+    """Guided, drafting, decoding, waiting, without outputs or x_prev; entries without z leave everything alone."""
     slots = mixed(shape) + mixed(shape, seed=10)
     call = assert_numpys_bits(device, slots, padding=padding)
     flat = [(number, row) for number, slot in enumerate(slots) for row in slot.rows]

@@ -1,13 +1,20 @@
 """The Python API on the demo models."""
 
+import multiprocessing
+import pickle
 import threading
 import warnings
+from concurrent.futures import ProcessPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import elf_rt
+from elf_rt import backends
+from elf_rt.bundle import Bundle
 from elf_rt.errors import BackendError, InputError
+from elf_rt.machine import cores
 from elf_rt.model import Draft
 from elf_rt.sampling.engine import MAX_IDLE_NETWORKS
 from elf_rt.sampling.noise import normal
@@ -125,6 +132,43 @@ def test_another_length_warns(shakespeare):
         shakespeare.generate(seed=0, steps=1, length=128)
 
 
+def test_a_short_canvas_says_how_much_it_leaves(spoken):
+    """The places of the longest source stay free, as in the official sampler, however short the prompt is."""
+    for length, left in ((33, 1), (40, 8), (20, 1)):
+        with pytest.warns(UserWarning, match=f"a length of {length} cuts texts to {left} tokens, for 32 are kept"):
+            (result,) = spoken.generate("it costs five pounds", seed=0, steps=1, length=length)
+        assert len(result.ids) == left
+
+
+def test_warnings_name_the_line_that_asked(spoken, tmp_path):
+    """Not one inside elf_rt, however deep the reason lies."""
+    for arguments in ({"prompts": "one hundred " * 40}, {"prompts": "a", "length": 40}):
+        for call in (spoken.generate, lambda **given: list(spoken.stream(**given))):
+            with pytest.warns(UserWarning) as told:
+                call(**arguments, seed=0, steps=1)
+            assert {warning.filename for warning in told} == {__file__}
+
+
+def test_a_pickled_model_is_opened_again(bundle, tmp_path, monkeypatch):
+    """As the argument of a spawned process, wherever that runs."""
+    monkeypatch.chdir(bundle("spoken-to-written").parent)
+    with elf_rt.load("spoken-to-written.elfrt", "onnxruntime", threads=1) as model:
+        want = model.generate(SPOKEN[0], seed=3, steps=2)[0].text
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            assert pool.submit(write, model).result() == want
+        monkeypatch.chdir(tmp_path)
+        with pickle.loads(pickle.dumps(model)) as again:
+            assert again.generate(SPOKEN[0], seed=3, steps=2)[0].text == want
+            assert again.backend.describe() == model.backend.describe()
+    with pytest.raises(BackendError, match="the model is closed"):
+        pickle.dumps(model)
+
+
+def write(model: elf_rt.Model) -> str | None:
+    with model:
+        return model.generate(SPOKEN[0], seed=3, steps=2)[0].text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -157,6 +201,19 @@ def test_unknown_backends_and_precisions(bundle):
         elf_rt.load(bundle("uncond"), precision="fp4")
 
 
+@pytest.mark.parametrize("threads", [0, -1, 2.0, True, "2", 10**12, 4 * cores() + 1])
+def test_threads_are_within_reason(bundle, threads):
+    with pytest.raises(InputError, match=rf"threads must be a whole number between 1 and {4 * cores()} .*, got"):
+        elf_rt.load(bundle("uncond"), threads=threads)
+
+
+def test_threads_have_no_meaning_on_a_gpu(bundle, monkeypatch):
+    gpu = SimpleNamespace(name="tensorrt", device="cuda")
+    monkeypatch.setattr(backends, "_open_best", lambda *_: (gpu, "why"))
+    with pytest.warns(UserWarning, match="threads=1 has no meaning for tensorrt"):
+        backends.open_backend(Bundle.open(bundle("uncond")), threads=1)
+
+
 def test_a_closed_model_says_so(bundle):
     with elf_rt.load(bundle("uncond"), "onnxruntime") as model:
         pass
@@ -177,6 +234,7 @@ def test_a_closed_model_says_so(bundle):
         ({"length": 32.0}, "length must be a whole number between 1 and 64, got 32.0"),
         ({"seed": 1.5}, "seed must be a whole number"),
         ({"prompts": 5}, "prompts must be a text or a sequence of texts, got 5"),
+        ({"prompts": ["fine", " \t\n "]}, "prompt 2 has no token in it"),
         ({"prompts": [None]}, "prompt 1 is not a text in UTF-8: None"),
         ({"prompts": ["fine", "\ud800"]}, "prompt 2 is not a text in UTF-8"),
         ({"pinned": "no blanks"}, "a template needs a blank such as"),

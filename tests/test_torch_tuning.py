@@ -2,26 +2,33 @@
 
 import json
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import HAS_GPU
 from golden_cases import CASES, GOLDEN, relative_error
 from plan_bundles import golden_bundle
 from test_torch_backend import call
 
-from elf_rt.backends import torch_tuning
+from elf_rt.backends import torch_attention, torch_cuda, torch_tuning
 from elf_rt.backends.ort import OrtBackend
 from elf_rt.backends.torch_attention import TORCH, Attention, sdpa
 from elf_rt.backends.torch_cuda import TorchBackend
 from elf_rt.backends.torch_network import Choice
 from elf_rt.backends.torch_tuning import KERNELS, Tuner, make_fused, make_tiles, tiles_of
-from elf_rt.backends.tuning_cache import TuningCache
+from elf_rt.backends.tuning_cache import NO_TUNE, TuningCache
 from elf_rt.bundle import Bundle
+from elf_rt.commands import doctor
+from elf_rt.commands.options import backend_options
+from elf_rt.measure.bench import Report
+from elf_rt.measure.bench_report import describe_machine, lines
 from elf_rt.measure.verify import verify
 from elf_rt.model import Model
 
@@ -91,7 +98,7 @@ class Clock:
     def __init__(self, last_first: bool = True) -> None:
         self.last_first, self.timed = last_first, 0
 
-    def __call__(self, ways: Sequence[Callable[[], object]]) -> list[float | str]:
+    def __call__(self, ways: Sequence[Callable[[], object]], calls: int) -> list[float | str]:
         self.timed += len(ways)
         times: list[float | str] = []
         for i, way in enumerate(ways):
@@ -127,6 +134,9 @@ def test_the_fastest_is_taken_named_and_kept(backend: TorchBackend, tmp_path: Pa
     said = first.describe()
     assert (said["attention"], said["blocks"]) == ("library fast", KERNELS)
     assert "cudnn: its version is too old" in said["passed over"]
+    entry = {"name": "torch", "library": "torch", "load_s": 1.0, "first_s": 1.0, "memory_mb": None, **said}
+    *_, last = lines({"machine": describe_machine(), "model": "m"}, Report("a", "b", [entry], []))
+    assert last == "torch: attention by library fast, blocks by Triton kernels; cudnn: its version is too old"
     backend.network.choices.clear()
     clock = Clock()
     tuner(backend, tmp_path, clock, attentions=[SLOW, FAST]).prepare(1, 8)
@@ -193,7 +203,7 @@ def test_a_kernel_that_gives_other_results_is_not_taken(
 
 
 def test_kernels_that_do_not_compile_leave_torchs_products(
-    backend: TorchBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backend: TorchBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from elf_rt.backends import torch_kernels
 
@@ -205,6 +215,7 @@ def test_kernels_that_do_not_compile_leave_torchs_products(
     here.prepare(1, 8)
     assert backend.network.choices[1, 8] == Choice(TORCH)
     assert here.passed_over[KERNELS] == "PassManager::run failed"
+    assert [record.getMessage().count("PassManager::run failed") for record in caplog.records] == [1]
     network = backend.bind(1, 8)
     network.denoise()
     assert np.isfinite(network.x).all()
@@ -232,11 +243,52 @@ def test_no_tune_takes_the_first(backend: TorchBackend, tmp_path: Path) -> None:
 
 
 def test_what_cannot_run_the_kernels_says_so(
-    backend: TorchBackend, bundles: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backend: TorchBackend,
+    bundles: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     assert "compute capability 8.0 or newer" in tuner(backend, tmp_path, sm=75).passed_over[KERNELS]
-    assert "in float32" in str(make_fused(TorchBackend(bundles("cond"), "fp32", "cpu").network, 90))
+    assert len(caplog.records) == 1 and "compute capability" in caplog.text
+    assert "in float32" in tuner(TorchBackend(bundles("cond"), "fp32", "cpu"), tmp_path).passed_over[KERNELS]
+    assert len(caplog.records) == 1  # nobody waits for kernels there
     for module in ("elf_rt.backends.torch_fused", "elf_rt.backends.torch_kernels"):
-        monkeypatch.delitem(sys.modules, module)
+        monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
     assert "Triton does not work here" in tuner(backend, tmp_path).passed_over[KERNELS]
+
+
+def test_the_option_reaches_the_backend(bundles: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch_cuda, "unavailable", lambda: None)
+    monkeypatch.setattr(torch_cuda, "TorchBackend", lambda *args, **options: opened.append(options))
+    monkeypatch.setenv(NO_TUNE, "")  # and is gone after the test
+
+    @click.command()
+    @backend_options
+    def command(**options: Any) -> None:
+        torch_cuda.open_backend(bundles("uncond"), "fp16")
+
+    for arguments, tunes in ([], True), (["--no-tune"], False):
+        assert CliRunner().invoke(command, arguments).exit_code == 0
+        assert opened[-1] == {"tune": tunes}
+
+
+def test_doctor_names_versions_and_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = {"cudnn": "cuDNN 9.10 is older than 9.15"}
+    monkeypatch.setattr(torch_attention, "usable", lambda dtype: ([FAST, TORCH], absent))
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
+    monkeypatch.setattr(torch_cuda, "unavailable", lambda: None)
+    out = CliRunner().invoke(doctor.command).output
+    assert "ok  torch" in out and "cuDNN 9.10.2, Triton 3." in out
+    assert "attention by library fast; cudnn: cuDNN 9.10 is older than 9.15" in out
+
+
+def test_why_torch_refuses_is_told_in_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    def can_use(params: object, debug: bool) -> bool:
+        warnings.warn("cuDNN attention requires a newer GPU.\nmore", stacklevel=1)
+        return False
+
+    assert torch_attention.refusal(can_use, None) == "cuDNN attention requires a newer GPU."
+    assert torch_attention.refusal(lambda params, debug: True, None) is None

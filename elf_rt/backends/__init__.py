@@ -7,6 +7,7 @@ from typing import Any
 from elf_rt.backends.table import BACKENDS, PRECISIONS, held_precisions, variant_of
 from elf_rt.bundle import MIN_AGREEMENT, Bundle
 from elf_rt.errors import BackendError, InputError, warn
+from elf_rt.machine import check_threads
 from elf_rt.network import Backend
 
 __all__ = ["BACKENDS", "PRECISIONS", "Availability", "discover", "held_precisions", "open_backend", "variant_of"]
@@ -42,10 +43,18 @@ def open_backend(
     """
     if precision not in PRECISIONS:
         raise InputError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    if threads is not None and threads < 1:
-        raise InputError(f"threads must be 1 or more, got {threads}")
-    if name == "auto":
-        return _open_best(bundle, precision, threads)
+    check_threads(threads)
+    best = _open_best(bundle, precision, threads) if name == "auto" else _open_named(bundle, name, precision, threads)
+    backend, why = best
+    if threads is not None and backend.device == "cuda":
+        warn(f"threads={threads} has no meaning for {backend.name}, which computes on the GPU")
+    if doubt := bundle.unproven.get(variant_of(backend.name, backend.precision)):
+        warn(f"{backend.precision} of this bundle was not proven at export ({doubt})")
+    return backend, why
+
+
+def _open_named(bundle: Bundle, name: str, precision: str, threads: int | None) -> tuple[Backend, str]:
+    """The backend of this name."""
     if name not in BACKENDS:
         raise InputError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {name!r}")
     if reason := _module(name).unavailable():
@@ -69,7 +78,8 @@ def _open_best(bundle: Bundle, precision: str, threads: int | None) -> tuple[Bac
             continue
         if precision != "auto" and precision not in held_precisions(bundle, name):
             if precision in ability.precisions:
-                lacking.append(f"{name}: the bundle has no {variant_of(name, precision)} graphs")
+                variant = variant_of(name, precision)
+                lacking.append(f"{name}: the bundle has no {variant} graphs{bundle.why_left_out(variant)}")
                 refused.append(lacking[-1])
             else:
                 refused.append(f"{name}: runs no {precision}")
@@ -114,7 +124,10 @@ def _unsafe(name: str, bundle: Bundle, precision: str) -> str | None:
     Graphs of that precision were proven at export; of an engine that rounds the float32 graphs, export measured what
     it changes.
     """
-    if precision == "fp32" or variant_of(name, precision) != "fp32":
+    variant = variant_of(name, precision)
+    if variant in bundle.unproven:
+        return f"{precision} was not proven at export ({bundle.unproven[variant]})"
+    if precision == "fp32" or variant != "fp32":
         return None
     agreement = bundle.agreement.get(precision)
     if agreement is None:

@@ -9,6 +9,7 @@ import numpy as np
 from elf_rt.backends.rounding import rounded_graph
 from elf_rt.bundle import Bundle
 from elf_rt.errors import BackendError
+from elf_rt.libraries import import_library, why_absent
 from elf_rt.machine import cores
 from elf_rt.network import Graph, check_widths, tensor_shapes
 
@@ -22,11 +23,7 @@ EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 
 def unavailable() -> str | None:
     """Why this backend cannot be used here, or None."""
-    try:
-        import onnxruntime
-    except ImportError:
-        return "not installed: pip install 'elf-rt[cpu]'"
-    return None if hasattr(onnxruntime, "InferenceSession") else "onnxruntime is a broken install: reinstall it"
+    return why_absent("onnxruntime", "InferenceSession", "pip install 'elf-rt[cpu]'")
 
 
 def open_backend(bundle: Bundle, precision: str, threads: int | None = None) -> "OrtBackend":
@@ -46,12 +43,10 @@ class OrtBackend:
     device: Literal["cpu"] = "cpu"
 
     def __init__(self, bundle: Bundle, precision: str, threads: int | None) -> None:
-        import onnxruntime as ort
-
+        self._ort = import_library("onnxruntime")
         self.precision = precision
         self.config = bundle.config
         self._threads = threads or cores()
-        self._ort = ort
         files = bundle.variant(precision)
         rounded = precision in ("fp16", "bf16")
         self.sessions: dict[Graph, onnxruntime.InferenceSession] = {

@@ -14,6 +14,7 @@ from elf_rt import device
 from elf_rt.bundle import Bundle
 from elf_rt.device.cudart import DeviceMemory, synchronize
 from elf_rt.errors import BackendError, first_line
+from elf_rt.libraries import import_library, why_absent
 from elf_rt.network import GRAPHS, Capture, Enqueued, Graph, tensor_shapes
 
 NAME = "onnxruntime-cuda"
@@ -24,11 +25,9 @@ DISCRETIZED_TOKENS = 4096  # positions whose logits are in memory together: abou
 
 def unavailable() -> str | None:
     """Why this backend cannot be used here, or None."""
-    try:
-        import onnxruntime
-    except ImportError:
-        return "not installed: pip install 'elf-rt[gpu]'"
-    if PROVIDER not in onnxruntime.get_available_providers():
+    if reason := why_absent("onnxruntime", "InferenceSession", "pip install 'elf-rt[gpu]'"):
+        return reason
+    if PROVIDER not in import_library("onnxruntime").get_available_providers():
         return "this onnxruntime is the CPU build: pip uninstall onnxruntime, then pip install 'elf-rt[gpu]'"
     return device.unavailable()
 
@@ -47,14 +46,12 @@ class OrtCudaBackend:
     device: Literal["cuda"] = "cuda"
 
     def __init__(self, bundle: Bundle, precision: str) -> None:
-        import onnxruntime
-
-        self._ort = onnxruntime
+        self._ort = import_library("onnxruntime")
         self.precision = precision
         self.config = bundle.config
         files = bundle.variant(precision)
         if MEMORY == "cuda":
-            onnxruntime.preload_dlls()  # CUDA and cuDNN from their pip packages, where they are installed
+            self._ort.preload_dlls()  # CUDA and cuDNN from their pip packages, where they are installed
         self.sessions: dict[Graph, Any] = {graph: self._session(str(files[graph])) for graph in GRAPHS}
 
     def bind(self, graph: Graph, rows: int, length: int, stream: int) -> "OrtCudaGraph":

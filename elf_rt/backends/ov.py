@@ -16,7 +16,8 @@ import numpy as np
 from elf_rt.backends.table import variant_of
 from elf_rt.bundle import Bundle
 from elf_rt.errors import BackendError, warn
-from elf_rt.machine import cores, import_without_telemetry, user_cache
+from elf_rt.libraries import import_library, why_absent
+from elf_rt.machine import cores, user_cache
 from elf_rt.network import Graph, check_widths, tensor_shapes
 
 if TYPE_CHECKING:
@@ -31,11 +32,7 @@ _COMPILING = threading.Lock()
 
 def unavailable() -> str | None:
     """Why this backend cannot be used here, or None."""
-    try:
-        library = import_without_telemetry("openvino")
-    except ImportError:
-        return "not installed: pip install 'elf-rt[openvino]'"
-    return None if hasattr(library, "Core") else "openvino is a broken install: reinstall it"
+    return why_absent("openvino", "Core", "pip install 'elf-rt[openvino]'")
 
 
 def open_backend(bundle: Bundle, precision: str, threads: int | None = None) -> "OpenVinoBackend":
@@ -56,7 +53,7 @@ class OpenVinoBackend:
     device: Literal["cpu"] = "cpu"
 
     def __init__(self, bundle: Bundle, precision: str, threads: int | None) -> None:
-        self._ov = import_without_telemetry("openvino")
+        self._ov = import_library("openvino")
         self._core = self._ov.Core()
         self.config = bundle.config
         bf16 = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")

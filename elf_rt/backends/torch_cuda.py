@@ -7,6 +7,7 @@ as long as the network, and whose addresses the kernels are given.
 """
 
 import importlib.util
+import os
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -14,9 +15,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from elf_rt import device
+from elf_rt.backends.tuning_cache import NO_TUNE
 from elf_rt.bundle import Bundle
 from elf_rt.device import setup_lock
 from elf_rt.errors import BackendError, GpuMemoryError, first_line, warn
+from elf_rt.libraries import why_absent
 from elf_rt.network import GRAPHS, Capture, Graph, Launchable, tensor_shapes
 
 if TYPE_CHECKING:
@@ -35,6 +38,8 @@ def unavailable() -> str | None:
             return f"{package} is not installed: pip install torch onnx"
     if reason := device.unavailable():
         return reason
+    if reason := why_absent("torch", "cuda", "pip install torch"):
+        return f"torch is {reason}"
     import torch
 
     if torch.version.cuda is None:
@@ -48,7 +53,20 @@ def open_backend(bundle: Bundle, precision: str, threads: int | None = None) -> 
     """``threads`` has no meaning on a GPU."""
     if reason := unavailable():
         raise BackendError(f"{NAME}: {reason}")
-    return TorchBackend(bundle, precision)
+    return TorchBackend(bundle, precision, tune=not os.environ.get(NO_TUNE))
+
+
+def details() -> str:
+    """Versions, and whose attention is asked for, where the backend can be used."""
+    import torch
+
+    from elf_rt.backends.torch_attention import cudnn_version, usable
+    from elf_rt.backends.torch_tuning import triton_version
+
+    attentions, absent = usable(torch.float16)
+    why = "".join(f"; {name}: {reason}" for name, reason in absent.items())
+    versions = f"torch {torch.__version__}, cuDNN {cudnn_version() or 'none'}, Triton {triton_version() or 'none'}"
+    return f"{versions}; attention by {attentions[0].library}{why}"
 
 
 class TorchBackend:

@@ -93,16 +93,6 @@ class FusedBlocks:
         return kernels.add(x, linear.weight, h, stats, linear.scale, linear.bias, norm, self._eps, tile)
 
 
-def why_not(blocks: list[Block]) -> str | None:
-    """Why the kernels cannot run these blocks, or None: they want one 16-bit type, and every layer as exported."""
-    types = {t for b in blocks for t in (b.qkv.type, b.attention_type, b.proj.type, b.w12.type, b.w3.type)}
-    if torch.float32 in types or len(types) > 1:
-        return "the precision plan keeps a part of the blocks in float32"
-    if any(b.qkv.scale is not None or b.w12.scale is not None or b.w12.bias is None for b in blocks):
-        return "the graphs are not as this elf-rt exports them"
-    return None
-
-
 def fused_block(block: Block, heads: int, width: int) -> FusedBlock:
     q_eps, k_eps = block.eps.flatten().tolist()
     qk = 2 * heads * width

@@ -7,6 +7,7 @@ becomes slower than torch.compile is, nor wrong.
 
 import hashlib
 import itertools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from functools import partial
@@ -20,6 +21,7 @@ from elf_rt.backends import torch_attention
 from elf_rt.backends.torch_attention import Attention
 from elf_rt.backends.torch_cuda import clear_workspaces, own_settings
 from elf_rt.backends.torch_network import Choice, Network
+from elf_rt.backends.torch_weights import why_not
 from elf_rt.backends.tuning_cache import TuningCache
 from elf_rt.errors import first_line
 
@@ -27,11 +29,13 @@ if TYPE_CHECKING:
     from elf_rt.backends.torch_fused import FusedBlocks, Tiles
     from elf_rt.backends.torch_kernels import Tile
 
-Clock = Callable[[Sequence[Callable[[], object]]], list[float | str]]  # milliseconds of each, or why it does not work
+Ways = Sequence[Callable[[], object]]
+Clock = Callable[[Ways, int], list[float | str]]  # milliseconds of a call of each, or why it does not work
 
 OLDEST = 80  # compute capability with bfloat16 and asynchronous copies
 TMA = 90  # the first with a unit that loads tiles
-CALLS, ROUNDS = 10, 7  # in a graph that is timed; how often, all ways in turn
+KERNEL_CALLS, NETWORK_CALLS = 10, 2  # in a graph that is timed
+ROUNDS = 7  # how often, all ways in turn
 DIFFERENCE = {torch.float16: 0.05, torch.bfloat16: 0.1}  # between two right ways; a wrong one is far from both
 # (rows, columns, depth, warps, stages) of a tile. Every GPU has the shared memory for the first.
 SIZES = (
@@ -44,6 +48,7 @@ SIZES = (
 )
 MOST_ADDED = 128  # columns of a tile of ``torch_kernels.add``, which holds h beside its product
 KERNELS = "Triton kernels"
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -61,11 +66,17 @@ class Tuner:
     passed_over: dict[str, str] = field(default_factory=dict)  # why, by way
 
     def __post_init__(self) -> None:
-        fused = make_fused(self.network, self.sm) if self.tune else "not measured (--no-tune)"
-        if isinstance(fused, str):
-            self.passed_over[KERNELS] = fused
+        if reason := why_not(self.network.blocks) if self.tune else "not measured (--no-tune)":
+            self.passed_over[KERNELS] = reason
+        elif isinstance(fused := make_fused(self.network, self.sm), str):
+            self._refuse_kernels(fused)
         else:
             self.network.fused = fused
+
+    def _refuse_kernels(self, why: str) -> None:
+        """They should work here, and do not."""
+        self.passed_over[KERNELS] = why
+        _log.warning("torch's products run instead of the Triton kernels, which may be slower: %s", why)
 
     def prepare(self, rows: int, length: int) -> None:
         """Choose for this shape, unless that was done."""
@@ -120,11 +131,11 @@ class Tuner:
             return plain
         fused, call = Choice(plain.attention, tiles), Call(network, rows, length)
         if why := call.refusal(fused, plain, DIFFERENCE[self.precision]):
-            self.passed_over[KERNELS] = why
+            self._refuse_kernels(why)
             return plain
-        torchs, ours = self.clock([lambda: call.run(plain), lambda: call.run(fused)])
+        torchs, ours = self.clock([lambda: call.run(plain), lambda: call.run(fused)], NETWORK_CALLS)
         if isinstance(ours, str):
-            self.passed_over[KERNELS] = ours
+            self._refuse_kernels(ours)
         elif isinstance(torchs, float) and torchs <= ours:
             self.passed_over[KERNELS] = f"{ours:.3g} ms a call of {rows} x {length}, torch {torchs:.3g}"
         else:
@@ -145,6 +156,7 @@ class Tuner:
         for product, possible in tiles_of(fused, self.sm).items():
             chosen.append(self._fastest({tile: partial(runs[product], tile) for tile in possible}, lambda _: KERNELS))
             if chosen[-1] is None:
+                self._refuse_kernels(self.passed_over[KERNELS])
                 return None
         self.passed_over.pop(KERNELS, None)  # of single tiles
         return make_tiles(chosen)
@@ -153,7 +165,7 @@ class Tuner:
         """The key of the fastest way that works."""
         if len(ways) == 1:
             return next(iter(ways))
-        timed = dict(zip(ways, self.clock(list(ways.values())), strict=True))
+        timed = dict(zip(ways, self.clock(list(ways.values()), KERNEL_CALLS), strict=True))
         self.passed_over |= {name(way): reason for way, reason in timed.items() if isinstance(reason, str)}
         works = {way: ms for way, ms in timed.items() if isinstance(ms, float)}
         return min(works, key=lambda way: works[way], default=None)
@@ -211,11 +223,9 @@ def make_fused(network: Network, sm: int) -> "FusedBlocks | str":
     if sm < OLDEST:
         return f"they need a GPU of compute capability {OLDEST / 10} or newer"
     try:
-        from elf_rt.backends.torch_fused import FusedBlocks, why_not
+        from elf_rt.backends.torch_fused import FusedBlocks
     except ImportError as error:
         return f"Triton does not work here ({first_line(error)})"
-    if reason := why_not(network.blocks):
-        return reason
     return FusedBlocks(network.blocks, network.cos, network.sin, network.eps, network.config.head_dim)
 
 
@@ -241,10 +251,10 @@ def normal(network: Network, *shape: int) -> Tensor:
     return torch.randn(shape, device=network.cos.device)
 
 
-def gpu_clock(ways: Sequence[Callable[[], object]]) -> list[float | str]:
-    """Milliseconds of each on the GPU, by replays of its graph, or why it does not work: the least of several, the ways
-    in turn, because a GPU's clock changes."""
-    stream, graphs = torch.cuda.Stream(), [captured(way) for way in ways]
+def gpu_clock(ways: Ways, calls: int) -> list[float | str]:
+    """Milliseconds of a call of each on the GPU, or why it does not work: the least of several replays of its graph,
+    the ways in turn, because a GPU's clock changes."""
+    stream, graphs = torch.cuda.Stream(), [captured(way, calls) for way in ways]
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
     times: list[float | str] = [graph if isinstance(graph, str) else float("inf") for graph in graphs]
     with torch.cuda.stream(stream):
@@ -255,12 +265,12 @@ def gpu_clock(ways: Sequence[Callable[[], object]]) -> list[float | str]:
             graph.replay()
             events[1].record()
             stream.synchronize()
-            times[i] = min(float(times[i]), events[0].elapsed_time(events[1]) / CALLS)
+            times[i] = min(float(times[i]), events[0].elapsed_time(events[1]) / calls)
     return times
 
 
-def captured(way: Callable[[], object]) -> "torch.cuda.CUDAGraph | str":
-    """A graph of CALLS calls, or why there is none."""
+def captured(way: Callable[[], object], calls: int) -> "torch.cuda.CUDAGraph | str":
+    """A graph of so many calls, or why there is none."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     try:
         with torch.cuda.stream(stream):
@@ -268,7 +278,7 @@ def captured(way: Callable[[], object]) -> "torch.cuda.CUDAGraph | str":
             stream.synchronize()
             clear_workspaces(torch)
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                for _ in range(CALLS):
+                for _ in range(calls):
                     way()
     except Exception as error:  # torch's, Triton's and the driver's have no common base
         return first_line(error)

@@ -156,3 +156,13 @@ def make_block(weights: GraphWeights, name: str, cos: Tensor, sin: Tensor, atten
         w12=weights.linear(f"{name}.mlp.w12"),
         w3=weights.linear(f"{name}.mlp.w3"),
     )
+
+
+def why_not(blocks: list[Block]) -> str | None:
+    """Why ``torch_kernels`` cannot run these blocks, or None: they want one 16-bit type, and layers as exported."""
+    types = {t for b in blocks for t in (b.qkv.type, b.attention_type, b.proj.type, b.w12.type, b.w3.type)}
+    if torch.float32 in types or len(types) > 1:
+        return "the precision plan keeps a part of the blocks in float32"
+    if any(b.qkv.scale is not None or b.w12.scale is not None or b.w12.bias is None for b in blocks):
+        return "the graphs are not as this elf-rt exports them"
+    return None

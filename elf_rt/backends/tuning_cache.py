@@ -13,6 +13,7 @@ from typing import Any
 
 from elf_rt.machine import user_cache
 
+NO_TUNE = "ELF_RT_NO_TUNE"  # environment variable: where it is set nothing is measured at load
 _log = logging.getLogger(__name__)
 
 

@@ -1,7 +1,6 @@
 """``elf-rt bench``: how fast engines are on this machine, and whether their text is the float32 one."""
 
 import importlib.util
-import json
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -15,9 +14,10 @@ import numpy as np
 from elf_rt import machine
 from elf_rt.backends import BACKENDS, discover, held_precisions, open_backend, variant_of
 from elf_rt.bundle import Bundle, atomic_file, find_bundle
-from elf_rt.commands.generate import read_jsonl
-from elf_rt.console import note, progress
+from elf_rt.commands.jsonl import read_jsonl
+from elf_rt.console import note, print_json, progress
 from elf_rt.errors import BackendError, InputError
+from elf_rt.libraries import needs, why_absent
 from elf_rt.measure.bench import Contender, Opened, Report, Work, measure, open_contender
 from elf_rt.measure.bench_report import describe_machine, draw, lines
 from elf_rt.model import Model
@@ -45,8 +45,8 @@ def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> t
     if value is None:
         return None
     parts = value.split(",")
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise click.BadParameter(f"{value!r} is not a list of positive whole numbers such as 8,32")
+    if not all(part.isdecimal() and len(part) < 5 and int(part) > 0 for part in parts):
+        raise click.BadParameter(f"{value!r} is not a list of whole numbers from 1 to 9999, such as 8,32")
     return tuple(dict.fromkeys(int(part) for part in parts))
 
 
@@ -79,7 +79,7 @@ def _names(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
     "--input", "input_path", type=click.Path(path_type=Path), help="JSONL of prompts.  [default: random tokens]"
 )
 @click.option("--seed", type=click.IntRange(0), default=0, help="Seed of the first text.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all cores]")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads, up to 4 for each core.  [default: all cores]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw latency against steps and batch.")
 def command(bundle: Path | None, **options: Any) -> None:
@@ -113,15 +113,16 @@ def command(bundle: Path | None, **options: Any) -> None:
             title = f"{name} on {machine_here['cpu']}, {machine_here['cores']} cores"
             draw(report, title, picture, options["plot"].suffix[1:].lower())
     result = {"machine": machine_here, "model": name, **report.to_json()}
-    click.echo(json.dumps(result, indent=1) if options["as_json"] else "\n".join(lines(result, report)))
+    if options["as_json"]:
+        print_json(result, indent=1)
+    else:
+        click.echo("\n".join(lines(result, report)))
 
 
 def _picture(stack: ExitStack, path: Path) -> Path:
     """Where to draw, checked before anything is measured; it takes its name when all went well."""
-    try:
-        importlib.import_module("matplotlib")
-    except ImportError:
-        raise BackendError("--plot needs matplotlib: pip install 'elf-rt[plot]'") from None
+    if reason := why_absent("matplotlib", "__version__", "pip install 'elf-rt[plot]'"):
+        raise BackendError(f"--plot needs matplotlib, which is {reason}")
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise InputError(f"{path} must end with .png, .svg or .pdf")
     return stack.enter_context(atomic_file(path))
@@ -193,15 +194,15 @@ def _torch_contenders(bundle: Bundle, state: Any, options: dict[str, Any]) -> li
     try:
         from elf_rt.export.checkpoint import load_checkpoint
         from elf_rt.export.torch_cpu import TorchBackend
-    except ImportError as error:
-        raise BackendError(f"--vs needs {error.name}: pip install 'elf-rt[export]'") from None
+    except (ImportError, OSError) as error:
+        raise needs("--vs", error, "pip install 'elf-rt[export]'") from None
     if state is None:
         source = bundle.manifest["source"]
         checkpoint = load_checkpoint(options["checkpoint"], raw=source["weights"] == "raw")
         if checkpoint.sha256 != source["sha256"]:
             raise InputError(f"{bundle.folder} was not exported from {options['checkpoint']}: export it again")
         state = checkpoint.state
-    threads = options["threads"] or machine.cores()
+    threads = machine.check_threads(options["threads"])
 
     def load(name: str) -> Model:
         compiled = name == "torch-compile"
@@ -216,8 +217,8 @@ def _write_random(folder: Path, size: str, wanted: Sequence[tuple[str, str]]) ->
     """A bundle of random weights with the variants that the wanted backends read; its weights."""
     try:
         from elf_rt.export.random_bundle import write_random_bundle
-    except ImportError as error:
-        raise BackendError(f"--random needs {error.name}: pip install 'elf-rt[export]'") from None
+    except (ImportError, OSError) as error:
+        raise needs("--random", error, "pip install 'elf-rt[export]'") from None
     variants = {variant_of(*choice) for choice in wanted if choice[1] != "auto"}
     if not wanted:
         variants = {"int8", "int8-openvino"} if importlib.util.find_spec("nncf") else {"int8"}

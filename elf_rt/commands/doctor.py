@@ -11,7 +11,7 @@ from elf_rt.machine import cores
 @click.command("doctor")
 def command() -> None:
     """Show which backends work on this machine, why the others do not, and which integrator runs."""
-    from elf_rt.backends import discover
+    from elf_rt.backends import discover, torch_cuda
     from elf_rt.sampling import integrator
 
     click.echo(f"elf-rt {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
@@ -21,5 +21,7 @@ def command() -> None:
     found = discover()
     for backend in found:
         click.echo(f"{'ok ' if backend.reason is None else '-- '} {backend.name:16} {backend.reason or ''}".rstrip())
+        if backend.name == torch_cuda.NAME and backend.reason is None:
+            click.echo(f"     {torch_cuda.details()}")
     if all(backend.reason for backend in found):
         click.echo("no backend works here: pip install 'elf-rt[cpu]'")

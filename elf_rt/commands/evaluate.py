@@ -1,6 +1,5 @@
 """``elf-rt eval``: how good the text is, of a JSONL file or of texts written now."""
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -13,9 +12,9 @@ import numpy as np
 from click.core import ParameterSource
 
 from elf_rt.bundle import Bundle
-from elf_rt.commands.generate import read_jsonl
+from elf_rt.commands.jsonl import read_jsonl
 from elf_rt.commands.options import SAMPLING_NAMES, backend_options, sampling_options
-from elf_rt.console import Ticker, note, progress
+from elf_rt.console import Ticker, note, print_json, progress
 from elf_rt.errors import InputError
 from elf_rt.measure import evaluation
 from elf_rt.text.codec import load_tokenizer
@@ -110,7 +109,7 @@ def command(bundle: Path | None, **options: Any) -> None:
         results.append({"seed": run.seed, "texts": len(run.texts), **measured})
     summary = _summary(results, unit)
     if options["as_json"]:
-        click.echo(json.dumps(summary))
+        print_json(summary)
     else:
         _show(summary)
 
@@ -122,7 +121,8 @@ def _without_bundle(options: dict[str, Any]) -> None:
     given = click.get_current_context().get_parameter_source
     for name in WRITING:
         if given(name) is ParameterSource.COMMANDLINE:
-            raise click.UsageError(f"--{name.replace('_', '-')} has no use without a BUNDLE: no text is written")
+            (option,) = (p.opts[0] for p in click.get_current_context().command.params if p.name == name)
+            raise click.UsageError(f"{option} has no use without a BUNDLE: no text is written")
 
 
 def _measure(

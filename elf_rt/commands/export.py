@@ -7,12 +7,17 @@ import click
 
 from elf_rt.bundle import Bundle
 from elf_rt.console import note, progress
-from elf_rt.errors import BackendError, BundleError, InputError
+from elf_rt.errors import BackendError, BundleError
+from elf_rt.libraries import needs
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-openvino")
+DEFAULT_PRECISIONS = ("fp32", "fp16")
 
 
-def _precisions(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
+def _precisions(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...]:
+    """What was named; nothing where the default is to be tried."""
+    if value is None:
+        return ()
     names = tuple(dict.fromkeys(["fp32", *value.split(",")]))
     for name in names:
         if name not in PRECISIONS:
@@ -33,8 +38,12 @@ def _precisions(ctx: click.Context, param: click.Parameter, value: str) -> tuple
     "--append-eos/--no-append-eos", default=None, help="End each source text with EOS.  [default: yes; not on GPT-2]"
 )
 @click.option(
-    "--precision", default="fp32,fp16", callback=_precisions, help=f"Graphs to write: {', '.join(PRECISIONS)}."
+    "--precision",
+    callback=_precisions,
+    help=f"Graphs to write: {', '.join(PRECISIONS)}.  [default: fp32, and fp16 where it is proven]",
 )
+@click.option("--keep-unproven", is_flag=True, help="Keep graphs that --precision names although their text differs.")
+@click.option("--dry-run", is_flag=True, help="Say what was found and what would be written, and write nothing.")
 @click.option(
     "--opset",
     type=click.Choice(("23", "20")),
@@ -54,23 +63,26 @@ def command(
     encoder: str | None,
     append_eos: bool | None,
     precision: tuple[str, ...],
+    keep_unproven: bool,
+    dry_run: bool,
     opset: str,
     prompts: Path | None,
     presets: Path | None,
 ) -> None:
     """Turn CHECKPOINT (a file, a folder, or a Hub id org/name) into a bundle, and prove it.
 
-    The bundle is replayed at the end; it is written only when its text is the reference model's. The exception is int8,
-    whose text is not, and which runs only where it is asked for. fp32 graphs are always written.
+    Each precision is replayed, and becomes a part of the bundle only when its text is the reference model's. fp32
+    graphs are always written. fp16 ones that are not proven keep more operations in float32, for two minutes at most,
+    and are left out after that. int8 is the exception: its text is another, and it runs only where it is asked for.
     """
     try:
         from elf_rt.export.pipeline import ExportOptions, default_output, export_bundle, read_presets
-    except ImportError as error:
-        raise BackendError(f"export needs {error.name}: pip install 'elf-rt[export]'") from None
+    except (ImportError, OSError) as error:
+        raise needs("export", error, "pip install 'elf-rt[export]'") from None
     if "int8-openvino" in precision and importlib.util.find_spec("nncf") is None:
         raise BackendError("int8-openvino needs nncf: pip install 'elf-rt[int8]'")
-    from elf_rt.commands.generate import read_jsonl
-    from elf_rt.measure.verify import verify_folder
+    from elf_rt.commands.jsonl import read_jsonl
+    from elf_rt.measure.verify import Report, verify_folder
 
     output = output or default_output(checkpoint)
     options = ExportOptions(
@@ -79,33 +91,29 @@ def command(
         tokenizer=tokenizer,
         encoder=encoder,
         append_eos=append_eos,
-        precisions=precision,
+        precisions=precision or DEFAULT_PRECISIONS,
+        required=precision,
+        keep_unproven=keep_unproven,
         opset=int(opset),
         prompts=[record["input"] for record in read_jsonl(prompts)] if prompts else (),
         presets=read_presets(presets) if presets else {},
     )
-    proofs: list[str] = []
-    changes: list[str] = []
+    if dry_run:
+        from elf_rt.export.dry_run import describe_export
 
-    def prove(folder: Path, name: str) -> None:
+        for title, text in describe_export(checkpoint, output, options):
+            click.echo(f"{title:12} {text}")
+        return
+
+    def prove(folder: Path, name: str) -> Report:
         precision, _, engine = name.partition("-")
-        report = verify_folder(folder, backend=engine or "onnxruntime", precision=precision)
-        if precision == "int8":  # no proof is claimed: it is never chosen unless asked for
-            changes.append(report.summary)
-            return
-        if not report.passed:
-            raise InputError(
-                f"the {name} graphs do not repeat the reference model ({report.summary}); no bundle written"
-            )
-        proofs.append(report.summary)
+        return verify_folder(folder, backend=engine or "onnxruntime", precision=precision)
 
     had_plans, had_presets = (output / "plans").is_dir(), _presets_of(output)
     with progress("reading the checkpoint") as ticker:
-        export_bundle(checkpoint, output, options, prove=prove, say=ticker.describe)
-    for proof in proofs:
-        note(f"proven: {proof}")
-    for change in changes:
-        note(f"not the float32 text: {change}; --precision int8 asks for it, auto never does")
+        notes = export_bundle(checkpoint, output, options, prove=prove, say=ticker.describe)
+    for line in notes:
+        note(line)
     manifest = Bundle.open(output).manifest
     if had_plans:
         note("warning: the engines of the bundle that was here are gone with it: elf-rt build-engine builds new ones")

@@ -4,14 +4,15 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
-from elf_rt.bundle import atomic_file
+from elf_rt.commands.jsonl import Part, read_jsonl
 from elf_rt.commands.options import SAMPLING_NAMES, backend_options, bundle_argument, sampling_options
-from elf_rt.console import note, progress
+from elf_rt.console import note, progress, utf8_output
 from elf_rt.errors import InputError
 
 
@@ -28,8 +29,9 @@ from elf_rt.errors import InputError
     "--output",
     "output_path",
     type=click.Path(allow_dash=True, path_type=Path),
-    help="Write JSONL to this file, when all is done; - writes to standard output.",
+    help="Write JSONL to this file; - writes to standard output. What a run that is stopped has written is kept.",
 )
+@click.option("--resume", is_flag=True, help="Go on with the --output of a run that was stopped.")
 @click.option("-n", "n", type=click.IntRange(1), default=1, help="Texts for each prompt.")
 @click.option("--seed", type=click.IntRange(0), help="Text k has seed SEED + k.  [default: drawn at random and told]")
 @click.option("--length", type=click.IntRange(1), help="Tokens of canvas.  [default: the length of training]")
@@ -43,6 +45,7 @@ def command(
     prompts: tuple[str, ...],
     input_path: Path | None,
     output_path: Path | None,
+    resume: bool,
     n: int,
     seed: int | None,
     length: int | None,
@@ -60,29 +63,36 @@ def command(
     if prompts and input_path:
         raise click.UsageError("give --prompt or --input, not both")
     records = [{"input": p} for p in prompts] if input_path is None else read_jsonl(input_path)
+    if resume and (output_path is None or not _is_file(output_path)):
+        raise click.UsageError("--resume goes on with the file of --output: name it")
+    total = n * max(1, len(records))
+    part = Part(output_path, resume=resume) if output_path is not None and _is_file(output_path) else None
+    done, seed = (0, seed) if part is None else _resumed(part, records, n, seed)
     with ExitStack() as stack:
-        sink = stack.enter_context(_sink(output_path, as_json))
         model = stack.enter_context(load(bundle, backend, precision=precision, threads=threads))
         params = model.params(**sampling)
         arguments = {
-            "prompts": [r["input"] for r in records] or None,
-            "n": n,
-            "seed": seed,
+            "prompts": [r["input"] for r in records[done // n :]] or None,
+            "n": n if records else n - done,
+            "seed": None if seed is None else seed + done,
             "preset": sampling["preset"],
             "length": length,
             "pinned": template,
             **{name: sampling[name] for name in SAMPLING_NAMES},
         }
-        total = n * max(1, len(records))
+        in_json = as_json or output_path is not None
+        file = stack.enter_context(part.open(done, total)) if part else _stream(stack, output_path, in_json)
+        write = partial(_write_json if in_json else _write_text, file, total == 1)
         show = _watch if watch and sys.stdout.isatty() else _wait
-        written = 0
-        for results in show(model, arguments, total):
+        written = done
+        for results in show(model, arguments, total - done) if total > done else ():
             for result in results:
                 source = records[written // n] if records else {}
-                sink({**source, **_record(result)}, single=total == 1)
+                write({**source, **_record(result)})
                 written += 1
+                seed = result.seed - (written - 1)
         if not as_json and written:
-            note(f"seed {results[-1].seed - (total - 1)}, {params.steps} steps, {model.backend_reason}")
+            note(f"seed {seed}, {params.steps} steps, {model.backend_reason}")
 
 
 def _wait(model: Any, arguments: dict[str, Any], total: int) -> Iterator[list[Any]]:
@@ -121,32 +131,42 @@ def _watch(model: Any, arguments: dict[str, Any], total: int) -> Iterator[list[A
             yield results
 
 
-class _sink:
-    """Where results go: a JSONL file that appears when all is done, JSON lines, or plain text."""
+def _is_file(path: Path) -> bool:
+    """Whether an output is a file, or will be; a pipe or a device is written to directly."""
+    return str(path) != "-" and (path.is_file() or path.is_dir() or not path.exists())
 
-    def __init__(self, path: Path | None, as_json: bool) -> None:
-        self._as_json = as_json or path is not None
-        self._stack = ExitStack()
-        self._file = sys.stdout
-        if path is not None and str(path) != "-":
-            work = self._stack.enter_context(atomic_file(path))
-            self._file = self._stack.enter_context(work.open("w", encoding="utf-8"))
 
-    def __enter__(self) -> "_sink":
-        return self
+def _resumed(part: Part, records: list[dict[str, Any]], n: int, seed: int | None) -> tuple[int, int | None]:
+    """How many texts of an earlier run stay, all of a prompt or none, and the first seed of the whole run."""
+    done = len(part.kept) // n * n if records else len(part.kept)
+    if done == 0:
+        return 0, seed
+    first = part.kept[0]["seed"]
+    for k, kept in enumerate(part.kept[:done]):
+        wanted = records[k // n]["input"] if records and k // n < len(records) else None
+        if kept.get("input") != wanted or kept["seed"] != first + k or seed not in (None, first):
+            raise InputError(f"{part.part} is of another run (line {k + 1}): give what it was given, or remove it")
+    return done, first
 
-    def __exit__(self, *error: Any) -> None:
-        self._stack.__exit__(*error)
 
-    def __call__(self, record: dict[str, Any], single: bool) -> None:
-        if self._as_json:
-            line = json.dumps(record, ensure_ascii=False)
-        else:
-            text = record["text"] if record["text"] is not None else " ".join(map(str, record["ids"]))
-            line = text if single or "\n" not in text else text + "\n"
-            if self._file.isatty() and record["input"] is not None and not single:
-                line = click.style(record["input"], dim=True) + "\n  " + line
-        print(line, file=self._file, flush=True)
+def _stream(stack: ExitStack, path: Path | None, as_json: bool) -> TextIO:
+    if path is None or str(path) == "-":
+        if as_json:
+            utf8_output()
+        return sys.stdout
+    return stack.enter_context(path.open("w", encoding="utf-8"))
+
+
+def _write_json(file: TextIO, single: bool, record: dict[str, Any]) -> None:
+    print(json.dumps(record, ensure_ascii=False, allow_nan=False), file=file, flush=True)
+
+
+def _write_text(file: TextIO, single: bool, record: dict[str, Any]) -> None:
+    text = record["text"] if record["text"] is not None else " ".join(map(str, record["ids"]))
+    line = text if single or "\n" not in text else text + "\n"
+    if file.isatty() and record["input"] is not None and not single:
+        line = click.style(record["input"], dim=True) + "\n  " + line
+    print(line, file=file, flush=True)
 
 
 def _record(result: Any) -> dict[str, Any]:
@@ -160,41 +180,3 @@ def _record(result: Any) -> dict[str, Any]:
         "network": round(timings.network_ms, 3),
     }
     return record
-
-
-def read_jsonl(path: Path, field: str = "input") -> list[dict[str, Any]]:
-    """Records whose ``field`` is a string; ``-`` is standard input."""
-    name = "standard input" if str(path) == "-" else str(path)
-    try:
-        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
-        lines = data.decode("utf-8-sig").split("\n")  # splitlines also cuts at U+2028, which JSON may contain
-    except UnicodeDecodeError as error:
-        raise InputError(f"{name} is not UTF-8 (byte {error.start})") from None
-    except OSError as error:
-        raise InputError(f"cannot read {name}: {error.strerror}") from None
-    records = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict) or not isinstance(record.get(field), str):
-            raise InputError(f'{name} line {number} is not a JSON object with a text "{field}"')
-        if field == "input" and not record[field].strip():
-            raise InputError(f"{name} line {number} has an empty input")
-        if not _is_unicode(record):
-            raise InputError(f"{name} line {number} holds half of a surrogate pair, which cannot be written as UTF-8")
-        records.append(record)
-    if not records:
-        raise InputError(f"{name} has no line in it")
-    return records
-
-
-def _is_unicode(record: dict[str, Any]) -> bool:
-    try:
-        json.dumps(record, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True

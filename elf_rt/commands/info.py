@@ -1,7 +1,6 @@
 """``elf-rt info``: what a bundle holds."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import click
 from elf_rt.backends.trt_inspect import inspect_denoiser
 from elf_rt.bundle import Bundle
 from elf_rt.commands.options import bundle_argument
+from elf_rt.console import print_json
 from elf_rt.params import SamplingParams
 from elf_rt.plans import describe_plans
 
@@ -22,7 +22,7 @@ def command(bundle: Path, as_json: bool) -> None:
     opened = Bundle.open(bundle)
     opened.check()
     if as_json:
-        click.echo(json.dumps(opened.manifest, indent=1, ensure_ascii=False))
+        print_json(opened.manifest, indent=1)
         return
     for name, value in _lines(opened):
         click.echo(f"{name:12} {value}")
@@ -46,6 +46,9 @@ def _lines(bundle: Bundle) -> list[tuple[str, str]]:
         weights = (bundle.folder / files["weights"]).stat().st_size
         lines.append(("precision", f"{name}: weights {weights / 1e6:.1f} MB"))
         lines += [("", text) for text in _exceptions(bundle.manifest.get("precision", {}).get(name, {}))]
+        if doubt := bundle.unproven.get(name):
+            lines.append(("", f"not proven, so only by name: {doubt}"))
+    lines += [("left out", f"{name}: {reason}") for name, reason in bundle.left_out.items()]
     return lines + describe_plans(bundle, inspect_denoiser)
 
 

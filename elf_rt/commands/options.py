@@ -1,6 +1,7 @@
 """Options that several commands share."""
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -8,6 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from elf_rt.backends import BACKENDS, PRECISIONS
+from elf_rt.backends.tuning_cache import NO_TUNE
 from elf_rt.bundle import find_bundle
 from elf_rt.params import SAMPLERS, SCHEDULES, SamplingParams
 
@@ -18,20 +20,34 @@ def _bundle(ctx: click.Context, param: click.Parameter, value: Path | None) -> P
     return find_bundle(Path.cwd()) if value is None else value
 
 
+def _no_tune(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        os.environ[NO_TUNE] = "1"
+
+
 bundle_argument = click.argument(
     "bundle", type=click.Path(path_type=Path), required=False, callback=_bundle, metavar="[BUNDLE]"
 )
 
 
 def backend_options(command: F) -> F:
-    """--backend, --precision, --threads."""
+    """--backend, --precision, --threads; and --no-tune, which is a setting of the process."""
     for option in reversed(
         [
             click.option(
                 "--backend", type=click.Choice(("auto", *BACKENDS)), default="auto", help="Engine library; see doctor."
             ),
             click.option("--precision", type=click.Choice(PRECISIONS), default="auto", help="Of the large products."),
-            click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all cores]"),
+            click.option(
+                "--threads", type=click.IntRange(1), help="CPU threads, up to 4 for each core.  [default: all cores]"
+            ),
+            click.option(
+                "--no-tune",
+                is_flag=True,
+                expose_value=False,
+                callback=_no_tune,
+                help=f"Do not measure which way is the fastest on this GPU; also {NO_TUNE}=1.",
+            ),
         ]
     ):
         command = option(command)

@@ -1,13 +1,12 @@
 """``elf-rt verify``: does this bundle, on this machine, write what the reference model writes?"""
 
-import json
 import sys
 from pathlib import Path
 
 import click
 
 from elf_rt.commands.options import backend_options, bundle_argument
-from elf_rt.console import note
+from elf_rt.console import note, print_json
 
 
 @click.command("verify")
@@ -27,7 +26,7 @@ def command(
 
     report = verify_folder(bundle, replay, backend=backend, precision=precision, threads=threads)
     if as_json:
-        click.echo(json.dumps(report.to_json(), indent=1))
+        print_json(report.to_json(), indent=1)
     else:
         click.echo(f"{report.backend}, {report.precision}")
         click.echo(f"{'':44}latent error   token agreement   edit distance")

@@ -1,10 +1,10 @@
 """The GPU side: static buffers, NVRTC kernels, and a sampler that is one CUDA graph."""
 
-import importlib
 import threading
 
 from elf_rt.device.cudart import find_gpu
 from elf_rt.errors import BackendError
+from elf_rt.libraries import why_absent
 
 # Held by whatever allocates, compiles or captures, for all models of the process: a capture must not meet a wait for
 # the whole GPU in any thread, which torch's set-up makes, and torch captures one graph at a time. Taken after a
@@ -21,9 +21,7 @@ def unavailable() -> str | None:
 
     try:
         get_cubin(gpu.sm)
-        importlib.import_module("cuda.core")
     except BackendError as error:
         return str(error)
-    except ImportError:
-        return "cuda-core is not installed: pip install 'cuda-core>=1.0,<2'"
-    return None
+    reason = why_absent("cuda.core", "Device", "pip install 'cuda-core>=1.0,<2'")
+    return reason and f"cuda-core is {reason}"

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from elf_rt.errors import BackendError, GpuMemoryError
+from elf_rt.libraries import why_absent
 
 MODULE = "cuda.bindings.runtime"
 
@@ -24,10 +25,9 @@ class Gpu:
 
 def find_gpu() -> Gpu | str:
     """The first visible GPU (CUDA_VISIBLE_DEVICES chooses), or why there is none."""
-    try:
-        cudart = _module()
-    except ImportError:
-        return "cuda-bindings is not installed: pip install cuda-bindings"
+    if reason := why_absent(MODULE, "cudaGetDeviceCount", "pip install cuda-bindings"):
+        return f"cuda-bindings is {reason}"
+    cudart = _module()
     error, count = cudart.cudaGetDeviceCount()
     if error == cudart.cudaError_t.cudaErrorInsufficientDriver:
         return "no NVIDIA driver, or one too old for CUDA " + str(getattr(cudart, "CUDART_VERSION", 0) // 1000 or "")

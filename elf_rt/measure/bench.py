@@ -54,7 +54,8 @@ class Opened:
 
 @dataclass
 class Run:
-    """One request of a batch, in seconds. text: what is outside the sampler: tokenizer, encoder, ids to text."""
+    """One request of a batch, in seconds. steps: of all its texts, also where one call does not hold them.
+    text: what is outside the sampler: tokenizer, encoder, ids to text."""
 
     steps: list[float] = field(default_factory=list)
     total: float = 0.0
@@ -155,6 +156,7 @@ def run_once(model: Model, work: Work, steps: int, batch: int, seed: int) -> Run
     number = batch if prompts is None else 1
     run = Run()
     ids: list[np.ndarray] = []
+    pieces: list[list[float]] = [[]]  # a batch that is more than one call holds is written in several
     told_late = model.backend.device == "cuda"  # a sample is one launch there, and its steps are told at its end
     begun_cpu = time.process_time()
     begun = last = time.perf_counter()
@@ -170,17 +172,19 @@ def run_once(model: Model, work: Work, steps: int, batch: int, seed: int) -> Run
         now = time.perf_counter()
         if isinstance(event, Draft):
             if not told_late:
-                run.steps.append(now - last)
+                pieces[-1].append(now - last)
         else:
             timings = event[0].timings
             if told_late:
-                run.steps.append(timings.total_ms / 1e3 / timings.calls)
+                pieces[-1].append(timings.total_ms / 1e3 / timings.calls)
+            pieces.append([])
             run.network += timings.network_ms / 1e3
             run.integrator += timings.integrator_ms / 1e3
             run.sampler += timings.total_ms / 1e3
             ids += [result.ids for result in event]
         last = now
     run.total, run.cpu = last - begun, time.process_time() - begun_cpu
+    run.steps = [sum(steps) for steps in zip(*pieces[:-1], strict=True)]
     run.ids = np.stack(ids)
     return run
 

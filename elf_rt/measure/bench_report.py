@@ -87,6 +87,10 @@ def lines(result: dict[str, Any], report: Report) -> Iterator[str]:
             "memory MB": lambda entry: "" if entry["memory_mb"] is None else f"{entry['memory_mb']:.0f}",
         },
     )
+    for entry in report.contenders:
+        if "attention" in entry:  # of a backend that chooses at load
+            chosen = f"attention by {entry['attention']}, blocks by {entry['blocks']}"
+            yield f"{entry['name']}: {chosen}" + (f"; {entry['passed over']}" if entry["passed over"] else "")
 
 
 def draw(report: Report, title: str, path: Path, file_format: str) -> None:

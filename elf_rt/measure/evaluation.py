@@ -5,8 +5,9 @@ that are read together: perplexity under a language model, unigram entropy, and 
 Libraries of the extra ``elf-rt[eval]`` are imported by the functions that need them.
 """
 
-import importlib
 import math
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
@@ -16,10 +17,15 @@ from typing import Any
 import numpy as np
 
 from elf_rt.errors import InputError
+from elf_rt.libraries import import_library, why_absent
 
 Tokens = Sequence[Hashable]  # the tokens of one text: ids, or words
 
 LIBRARIES = {"accuracy": ("rouge_score", "sacrebleu"), "self-bleu": ("sacrebleu",)}
+# Thai and Lao, Burmese, Khmer, Japanese, Chinese.
+UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
 MAX_LM_TOKENS = 1024  # as the official evaluation cuts a text
 
 
@@ -107,11 +113,28 @@ def distinct(sequences: Sequence[Tokens], n: int) -> float:
 def accuracy(texts: Sequence[str], references: Sequence[str]) -> Accuracy:
     """`Accuracy` of texts against one reference each. Needs ``elf-rt[eval]``."""
     _require(texts, references)
-    scorer = _library("rouge_score.rouge_scorer").RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    kinds, tokenizer = ["rouge1", "rouge2", "rougeL"], _RougeWords()
+    scorer = _library("rouge_score.rouge_scorer").RougeScorer(kinds, tokenizer=tokenizer)
     scores = [scorer.score(reference, text) for text, reference in zip(texts, references, strict=True)]
     rouge = {kind: 100.0 * float(np.mean([s[kind].fmeasure for s in scores])) for kind in scores[0]}
     bleu = _library("sacrebleu").corpus_bleu(list(texts), [list(references)]).score
     return Accuracy(exact_match(texts, references), float(bleu), rouge["rouge1"], rouge["rouge2"], rouge["rougeL"])
+
+
+class _RougeWords:
+    """Words as rouge-score has them (lower case, stemmed if English), and of other alphabets, of which it has none.
+
+    A letter of a script that puts no spaces between words is a word; so is each sign of a text without any letter.
+    """
+
+    def __init__(self) -> None:
+        self._stem = _library("nltk.stem.porter").PorterStemmer().stem
+
+    def tokenize(self, text: str) -> list[str]:
+        text = unicodedata.normalize("NFC", text).lower()
+        letters = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text)  # letters, marks, numbers
+        words = UNSPACED.sub(r" \g<0> ", letters).split() or list("".join(text.split()))
+        return [str(self._stem(word)) if len(word) > 3 and word.isascii() else word for word in words]
 
 
 def exact_match(texts: Sequence[str], references: Sequence[str]) -> float:
@@ -254,7 +277,6 @@ def require_libraries(metrics: Collection[str]) -> None:
 
 
 def _library(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise InputError(f"{name.split('.')[0]} is not installed: pip install 'elf-rt[eval]'") from None
+    if reason := why_absent(name, "__name__", "pip install 'elf-rt[eval]'"):
+        raise InputError(f"{name.split('.')[0]} is {reason}")
+    return import_library(name)

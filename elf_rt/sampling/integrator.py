@@ -70,8 +70,16 @@ except ImportError:  # no compiler when elf-rt was installed
 else:
     step = _integrator.step
     IMPLEMENTATION = "c++"
-    # One step moves a few MB: more threads than this wait for memory, and for each other.
-    _integrator.set_num_threads(min(8, cores()))
+
+
+def set_threads(threads: int | None) -> None:
+    """How many threads a step may use, in the whole process; None: one for each core. One step moves a few MB: more
+    than eight wait for memory, and for each other."""
+    if IMPLEMENTATION == "c++":
+        _integrator.set_num_threads(min(8, threads or cores()))
+
+
+set_threads(None)
 
 
 def _advance(slot: SlotStep) -> None:

@@ -1,6 +1,5 @@
 """Text to source latents, token ids to text."""
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from elf_rt.bundle import Bundle
-from elf_rt.errors import BackendError, InputError, first_line
+from elf_rt.errors import BackendError, InputError, first_line, warn
 from elf_rt.text.encoder import open_encoder
 
 if TYPE_CHECKING:
@@ -91,12 +90,12 @@ class TextCodec:
             except (AttributeError, UnicodeEncodeError):
                 raise InputError(f"prompt {index + 1} is not a text in UTF-8: {prompt!r}") from None
             ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids
-            if not ids:
+            if not ids or not prompt.strip():
                 raise InputError(f"prompt {index + 1} has no token in it: {prompt!r}")
             if self.append_eos:
                 ids = [*ids, self.eos_id]
             if len(ids) > limit:
-                warnings.warn(f"prompt {index + 1} has {len(ids)} tokens and is cut to {limit}", stacklevel=2)
+                warn(f"prompt {index + 1} has {len(ids)} tokens and is cut to {limit}")
             sources.append(ids[:limit])
         return sources
 
@@ -105,6 +104,11 @@ class TextCodec:
         width = max(len(ids) for ids in sources)
         if width >= length:
             raise InputError(f"a source of {width} tokens leaves no room for text in a length of {length}")
+        if length < self.config.max_length:
+            warn(
+                f"a length of {length} cuts texts to {self.room(length, sourced=True)} tokens, "
+                f"for {self.config.max_input_length} are kept for the source"
+            )
         ids = np.full((len(sources), width), self.pad_id, np.int64)
         mask = np.zeros((len(sources), length), bool)
         for row, source in enumerate(sources):

@@ -8,7 +8,8 @@ import numpy as np
 
 from elf_rt.bundle import Bundle
 from elf_rt.errors import BackendError, first_line
-from elf_rt.machine import cores, import_without_telemetry
+from elf_rt.libraries import import_library, why_absent
+from elf_rt.machine import cores
 
 Encoder = Callable[[np.ndarray, np.ndarray], np.ndarray]  # ids (B, S), mask (B, S) -> latents (B, S, C) float32
 
@@ -43,19 +44,17 @@ class NetworkEncoder:
 
 
 def _open(path: Path, threads: int) -> Encoder:
-    for library in (_in_onnxruntime, _in_openvino):
-        try:
-            return library(path, threads)
-        except ImportError:
-            continue
-        except Exception as error:  # the libraries' own errors have no common base
-            raise BackendError(f"cannot load {path}: {first_line(error)}") from error
-    raise BackendError("a text encoder runs in ONNX Runtime or OpenVINO: pip install 'elf-rt[cpu]'")
+    reason = why_absent("onnxruntime", "InferenceSession", "pip install 'elf-rt[cpu]'")
+    if reason and why_absent("openvino", "Core", ""):
+        raise BackendError(f"a text encoder runs in ONNX Runtime, which is {reason}")
+    try:
+        return _in_openvino(path, threads) if reason else _in_onnxruntime(path, threads)
+    except Exception as error:  # the libraries' own errors have no common base
+        raise BackendError(f"cannot load {path}: {first_line(error)}") from error
 
 
 def _in_onnxruntime(path: Path, threads: int) -> Encoder:
-    import onnxruntime
-
+    onnxruntime = import_library("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
@@ -64,7 +63,7 @@ def _in_onnxruntime(path: Path, threads: int) -> Encoder:
 
 
 def _in_openvino(path: Path, threads: int) -> Encoder:
-    core = import_without_telemetry("openvino").Core()
+    core = import_library("openvino").Core()
     options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
     compiled = core.compile_model(core.read_model(path), "CPU", options)
     return lambda ids, mask: np.array(compiled.create_infer_request().infer({"ids": ids, "mask": mask})[0])

@@ -1,10 +1,10 @@
-"""What bfloat16 does to the text, and which operations leave it again so that the text stays.
+"""What 16 bits do to the text, and which operations leave them again so that the text stays.
 
-Bfloat16 overflows nowhere, so there is nothing to scale: an operation either may be rounded to 8 bits or may not. How
-much the rounding changes x tells which operation to blame; how many have to leave is found by writing texts.
+Here only the lost digits count: bfloat16 overflows nowhere, and FP16 graphs scale by powers of two what would. How much
+the rounding changes x tells which operation to blame; how many have to leave bfloat16 is found by writing texts.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from elf_rt.export.precision import Precision
 from elf_rt.export.reference import ELF, Block, RMSNorm
 from elf_rt.export.replay import Call, Run, sample
 from elf_rt.text.codec import read_positions
@@ -19,6 +20,21 @@ from elf_rt.text.codec import read_positions
 OPERATIONS = ("attn", "attn.qkv", "attn.proj", "mlp.w12", "mlp.w3")
 KEPT_AGREEMENT = 0.9975  # of tokens must stay the same: a proof, on few texts, then finds the 0.99 that verify asks for
 RANKING_CALLS = 4
+
+Rounding = Callable[[Tensor], Tensor]
+
+
+def _bfloat16(x: Tensor) -> Tensor:
+    return x.bfloat16().float()
+
+
+def _float16(x: Tensor) -> Tensor:
+    """To the 11 binary digits of FP16, whatever the size of the number."""
+    digits, exponent = torch.frexp(x)
+    return torch.ldexp((digits * 2048).round() / 2048, exponent)
+
+
+ROUND: dict[Precision, Rounding] = {Precision.BF16: _bfloat16, Precision.FP16: _float16}
 
 
 def engine_agreement(model: ELF, runs: Sequence[Run], ids: Sequence[Tensor]) -> float:
@@ -37,7 +53,7 @@ def operations_to_keep(model: ELF, runs: Sequence[Run], ids: Sequence[Tensor]) -
 
     The fewest, worst first, with which KEPT_AGREEMENT of the tokens stay the same.
     """
-    names = [f"blocks.{block}.{operation}" for block in range(model.config.depth) for operation in OPERATIONS]
+    names = _operations(model)
 
     def stays(kept: Sequence[str]) -> bool:
         with _rounding(module for name in names if name not in kept for module in _modules(model, name)):
@@ -45,13 +61,24 @@ def operations_to_keep(model: ELF, runs: Sequence[Run], ids: Sequence[Tensor]) -
 
     if stays(()):
         return {}
-    errors = dict(zip(names, _errors(model, names, runs), strict=True))
-    worst_first = sorted(errors, key=lambda name: -errors[name])
+    errors = most_sensitive(model, runs, Precision.BF16)
+    worst_first = list(errors)
     enough, too_few = len(names), 0
     while enough - too_few > 1:
         tried = (enough + too_few) // 2
         enough, too_few = (tried, too_few) if stays(worst_first[:tried]) else (enough, tried)
     return {name: errors[name] for name in worst_first[:enough]}
+
+
+def most_sensitive(model: ELF, runs: Sequence[Run], precision: Precision) -> dict[str, float]:
+    """Every operation of the blocks, worst first: how much rounding it alone to a 16-bit type changes x, relative."""
+    names = _operations(model)
+    errors = dict(zip(names, _errors(model, names, runs, ROUND[precision]), strict=True))
+    return {name: errors[name] for name in sorted(errors, key=lambda name: -errors[name])}
+
+
+def _operations(model: ELF) -> list[str]:
+    return [f"blocks.{block}.{operation}" for block in range(model.config.depth) for operation in OPERATIONS]
 
 
 def _modules(model: ELF, operation: str) -> list[nn.Module]:
@@ -78,7 +105,7 @@ def text_agreement(ids: Tensor, exact: Tensor, mask: Tensor | None) -> float:
 
 
 @torch.no_grad()
-def _errors(model: ELF, operations: Sequence[str], runs: Sequence[Run]) -> list[float]:
+def _errors(model: ELF, operations: Sequence[str], runs: Sequence[Run], rounded: Rounding) -> list[float]:
     """How much the rounding of each operation alone changes x, relative, over calls of the first run."""
     seen: list[Call] = []
     sample(model, runs[0], seen.append)
@@ -87,32 +114,27 @@ def _errors(model: ELF, operations: Sequence[str], runs: Sequence[Run]) -> list[
     exact = [model(*call)[0] for call in calls]
     errors = []
     for operation in operations:
-        with _rounding(_modules(model, operation)):
+        with _rounding(_modules(model, operation), rounded):
             changes = [float((model(*call)[0] - x).norm() / x.norm()) for call, x in zip(calls, exact, strict=True)]
         errors.append(float(np.sqrt(np.mean(np.square(changes)))))
     return errors
 
 
 @contextmanager
-def _rounding(modules: Iterable[Any]) -> Iterator[None]:
-    """Inside the context the outputs of the modules are bfloat16, and of linear layers weights and inputs too."""
+def _rounding(modules: Iterable[Any], rounded: Rounding = _bfloat16) -> Iterator[None]:
+    """Inside the context the outputs of the modules are rounded, and of linear layers weights and inputs too."""
+
+    def inputs(module: Any, values: tuple[Tensor]) -> tuple[Tensor]:
+        return (rounded(values[0]),)
+
+    def output(module: Any, values: Any, result: Tensor) -> Tensor:
+        return rounded(result)
+
     with ExitStack() as stack:
         for module in modules:
             if isinstance(module, nn.Linear):
                 stack.callback(setattr, module.weight, "data", module.weight.data)
-                module.weight.data = _round(module.weight.data)
-                stack.callback(module.register_forward_pre_hook(_round_input).remove)
-            stack.callback(module.register_forward_hook(_round_output).remove)
+                module.weight.data = rounded(module.weight.data)
+                stack.callback(module.register_forward_pre_hook(inputs).remove)
+            stack.callback(module.register_forward_hook(output).remove)
         yield
-
-
-def _round_input(module: Any, inputs: tuple[Tensor]) -> tuple[Tensor]:
-    return (_round(inputs[0]),)
-
-
-def _round_output(module: Any, inputs: Any, output: Tensor) -> Tensor:
-    return _round(output)
-
-
-def _round(x: Tensor) -> Tensor:
-    return x.bfloat16().float()

@@ -8,10 +8,10 @@ import torch
 from onnx_run import generate, written
 from test_precision import demo, measured
 
-from elf_rt.export.bf16 import engine_agreement, operations_to_keep
 from elf_rt.export.planner import plan_precision
 from elf_rt.export.precision import Precision, PrecisionPlan
 from elf_rt.export.replay import plan_runs, sample
+from elf_rt.export.sensitivity import engine_agreement, operations_to_keep
 from elf_rt.params import SamplingParams
 from elf_rt.text.codec import read_positions
 

@@ -1,0 +1,144 @@
+"""JSON lines: read with a reason for each line that cannot be used, and written so that a stop loses nothing."""
+
+import json
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+from elf_rt.errors import BundleError, InputError
+
+MAX_DEPTH = 100  # lists and objects inside each other; Python's own limit depends on what calls it
+
+
+def read_jsonl(path: Path, field: str = "input") -> list[dict[str, Any]]:
+    """Records whose ``field`` is a string; ``-`` is standard input.
+
+    Raises:
+        InputError: the file cannot be read, or a line is not such a record, or could not be written as JSON again.
+    """
+    name = "standard input" if str(path) == "-" else str(path)
+    try:
+        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        lines = data.decode("utf-8-sig").split("\n")  # splitlines also cuts at U+2028, which JSON may contain
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name} is not UTF-8 (byte {error.start})") from None
+    except OSError as error:
+        raise InputError(f"cannot read {name}: {error.strerror}") from None
+    records = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                records.append(_record(line, field))
+            except InputError as error:
+                raise InputError(f"{name} line {number} {error}") from None
+    if not records:
+        raise InputError(f"{name} has no line in it")
+    return records
+
+
+def _record(line: str, field: str) -> dict[str, Any]:
+    """A line's record. Raises InputError with what is wrong with the line."""
+    try:
+        record = json.loads(line, parse_constant=_refuse)
+        if _depth(record) > MAX_DEPTH:
+            raise RecursionError
+    except RecursionError:
+        raise InputError(f"is nested more than {MAX_DEPTH} deep") from None
+    except InputError:
+        raise
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not isinstance(record.get(field), str):
+        raise InputError(f'is not a JSON object with a text "{field}"')
+    if field == "input" and not record[field].strip():
+        raise InputError("has an empty input")
+    try:
+        json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError:
+        raise InputError("holds half of a surrogate pair, which cannot be written as UTF-8") from None
+    except ValueError:
+        raise InputError("holds a number that is too large") from None
+    return record
+
+
+def _refuse(name: str) -> NoReturn:
+    raise InputError(f"holds {name}, which is not JSON")
+
+
+def _depth(value: Any) -> int:
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return depth
+
+
+class Part:
+    """The lines of a file that are there already. ``<path>.part`` holds them until all are; then it takes the name."""
+
+    def __init__(self, path: Path, *, resume: bool) -> None:
+        self.path = _target(path)
+        self.part = self.path.with_name(f"{self.path.name}.part")
+        self.kept = _kept(self.part) if resume else []
+        if not resume and self.part.exists():
+            raise InputError(
+                f"{self.part} holds texts of a run that was stopped: give --resume to write the rest, or remove it"
+            )
+
+    @contextmanager
+    def open(self, kept: int, total: int) -> Iterator[TextIO]:
+        """Append to the first ``kept`` lines, of ``total`` in all.
+
+        Raises:
+            Whatever the block raises, with a note that says how much is done, where anything is.
+        """
+        with self.part.open("r+b" if kept else "wb") as raw:
+            for _ in range(kept):
+                raw.readline()
+            raw.truncate(raw.tell())
+        try:
+            with self.part.open("a", encoding="utf-8", newline="\n") as file:
+                yield file
+        except BaseException as error:
+            if done := self.part.read_bytes().count(b"\n"):
+                told = f"{done} of {total} texts are in {self.part}: the same command with --resume writes the rest"
+                error.add_note(told)
+            else:
+                self.part.unlink()
+            raise
+        if self.path.exists():
+            self.part.chmod(stat.S_IMODE(self.path.stat().st_mode))
+        os.replace(self.part, self.path)
+
+
+def _target(path: Path) -> Path:
+    path = path.resolve()  # what a link leads to, so that it stays a link
+    if path.is_dir():
+        raise BundleError(f"{path} is a folder: name a file")
+    if not path.parent.is_dir():
+        raise BundleError(f"the folder {path.parent} does not exist")
+    if not os.access(path.parent, os.W_OK):
+        raise BundleError(f"cannot write in {path.parent}")
+    return path
+
+
+def _kept(part: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file that may end in the middle of one."""
+    if not part.exists():
+        return []
+    try:
+        records = [json.loads(line) for line in part.read_bytes().split(b"\n")[:-1]]
+    except ValueError:
+        records = [None]
+    if not all(isinstance(record, dict) and isinstance(record.get("seed"), int) for record in records):
+        raise InputError(f"{part} is not what a stopped run leaves: remove it")
+    return records
