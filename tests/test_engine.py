@@ -288,7 +288,7 @@ def test_a_failed_call_ends_its_texts_alone():
     driver = stub_driver(fail, max_rows=8)
     guided = Table(np.array([0, 0, 1.0]), np.zeros((3, 5)), np.ones((3, 3)), (Row(True, True),) * 3)
     bad = pend(driver, Program(guided, 4, 0, 1.0))
-    with pytest.raises(BackendError, match="the network call failed: RuntimeError: no luck$"):
+    with pytest.raises(BackendError, match=r"the network call failed: RuntimeError: no luck$"):
         bad.result(LONG)
     assert pend(driver, program()).result(LONG)
     assert (driver.stats().failed, driver.stats().finished, driver.stats().slots) == (1, 1, 0)
@@ -477,7 +477,7 @@ def test_a_table_of_ones_own(model):
     ):
         with pytest.raises(InputError, match=message):
             Table(**{"t": table.t, "coef": table.coef, "weights": table.weights, "rows": table.rows} | bad)
-    with pytest.raises(InputError, match="table must be an elf_rt.sampling.schedule.Table, got dict"):
+    with pytest.raises(InputError, match=r"table must be an elf_rt\.sampling\.schedule\.Table, got dict"):
         model.sample(seeds=[4], table={})
 
 
