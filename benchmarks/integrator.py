@@ -1,6 +1,6 @@
 """The integrator step on this CPU: C++ against numpy, and against what copying memory costs.
 
-    python benchmarks/integrator.py [--shape 1 1024 512] [--seconds 10] [--json FILE]
+    python benchmarks/integrator.py [--texts 1] [--shape 1024 512] [--seconds 10] [--json FILE]
 
 The three are timed in turn, so that whatever else the machine does falls on all of them alike; medians are reported.
 A step's traffic counts each tensor once: z and the network's output read; z, x̂ and the next call's z and x_prev
@@ -19,34 +19,30 @@ from pathlib import Path
 
 import numpy as np
 
-from elf_rt.sampling.integrator import IMPLEMENTATION, step, step_numpy
+from elf_rt.sampling.integrator import IMPLEMENTATION, SlotStep, step, step_numpy
 from elf_rt.sampling.noise import NoiseKey
 from elf_rt.sampling.schedule import MAIN
 
-TYPES = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}
+TENSORS = 6  # of one text and step, read or written
 
 
-def make_step(shape: tuple[int, int, int], dtype: str, *, noise: bool) -> dict:
-    """Arguments of one step in the middle of a sample: one guidance row, every output written."""
-    rng = np.random.default_rng(0)
-    batch = shape[0]
-    return {
-        "z": rng.standard_normal(shape, dtype=np.float32),
-        "x_last": np.zeros(shape, np.float32),
-        "x_rows": np.ones((1, *shape), dtype),
-        "weights": np.ones((1, batch), np.float32),
-        "coef": np.tile(np.array([0.9, 0.1, 0, 0.05 if noise else 0, 1], np.float32), (batch, 1)),
-        "noise": NoiseKey(np.arange(batch, dtype=np.uint64), 3) if noise else None,
-        "next_z": np.zeros((1, *shape), dtype),
-        "next_x_prev": np.zeros((1, *shape), dtype),
-        "rows": (MAIN,),
-    }
-
-
-def traffic(arguments: dict) -> int:
-    """Bytes that one step reads and writes."""
-    once = ("x_last", "x_rows", "next_z", "next_x_prev")
-    return 2 * arguments["z"].nbytes + sum(arguments[name].nbytes for name in once)
+def make_slots(texts: int, shape: tuple[int, int], *, noise: bool) -> list[SlotStep]:
+    """Texts in the middle of their samples: one guidance row each, every output written."""
+    rng, coef = np.random.default_rng(0), np.array([0.9, 0.1, 0, 0.05 if noise else 0, 1], np.float32)
+    return [
+        SlotStep(
+            rng.standard_normal(shape, dtype=np.float32),
+            np.zeros(shape, np.float32),
+            coef,
+            NoiseKey(seed, 3),
+            x_rows=np.ones((1, *shape), np.float32),
+            weights=np.ones(1, np.float32),
+            next_z=np.zeros((1, *shape), np.float32),
+            next_x_prev=np.zeros((1, *shape), np.float32),
+            rows=(MAIN,),
+        )
+        for seed in range(texts)
+    ]
 
 
 def make_copy(num_bytes: int, threads: int, pool: ThreadPoolExecutor) -> Callable[[], object]:
@@ -72,16 +68,16 @@ def measure(functions: dict[str, Callable[[], object]], seconds: float) -> dict[
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def benchmark(shape: tuple[int, int, int], dtype: str, seconds: float, pool: ThreadPoolExecutor) -> dict:
-    """One row of the table, without and with noise."""
-    quiet, noisy = (make_step(shape, TYPES[dtype], noise=noise) for noise in (False, True))
-    num_bytes = traffic(quiet)
+def benchmark(texts: int, shape: tuple[int, int], seconds: float, pool: ThreadPoolExecutor) -> dict:
+    """Without and with noise."""
+    quiet, noisy = (make_slots(texts, shape, noise=noise) for noise in (False, True))
+    num_bytes = TENSORS * texts * quiet[0].z.nbytes
     medians = measure(
         {
-            "step": lambda: step(**quiet),
-            "step with noise": lambda: step(**noisy),
-            "numpy": lambda: step_numpy(**quiet),
-            "numpy with noise": lambda: step_numpy(**noisy),
+            "step": lambda: step(quiet),
+            "step with noise": lambda: step(noisy),
+            "numpy": lambda: step_numpy(quiet),
+            "numpy with noise": lambda: step_numpy(noisy),
             "copy": make_copy(num_bytes, 1, pool),
             "threaded copy": make_copy(num_bytes, os.cpu_count() or 1, pool),
         },
@@ -89,7 +85,6 @@ def benchmark(shape: tuple[int, int, int], dtype: str, seconds: float, pool: Thr
     )
     copy = min(medians.pop("copy"), medians.pop("threaded copy"))
     return {
-        "network type": dtype,
         "milliseconds": {name: 1e3 * value for name, value in medians.items()},
         "copy milliseconds": 1e3 * copy,
         "GB/s": num_bytes / medians["step"] / 1e9,
@@ -101,27 +96,24 @@ def benchmark(shape: tuple[int, int, int], dtype: str, seconds: float, pool: Thr
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", type=int, nargs=3, default=(1, 1024, 512), metavar=("B", "L", "C"))
-    parser.add_argument("--seconds", type=float, default=10, help="for each network type (default 10)")
+    parser.add_argument("--texts", type=int, default=1, help="that share a step (default 1)")
+    parser.add_argument("--shape", type=int, nargs=2, default=(1024, 512), metavar=("L", "C"))
+    parser.add_argument("--seconds", type=float, default=10, help="how long to measure (default 10)")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     options = parser.parse_args()
     shape = tuple(options.shape)
-    print(f"integrator step ({IMPLEMENTATION}), shape {shape}, {platform.machine()}, {os.cpu_count()} CPUs")
-    print("network type   step ms   numpy ms   ratio | noise: step ms   numpy ms   ratio |  GB/s   of copy bandwidth")
+    print(f"integrator step ({IMPLEMENTATION}), {options.texts} x {shape}, {platform.machine()}, {os.cpu_count()} CPUs")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        rows = []
-        for dtype in TYPES:
-            row = benchmark(shape, dtype, options.seconds, pool)
-            ms = row["milliseconds"]
-            print(
-                f"{dtype:12} {ms['step']:9.2f} {ms['numpy']:10.2f} {row['times numpy']:6.1f}x |"
-                f" {ms['step with noise']:14.2f} {ms['numpy with noise']:10.2f} {row['times numpy with noise']:6.1f}x |"
-                f" {row['GB/s']:5.1f} {row['share of copy bandwidth']:10.0%}"
-            )
-            rows.append(row)
+        row = benchmark(options.texts, shape, options.seconds, pool)
+    ms = row["milliseconds"]
+    for noise in ("", " with noise"):
+        ours, numpys, ratio = ms[f"step{noise}"], ms[f"numpy{noise}"], row[f"times numpy{noise}"]
+        print(f"step{noise or ' alone':11} {ours:8.3f} ms   numpy {numpys:8.3f} ms   {ratio:5.1f}x")
+    print(f"{row['GB/s']:.1f} GB/s without noise, {row['share of copy bandwidth']:.0%} of what a copy moves")
     if options.json:
         machine = {"machine": platform.machine(), "cpus": os.cpu_count(), "implementation": IMPLEMENTATION}
-        options.json.write_text(json.dumps({**machine, "shape": shape, "rows": rows}, indent=2) + "\n")
+        record = {**machine, "texts": options.texts, "shape": shape, **row}
+        options.json.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """``elf-rt build-engine`` as a user meets it: what it prints, what it refuses, what it leaves."""
 
+import dataclasses
 import shutil
 import sys
 from pathlib import Path
@@ -13,9 +14,9 @@ from plan_bundles import golden_bundle
 from elf_rt import plans
 from elf_rt.bundle import Bundle
 from elf_rt.cli import main
+from elf_rt.commands.build_engine import _default_batch
 from elf_rt.device.cudart import Gpu
 from elf_rt.plans import Record, describe_plans
-from elf_rt.request import TOKENS_PER_BATCH
 
 
 @pytest.fixture(scope="module")
@@ -80,17 +81,20 @@ def test_the_default_is_every_gpu_that_shares_a_plan(folder: Path, capsys: pytes
     assert "sm_80/sm_86/sm_89/sm_120/sm_121" in run(capsys, folder, "--dry-run")
 
 
-def test_the_default_batch_is_one_text_and_the_batches_of_the_api(
+def test_the_default_batch_is_one_text_and_the_calls_that_texts_share(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guidance by two calls doubles the rows: here for self-conditioning, s = 3, without guidance tokens."""
     assert golden("no_sc_tokens").config.num_self_cond_cfg_tokens == 0
     bundle = golden_bundle(tmp_path / "two.elfrt", "no_sc_tokens", ("fp16",))
+    assert bundle.config.max_length == 16
     out = run(capsys, bundle.folder, "--dry-run")
-    most = TOKENS_PER_BATCH // bundle.config.max_length
-    assert "2 rows of" in out and f"1:{most}:{most} rows of" in out
+    assert " 2 rows of" in out and "1:256:256 rows of" in out  # as many texts as a call may have
     monkeypatch.chdir(tmp_path)
-    assert "2 rows of" in run(capsys, "--dry-run")  # the only bundle here
+    assert " 2 rows of" in run(capsys, "--dry-run")  # the only bundle here
+    for length, most in ((48, 128), (500, 16), (1024, 8), (4096, 8)):
+        monkeypatch.setattr(bundle, "config", dataclasses.replace(bundle.config, max_length=length))
+        assert _default_batch(bundle) == f"2,1:{most}:{most}"
 
 
 @pytest.mark.parametrize(

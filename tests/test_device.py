@@ -110,6 +110,20 @@ def test_given_noise_start_and_estimate(bundles: Any, gpu: FakeGpu) -> None:
     assert_nothing_left(gpu)
 
 
+def test_a_slot_keeps_nothing_of_the_text_before(bundles: Any, gpu: FakeGpu) -> None:
+    """Texts with sources, then such without in the same slots."""
+    bundle = bundles("cond")
+    sourced = programs_of(bundle.config, [1, 2], guidance_scale=2.0)
+    alone = [
+        Program(**vars(program) | {"source": None, "mask": None}) for program in programs_of(bundle.config, [3, 4])
+    ]
+    with on_host(bundle) as host, on_device(bundle, gpu) as device:
+        expected = host.run(alone)
+        device.run(sourced)
+        for ours, theirs in zip(device.run(alone), expected, strict=True):
+            assert_same(ours, theirs)
+
+
 # ---- rows
 
 
@@ -217,6 +231,24 @@ def test_out_of_memory_shrinks_the_largest_bucket_once(bundles: Any, monkeypatch
             assert device.driver.stats().max_rows <= 2
     assert len(caught) == 1 and "rows from now on" in str(caught[0].message)
     assert_nothing_left(gpu)
+
+
+def test_texts_end_where_memory_is_short(bundles: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever little is free: if one text can be written, all are, and a token head that has no room goes in parts."""
+    bundle = bundles("uncond")
+    programs = programs_of(bundle.config, list(range(8)))
+    probe = install_gpu(monkeypatch)
+    with on_device(bundle, probe, max_rows=1) as device:
+        expected = device.run(programs)
+        least = probe.allocated()
+    for extra in range(0, 120_000, 8_000):
+        gpu = install_gpu(monkeypatch, memory=least + extra)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with on_device(bundle, gpu) as device:
+                for ours, theirs in zip(device.run(programs), expected, strict=True):
+                    assert_same(ours, theirs)
+        assert_nothing_left(gpu)
 
 
 def test_no_memory_at_all_is_a_gpu_memory_error(bundles: Any, monkeypatch: pytest.MonkeyPatch) -> None:

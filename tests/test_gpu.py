@@ -1,6 +1,7 @@
-"""The torch backend and the device sampler on a real GPU (``pytest -m gpu``); test_device.py does without one."""
+"""The torch backend and the device engine on a real GPU (``pytest -m gpu``); test_device.py does without one."""
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -96,16 +97,48 @@ def test_both_ways_of_the_blocks_agree_and_the_choice_is_named(precision: str, s
             assert call.refusal(fused, plain, 0.01 if precision == "fp16" else 0.05) is None
 
 
-def test_a_text_is_one_graph_launch(spoken: Path, opened: Any) -> None:
+def test_a_step_is_one_graph_launch(spoken: Path, opened: Any) -> None:
+    """Beside them only the start of the text and its token head put kernels on the stream."""
     from torch.profiler import ProfilerActivity, profile
 
     model = opened(spoken, precision="fp16")
-    model.generate(PROMPTS[0], seed=1)
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
-        model.generate(PROMPTS[0], seed=2)
-    calls = {event.key: event.count for event in trace.key_averages()}
-    assert calls.get("cudaGraphLaunch", 0) + calls.get("cuGraphLaunch", 0) == 1
-    assert sum(calls.get(name, 0) for name in ("cudaLaunchKernel", "cuLaunchKernel", "cuLaunchKernelEx")) == 0
+    model.generate(PROMPTS[0], seed=1, steps=32)
+    counts = []
+    for steps in (8, 32):
+        before = model.stats()
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
+            model.generate(PROMPTS[0], seed=2, steps=steps)
+        after = model.stats()
+        calls = {event.key: event.count for event in trace.key_averages()}
+        graphs = calls.get("cudaGraphLaunch", 0) + calls.get("cuGraphLaunch", 0)
+        assert graphs == after.calls - before.calls == steps + 1
+        assert after.captures == before.captures
+        counts.append(sum(calls.get(name, 0) for name in ("cudaLaunchKernel", "cuLaunchKernel", "cuLaunchKernelEx")))
+    assert counts[0] == counts[1]
+
+
+def test_requests_never_capture_anew(spoken: Path, opened: Any) -> None:
+    """Texts of all kinds side by side: no more graphs than buckets, and each text is what it is alone."""
+    model, rng = opened(spoken), np.random.default_rng(0)
+    model.generate(PROMPTS, n=64, seed=0, steps=8)  # tries what pays
+    captures = model.stats().captures
+    texts = []
+    for seed in range(100):
+        params = model.params(
+            steps=int(rng.integers(1, 9)),
+            sampler=str(rng.choice(["ode", "sde", "ab2"])),
+            guidance_scale=float(rng.choice([1.0, 2.0])),
+        )
+        texts.append(elf_rt.Text(PROMPTS[seed % 2], seed=seed, params=params))
+    results = model.write(texts)
+    buckets = 1 + model.stats().max_rows.bit_length()
+    assert model.stats().captures <= max(captures, buckets)
+    for index in rng.choice(100, 10, replace=False):
+        (alone,) = model.write([texts[index]])
+        np.testing.assert_array_equal(results[index].ids, alone.ids)
+    pending = [model.submit(text, drafts_every=int(rng.integers(0, 3))) for text in texts[:20]]
+    for each, expected in zip(pending, results, strict=False):
+        np.testing.assert_array_equal(each.result(60).ids, expected.ids)
 
 
 def test_streams_and_cancels(spoken: Path, opened: Any) -> None:
@@ -120,26 +153,41 @@ def test_streams_and_cancels(spoken: Path, opened: Any) -> None:
     np.testing.assert_array_equal(model.generate(PROMPTS[0], seed=3, steps=8)[0].ids, whole.ids)
 
 
-def test_a_text_does_not_depend_on_its_batch(spoken: Path, opened: Any) -> None:
+def test_a_text_does_not_depend_on_what_is_beside_it(spoken: Path, opened: Any) -> None:
     model = opened(spoken)
     together = model.generate(PROMPTS[0], n=5, seed=10, steps=4)
     alone = model.generate(PROMPTS[0], seed=13, steps=4)[0]
     np.testing.assert_array_equal(together[3].ids, alone.ids)
 
 
-def test_out_of_memory_names_sizes_and_leaves_the_model_usable(spoken: Path, opened: Any) -> None:
+def test_out_of_memory_shrinks_the_calls_and_leaves_the_model_usable(spoken: Path, opened: Any) -> None:
+    """With memory for little more than one text, all are written; with none, each is refused with one line."""
     import torch
 
     model = opened(spoken)
-    expected = model.sample(seeds=[1])
-    torch.cuda.empty_cache()
-    ballast = torch.empty(torch.cuda.mem_get_info()[0] - 2**30, dtype=torch.uint8, device="cuda")
-    too_many = np.arange(2**14)
-    with pytest.raises(BackendError, match=f"{len(too_many)} samples.*MiB free.*smaller batch"):
-        model.sample(seeds=too_many)
+    expected = model.generate(PROMPTS[0], n=64, seed=1, steps=2)
+
+    def squeezed(left: int) -> Any:
+        torch.cuda.empty_cache()
+        return torch.empty(max(1, torch.cuda.mem_get_info()[0] - left), dtype=torch.uint8, device="cuda")
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        other = opened(spoken)
+        other.generate(PROMPTS[0], seed=1, steps=2)
+        ballast = squeezed(2**26)
+        written = other.generate(PROMPTS[0], n=64, seed=1, steps=2)
+    for ours, theirs in zip(written, expected, strict=True):
+        np.testing.assert_array_equal(ours.ids, theirs.ids)
+    assert len([w for w in caught if "rows from now on" in str(w.message)]) <= 8  # once for each size
+    del ballast
+    third = opened(spoken)
+    ballast = squeezed(2**16)
+    with pytest.raises(BackendError, match="memory"):
+        third.generate(PROMPTS[0], seed=1, steps=2)
     del ballast
     torch.cuda.empty_cache()
-    np.testing.assert_array_equal(model.sample(seeds=[1]).ids, expected.ids)
+    np.testing.assert_array_equal(third.generate(PROMPTS[0], seed=1, steps=2)[0].ids, expected[0].ids)
 
 
 def test_the_integrator_moves_bytes_as_fast_as_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +195,7 @@ def test_the_integrator_moves_bytes_as_fast_as_a_copy(monkeypatch: pytest.Monkey
     monkeypatch.syspath_prepend(EXAMPLES.parent / "benchmarks")
     from gpu_bandwidth import integrator_bandwidth
 
-    measured = integrator_bandwidth(batch=8, length=1024, width=512)
+    measured = integrator_bandwidth(texts=8, length=1024, width=512)
     assert measured["share_of_copy"] >= 0.8, measured
 
 

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "onnx", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "cuda", "transformers", "matplotlib")
 ALLOWED = {  # package -> modules of elf_rt that it may import, beside its own
-    "export": ("bundle", "errors", "libraries", "machine", "params", "text"),
+    "export": ("bundle", "errors", "libraries", "machine", "network", "params", "text"),
     "engines": ("bundle", "errors", "params", "plans"),
 }
 

@@ -15,8 +15,7 @@ from elf_rt import backends
 from elf_rt.bundle import Bundle
 from elf_rt.errors import BackendError, InputError
 from elf_rt.machine import cores
-from elf_rt.model import Draft
-from elf_rt.sampling.engine import MAX_IDLE_NETWORKS
+from elf_rt.model import Draft, Text
 from elf_rt.sampling.noise import normal
 
 SPOKEN = [
@@ -61,10 +60,11 @@ def test_spoken_becomes_written(spoken):
     assert spoken.generate(SPOKEN[0], seed=0, steps=8)[0].text == "Tina paid $9350 for the chair."
 
 
-def test_small_batches_give_the_same_texts(shakespeare, monkeypatch):
+def test_few_rows_a_call_give_the_same_texts(bundle, shakespeare):
     want = [r.text for r in shakespeare.generate(n=5, seed=0, steps=2)]
-    monkeypatch.setattr("elf_rt.model.HOST_TOKENS_PER_BATCH", 2 * shakespeare.config.max_length)
-    assert [r.text for r in shakespeare.generate(n=5, seed=0, steps=2)] == want
+    with elf_rt.load(bundle("shakespeare"), "onnxruntime", max_rows=2) as model:
+        assert [r.text for r in model.generate(n=5, seed=0, steps=2)] == want
+        assert model.stats().max_rows <= 2 and set(model.stats().call_ms) <= {1, 2}
 
 
 def test_stream_drafts_and_ends_with_the_same_text(spoken):
@@ -76,14 +76,34 @@ def test_stream_drafts_and_ends_with_the_same_text(spoken):
     assert results[0].text == spoken.generate(SPOKEN[0], seed=3, steps=8)[0].text
 
 
-def test_a_cancelled_stream_gives_its_buffers_back(spoken):
+def test_a_cancelled_stream_gives_its_slot_back(spoken):
     before = spoken.generate(SPOKEN[0], seed=1, steps=4)[0].text
-    for _ in range(3 * MAX_IDLE_NETWORKS):
+    cancelled = spoken.stats().cancelled
+    for _ in range(12):
         stream = spoken.stream(SPOKEN[0], seed=2, steps=8)
         next(stream)
         stream.close()
     assert spoken.generate(SPOKEN[0], seed=1, steps=4)[0].text == before
-    assert len(spoken._sampler._pool._idle) <= MAX_IDLE_NETWORKS
+    stats = spoken.stats()
+    assert (stats.slots, stats.waiting) == (0, 0)
+    assert stats.cancelled > cancelled
+
+
+def test_different_texts_side_by_side(spoken):
+    """Each as it is alone: other steps, guidance, sampler, length and pins beside it change nothing."""
+    texts = [
+        Text(SPOKEN[0], seed=1, params=spoken.params(steps=3)),
+        Text(SPOKEN[1], seed=2, params=spoken.params(steps=6, guidance_scale=2.0, sampler="ode")),
+        Text(None, seed=3, params=spoken.params(steps=2), pinned="The train to [2] leaves at [5]."),
+        Text(SPOKEN[1], seed=4, params=spoken.params(steps=4), length=48),
+        Text(SPOKEN[0], seed=5),
+    ]
+    with pytest.warns(UserWarning, match="trained on 64"):
+        together = spoken.write(texts)
+        alone = [spoken.write([text])[0] for text in texts]
+    for a, b, text in zip(together, alone, texts, strict=True):
+        assert np.array_equal(a.ids, b.ids) and (a.seed, a.prompt) == (text.seed, text.prompt)
+    assert spoken.write([]) == []
 
 
 def test_threads_share_a_model(spoken):
@@ -113,9 +133,11 @@ def test_noise_of_a_step_is_philox_of_the_seed(shakespeare):
 
 
 def test_timings_add_up(spoken):
-    timings = spoken.generate(SPOKEN, seed=0, steps=4)[0].timings
-    assert timings.calls == 5 and timings.batch == 2
-    assert 0 < timings.network_ms + timings.integrator_ms <= timings.total_ms
+    for result in spoken.generate(SPOKEN, seed=0, steps=4):
+        timings = result.timings
+        assert timings.calls == 5
+        assert timings.waited_ms >= 0 and min(timings.network_ms, timings.integrator_ms) > 0
+        assert timings.waited_ms + timings.network_ms + timings.integrator_ms <= timings.total_ms
 
 
 def test_a_long_prompt_is_cut_with_a_warning(spoken):
@@ -286,7 +308,9 @@ def test_bad_pins(spoken, pinned, message):
 @pytest.mark.parametrize("drafts_every", [-1, 1.5])
 def test_drafts_are_counted_in_whole_steps(spoken, drafts_every):
     with pytest.raises(InputError, match="drafts_every must be a whole number, 0 or more"):
-        next(spoken.stream(drafts_every=drafts_every))
+        spoken.stream(drafts_every=drafts_every)  # at the call, not at the first next
+    with pytest.raises(InputError, match="drafts_every must be a whole number, 0 or more"):
+        spoken.submit(Text(SPOKEN[0]), drafts_every=drafts_every)
 
 
 def test_sample_checks_what_it_is_given(spoken):

@@ -16,7 +16,7 @@ from conftest import EXAMPLES
 from golden_cases import golden, relative_error
 from onnx_run import random_call
 
-from elf_rt.backends import base, ort
+from elf_rt.backends import ort
 from elf_rt.bundle import Bundle, write_manifest
 from elf_rt.export.checkpoint import load_checkpoint
 from elf_rt.export.quantize import Calibration, calibrate, quantize_activation, quantize_weight, write_int8
@@ -28,27 +28,34 @@ from elf_rt.params import SamplingParams
 PROMPTS = ["she paid nine hundred dollars", "it costs three dollars and fifty cents", "at a quarter past nine"]
 
 
+def fill(arrays, backend, rows, length, seed=0, row=slice(None)):
+    inputs = random_call(backend.config, rows, length, seed, mode=1.0)
+    for name, values in zip(("z", "x_prev", "t", "s", "mode"), inputs, strict=True):
+        arrays[name][:] = values[row].numpy()
+
+
+def run(network, head):
+    network.run()
+    head.arrays["hidden"][:] = network.arrays["hidden"]
+    head.run()
+    return network.arrays["x"].copy(), head.arrays["ids"].copy()
+
+
 def calls(backend, rows, length, seed=0):
     """x and ids of one decoding call on random inputs."""
-    network = backend.bind(rows, length)
-    for name, values in zip(
-        ("z", "x_prev", "t", "s", "mode"), random_call(backend.config, rows, length, seed, mode=1.0), strict=True
-    ):
-        getattr(network, name)[:] = values.numpy()
-    network.denoise()
-    return network.x.copy(), network.discretize()
+    network = backend.bind("denoiser", rows, length)
+    fill(network.arrays, backend, rows, length, seed)
+    return run(network, backend.bind("discretizer", rows, length))
 
 
 def assert_rows_are_apart(backend, x, ids):
     """x and ids of `calls(backend, 4, 16)`, bit by bit, from a call for each row."""
-    inputs = random_call(backend.config, 4, 16, 0, mode=1.0)
-    alone = backend.bind(1, 16)
+    network, head = backend.bind("denoiser", 1, 16), backend.bind("discretizer", 1, 16)
     for row in range(4):
-        for name, values in zip(("z", "x_prev", "t", "s", "mode"), inputs, strict=True):
-            getattr(alone, name)[:] = values[row : row + 1].numpy()
-        alone.denoise()
-        assert np.array_equal(alone.x[0], x[row])
-        assert np.array_equal(alone.discretize()[0], ids[row])
+        fill(network.arrays, backend, 4, 16, row=slice(row, row + 1))
+        alone, written = run(network, head)
+        assert np.array_equal(alone[0], x[row])
+        assert np.array_equal(written[0], ids[row])
 
 
 def with_int8(source: Path, target: Path, calibration: Calibration) -> Bundle:
@@ -93,7 +100,7 @@ def test_eight_threads_write_what_one_writes(bundle, backend, monkeypatch, tmp_p
 def test_tokens_do_not_depend_on_how_many_are_discretized_at_once(bundle, monkeypatch):
     backend = ort.open_backend(Bundle.open(bundle("uncond")), "fp32", 1)
     x, ids = calls(backend, 3, 16)
-    monkeypatch.setattr(base, "DISCRETIZED_TOKENS", 7)
+    monkeypatch.setattr(ort, "DISCRETIZED_TOKENS", 7)
     x_again, ids_again = calls(backend, 3, 16)
     assert np.array_equal(ids, ids_again)
     assert np.array_equal(x, x_again)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from golden_cases import CASES, GOLDEN, golden, relative_error
 from plan_bundles import golden_bundle, model_bundle
+from torch_on_cpu import CpuTorch, call
 
 from elf_rt import device
 from elf_rt.backends import torch_cuda, torch_network
@@ -41,26 +42,10 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]
     return bundle
 
 
-def call(backend: Any, rows: int, length: int, mode: float) -> tuple[np.ndarray, np.ndarray]:
-    """x and ids of one call on random inputs."""
-    network, rng = backend.bind(rows, length), np.random.default_rng(rows)
-    for array in (network.z, network.x_prev):
-        if array is not None:
-            array[:] = rng.standard_normal(array.shape)
-    network.t[:] = rng.random(rows)
-    for array, value in ((network.s, 2.5), (network.mode, mode)):
-        if array is not None:
-            array[:] = value
-    network.denoise()
-    x, ids = network.x.copy(), network.discretize()
-    network.close()
-    return x, ids
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_golden_runs(case: str, bundles: Any) -> None:
     bundle = bundles(case)
-    with Model(bundle, TorchBackend(bundle, "fp32", "cpu"), "test") as model:
+    with Model(bundle, lambda: (CpuTorch(bundle, "fp32"), "test")) as model:
         report = verify(model, GOLDEN / case / "golden.npz")
     assert report.passed, report
 
@@ -71,7 +56,7 @@ def test_same_as_onnx_runtime(case: str, shape: tuple[int, int | None], bundles:
     bundle = bundles(case)
     rows, length = shape[0], shape[1] or bundle.config.max_length
     want_x, want_ids = call(OrtBackend(bundle, "fp32", 2), rows, length, 1.0)
-    x, ids = call(TorchBackend(bundle, "fp32", "cpu"), rows, length, 1.0)
+    x, ids = call(CpuTorch(bundle, "fp32"), rows, length, 1.0)
     assert relative_error(x, want_x) < 2e-6
     np.testing.assert_array_equal(ids, want_ids)
 
@@ -81,7 +66,7 @@ def test_same_as_onnx_runtime(case: str, shape: tuple[int, int | None], bundles:
 def test_16_bits(case: str, precision: str, most: float, bundles: Any) -> None:
     """Within two of the type's roundings of the reference, and not by computing in float32."""
     bundle = bundles(case)
-    backend = TorchBackend(bundle, precision, "cpu")
+    backend = CpuTorch(bundle, precision)
     x, _ = call(backend, 2, bundle.config.max_length, 0.0)
     want, _ = call(OrtBackend(bundle, "fp32", 2), 2, bundle.config.max_length, 0.0)
     assert 1e-5 < relative_error(x, want) < most
@@ -107,9 +92,9 @@ def test_follows_the_precision_plan(tmp_path: Path) -> None:
     folded.mkdir()
     write_graphs(folded, data.config, state, PrecisionPlan(Precision.FP32, items))
     files = {"denoiser": "denoiser.onnx", "discretizer": "discretizer.onnx", "weights": "weights.bin"}
-    plain = TorchBackend(bundle, "fp32", "cpu")
+    plain = CpuTorch(bundle, "fp32")
     bundle.variant = lambda precision: {part: folded / name for part, name in files.items()}  # type: ignore[method-assign]
-    scaled = TorchBackend(bundle, "fp32", "cpu")
+    scaled = CpuTorch(bundle, "fp32")
     q_eps, k_eps = scaled.network.blocks[0].eps
     assert q_eps != k_eps
     assert scaled.network.blocks[1].w3.scale is not None
@@ -124,7 +109,7 @@ def test_follows_the_precision_plan(tmp_path: Path) -> None:
 def test_compiled_is_the_same(precision: str, bundles: Any) -> None:
     """torch.compile of what stands between the products, here for the CPU."""
     bundle = bundles("no_sc_tokens")
-    backend = TorchBackend(bundle, precision, "cpu")
+    backend = CpuTorch(bundle, precision)
     plain = [call(backend, rows, bundle.config.max_length, 1.0) for rows in (1, 3)]
     backend.fuse()
     assert backend.fused
@@ -146,7 +131,7 @@ def test_only_rows_and_length_become_variables(bundles: Any, monkeypatch: pytest
 
     bundle, compile_it = bundles("cond"), torch.compile
     monkeypatch.setattr(torch, "compile", functools.wraps(compile_it)(functools.partial(compile_it, backend=note)))
-    backend = TorchBackend(bundle, "fp32", "cpu")
+    backend = CpuTorch(bundle, "fp32")
     backend.fuse()
     assert backend.fused and sizes and not any(isinstance(size, torch.SymInt) for size in sizes)
     sizes.clear()
@@ -167,7 +152,7 @@ def test_only_rows_and_length_become_variables(bundles: Any, monkeypatch: pytest
 
 def test_settings_of_the_caller_change_nothing(bundles: Any) -> None:
     bundle = bundles("cond")
-    backend = TorchBackend(bundle, "fp32", "cpu")
+    backend = CpuTorch(bundle, "fp32")
     plain, matmul = call(backend, 2, 5, 1.0), torch.backends.cuda.matmul
     seen: list[bool] = []
     product = Linear.product
@@ -215,10 +200,10 @@ def test_a_failed_call_holds_on_to_no_memory(bundles: Any, monkeypatch: pytest.M
 
     monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle: None)
     backend = TorchBackend(bundles("uncond"), "fp32", "cpu")
-    network = backend.device_network(1, 8, 1)
+    graph = backend.bind("denoiser", 1, 8, 1)
     monkeypatch.setattr(backend.network, "denoise", refuse)
     with pytest.raises(GpuMemoryError, match="no GPU memory for a network call of 1 rows of 8 tokens") as kept:
-        network.enqueue_denoise(1)
+        graph.enqueue()
     assert kept.value.__cause__ is not None and computed[0]() is None
 
 
@@ -230,7 +215,7 @@ def test_without_a_compiler_it_says_so_and_runs(bundles: Any, monkeypatch: pytes
         return call
 
     bundle = bundles("uncond")
-    backend = TorchBackend(bundle, "fp32", "cpu")
+    backend = CpuTorch(bundle, "fp32")
     expected, _ = call(backend, 1, 5, 0.0)
     monkeypatch.setattr(torch, "compile", refuse)
     with pytest.warns(UserWarning, match="torch.compile does not work here.*slower: Failed to find C compiler"):
@@ -241,7 +226,7 @@ def test_without_a_compiler_it_says_so_and_runs(bundles: Any, monkeypatch: pytes
 
 def test_logits_are_decoded_in_parts(bundles: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = bundles("uncond")
-    backend = TorchBackend(bundle, "fp32", "cpu")
+    backend = CpuTorch(bundle, "fp32")
     _, whole = call(backend, 3, 7, 1.0)
     monkeypatch.setattr(torch_network, "LOGITS_AT_ONCE", 4 * bundle.config.vocab_size)
     _, parts = call(backend, 3, 7, 1.0)
@@ -252,7 +237,7 @@ def test_graphs_without_named_norms_are_refused(tmp_path: Path) -> None:
     data = golden("uncond")
     bundle = model_bundle(tmp_path / "a.elfrt", data.config, data.state, ("fp32",), opset=20)
     with pytest.raises(BackendError, match="older engines: export again without --opset"):
-        TorchBackend(bundle, "fp32", "cpu")
+        CpuTorch(bundle, "fp32")
 
 
 # ---- bad input
@@ -296,5 +281,5 @@ def test_out_of_memory_names_what_did_not_fit(bundles: Any, monkeypatch: pytest.
 
     monkeypatch.setattr(torch, "zeros", refuse)
     with pytest.raises(BackendError, match="no GPU memory for 64 rows of 24 tokens: use a smaller batch") as caught:
-        backend.device_network(64, 24, 1)
+        backend.bind("denoiser", 64, 24, 1)
     assert "\n" not in str(caught.value)

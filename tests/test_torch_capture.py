@@ -1,12 +1,14 @@
-"""The torch backend under the device sampler without a GPU: torch's CUDA calls go to the fake GPU, its work to the CPU.
+"""The torch backend under the device engine without a GPU: torch's CUDA calls go to the fake GPU, its work to the CPU.
 
-What is real: the sampler, the kernels, the network's arithmetic, and the signatures of torch.cuda that are called.
+What is real: the engine, the kernels, the network's arithmetic, and the signatures of torch.cuda that are called.
 """
 
 import contextlib
 import ctypes
 import inspect
 import math
+import warnings
+import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace, TracebackType
 from typing import Any
@@ -18,7 +20,8 @@ from conftest import GOLDEN
 from fake_gpu import FakeGpu, install_gpu
 from plan_bundles import golden_bundle
 
-from elf_rt.backends.torch_cuda import TorchBackend, TorchNetwork
+from elf_rt.backends.ort import OrtBackend
+from elf_rt.backends.torch_cuda import TorchBackend, TorchGraph
 from elf_rt.bundle import Bundle
 from elf_rt.errors import BackendError, GpuMemoryError
 from elf_rt.measure.verify import verify
@@ -34,35 +37,26 @@ class FakeTorchCuda:
     def __init__(self, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
         self.gpu = gpu
         self.current: list[int] = []  # streams, innermost last
+        self.freed: list[int] = []  # addresses that torch keeps for itself
         self.workspace = ""  # of cuBLAS: "graphs" or "shared", which of torch's pools it was taken from
         for name in ("CUDAGraph", "ExternalStream", "stream", "graph"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
         monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=lambda: None))
         monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", self.clear_workspace, raising=False)
-        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+        monkeypatch.setattr(torch.cuda, "empty_cache", self.empty_cache)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "fake")
         monkeypatch.setattr(torch, "zeros", self.zeros)
-        for name in ("denoise", "discretize"):
-            monkeypatch.setattr(TorchNetwork, name, self.deferred(getattr(TorchNetwork, name)))
+        monkeypatch.setattr(TorchGraph, "run", self.deferred(TorchGraph.run))
 
     def deferred(self, work: Any) -> Any:
         """What runs on torch's current stream waits in it, or is recorded."""
 
-        def enqueue(network: TorchNetwork) -> None:
-            assert torch.is_inference_mode_enabled()
-
-            def run() -> None:
-                with torch.inference_mode():
-                    work(network)
-
+        def enqueue(graph: TorchGraph) -> None:
             pool = "graphs" if self.current and self.gpu.is_capturing(self.current[-1]) else "shared"
             self.workspace = self.workspace or pool
             assert self.workspace == pool, "memory that goes with another graph"
-            if self.current:
-                self.gpu.enqueue(self.current[-1], run)
-            else:
-                run()
+            self.gpu.enqueue(self.current[-1], lambda: work(graph))
 
         return enqueue
 
@@ -100,8 +94,15 @@ class FakeTorchCuda:
         if error:
             raise torch.OutOfMemoryError("CUDA out of memory")
         assert pointer is not None
+        ctypes.memset(pointer, 0, num_bytes)
         raw = (ctypes.c_byte * num_bytes).from_address(pointer)
-        return torch.frombuffer(memoryview(raw), dtype=dtype).reshape(shape)
+        tensor = torch.frombuffer(memoryview(raw), dtype=dtype).reshape(shape)
+        weakref.finalize(tensor, self.freed.append, pointer)
+        return tensor
+
+    def empty_cache(self) -> None:
+        while self.freed:
+            self.gpu.cudaFree(self.freed.pop())
 
 
 class FakeGraph:
@@ -156,72 +157,96 @@ def backend(bundle: Bundle) -> TorchBackend:
     return TorchBackend(bundle, "fp32", "cpu")
 
 
-def test_golden_runs(bundle: Bundle, backend: TorchBackend, gpu: FakeGpu, fake: FakeTorchCuda) -> None:
-    with Model(bundle, backend, "test") as model:
-        report = verify(model, GOLDEN / CASE / "golden.npz")
-        assert report.passed, report
-        gpu.launches = dict.fromkeys(gpu.launches, 0)
-        model.sample(seeds=[1, 2], params=model.params(steps=4))  # a new shape: captured, then launched
-        assert gpu.launches["graph"] == 1
-        model.sample(seeds=[3, 4], params=model.params(steps=4))
-        assert gpu.launches["graph"] == 2
-    assert not gpu.graphs
+@pytest.fixture
+def model(bundle: Bundle, backend: TorchBackend, fake: FakeTorchCuda) -> Iterator[Model]:
+    with Model(bundle, lambda: (backend, "test")) as model:
+        yield model
 
 
-def test_a_refused_capture_falls_back(bundle: Bundle, backend: TorchBackend, gpu: FakeGpu, fake: FakeTorchCuda) -> None:
-    with Model(bundle, backend, "test") as model:
-        captured = model.sample(seeds=[1], params=model.params(steps=4))
-        gpu.refuses_capture = True
-        with pytest.warns(UserWarning, match=r"torch cannot be captured.*slower: torch: .* during capture$"):
-            enqueued = model.sample(seeds=[1, 2], params=model.params(steps=4))
-        assert not fake.current
-    np.testing.assert_array_equal(enqueued.ids[0], captured.ids[0])
+def write(model: Model, guidance_scale: float = 1.0, count: int = 1) -> np.ndarray:
+    """Ids of texts of four steps; guidance doubles their rows, so that calls of another size are made."""
+    config, params = model.config, model.params(steps=4, guidance_scale=guidance_scale)
+    shape = (count, config.max_length, config.latent_dim)
+    source = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    mask = np.tile(np.arange(config.max_length) < 3, (count, 1))
+    return model.sample(seeds=range(count), source=source, mask=mask, params=params).ids
+
+
+def test_golden_runs(bundle: Bundle, gpu: FakeGpu, model: Model) -> None:
+    report = verify(model, GOLDEN / CASE / "golden.npz")
+    assert report.passed, report
+    write(model)  # captured by now
+    before = model.stats()
+    gpu.launches = dict.fromkeys(gpu.launches, 0)
+    write(model)
+    after = model.stats()
+    assert after.captures == before.captures > 0
+    assert gpu.launches["graph"] == after.calls - before.calls == 5  # one for each step, one to decode
+    assert gpu.launches["kernel"] == 1  # the start
+    model.close()
+    assert gpu.allocated() == len(gpu.graphs) == gpu.num_streams == 0
+
+
+def test_a_refused_capture_falls_back(bundle: Bundle, gpu: FakeGpu, fake: FakeTorchCuda, model: Model) -> None:
+    captured = write(model)
+    gpu.refuses_capture = True
+    with pytest.warns(UserWarning, match=r"torch cannot be captured.*slower: torch: .* during capture$"):
+        enqueued = write(model, guidance_scale=2.0)
+    assert not fake.current
+    np.testing.assert_array_equal(write(model), captured)
+    with Model(bundle, lambda: (OrtBackend(bundle, "fp32", 1), "test")) as host:
+        np.testing.assert_array_equal(enqueued, write(host, guidance_scale=2.0))
 
 
 @pytest.mark.parametrize("breaks", [False, True])
 def test_out_of_memory_in_a_capture_is_no_refusal(
-    breaks: bool, bundle: Bundle, backend: TorchBackend, gpu: FakeGpu, fake: FakeTorchCuda, monkeypatch: Any
+    breaks: bool, gpu: FakeGpu, fake: FakeTorchCuda, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the capture cannot be ended after it, which is then the error that torch raises."""
+    run = TorchGraph.run
 
-    def scarce(network: TorchNetwork) -> None:
+    def scarce(graph: TorchGraph) -> None:
         if gpu.is_capturing(fake.current[-1]):
             gpu.refuses_capture = gpu._broken = breaks
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore lines")
+        run(graph)
 
-    with Model(bundle, backend, "test") as model:
-        with monkeypatch.context() as patch:
-            patch.setattr(TorchNetwork, "discretize", scarce)
-            with pytest.raises(
-                GpuMemoryError, match=r"^torch: no GPU memory for a network call of 1 rows of \d+ tokens"
-            ):
-                model.sample(seeds=[1], params=model.params(steps=4))
-        gpu.refuses_capture = False
-        model.sample(seeds=[1], params=model.params(steps=4))
-        assert gpu.launches["graph"] == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(TorchGraph, "run", scarce)
+        with pytest.raises(GpuMemoryError, match=r"^torch: no GPU memory for a network call of 1 rows of \d+ tokens"):
+            write(model)
+    gpu.refuses_capture = False
+    write(model)
+    assert gpu.launches["graph"] == 5 and model.stats().captures == 1
 
 
-def test_what_torch_refuses_is_a_backend_error(
-    bundle: Bundle, backend: TorchBackend, fake: FakeTorchCuda, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_torch_refuses_is_a_backend_error(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: Any) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore lines")
 
-    with Model(bundle, backend, "test") as model:
-        monkeypatch.setattr(FakeGraph, "replay", refuse)
-        with pytest.raises(BackendError, match=r"^torch: CUDA error: an illegal memory access was encountered$"):
-            model.sample(seeds=[1], params=model.params(steps=4))
-        monkeypatch.setattr(TorchNetwork, "denoise", refuse)
-        with pytest.raises(BackendError, match=r"^torch: CUDA error: an illegal memory access was encountered$"):
-            model.sample(seeds=[1], params=model.params(steps=4))
+    expected = write(model)
+    for kind, name in ((FakeGraph, "replay"), (TorchGraph, "run")):
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, name, refuse)
+            with pytest.raises(BackendError, match=r"^torch: CUDA error: an illegal memory access was encountered$"):
+                write(model)
+    np.testing.assert_array_equal(write(model), expected)
 
 
-def test_out_of_memory_leaves_the_model_usable(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = install_gpu(monkeypatch, memory=2**20)
-    backend = TorchBackend(bundle, "fp32", "cpu")
-    FakeTorchCuda(gpu, monkeypatch)
-    backend.device = "cuda"
-    with Model(bundle, backend, "test") as model:
-        with pytest.raises(BackendError, match=r"200 samples.*MiB free.*smaller batch"):
-            model.sample(seeds=np.arange(200), params=model.params(steps=4))
-        assert model.sample(seeds=[1], params=model.params(steps=4)).ids.shape == (1, bundle.config.max_length)
+def test_out_of_memory_shrinks_the_calls(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory for calls of two rows: forty texts are written all the same, and a warning says so."""
+
+    def forty(memory: int, max_rows: int | None) -> tuple[np.ndarray, int]:
+        gpu, backend = install_gpu(monkeypatch, memory=memory), TorchBackend(bundle, "fp32", "cpu")
+        with monkeypatch.context() as patch:
+            FakeTorchCuda(gpu, patch)
+            backend.device = "cuda"
+            with Model(bundle, lambda: (backend, "test"), max_rows=max_rows) as model:
+                return write(model, count=40), gpu.allocated()
+
+    expected, room = forty(2**30, 2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ids, _ = forty(room + 4096, None)
+    np.testing.assert_array_equal(ids, expected)
+    assert caught and all("rows from now on" in str(each.message) for each in caught)

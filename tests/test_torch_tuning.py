@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from conftest import HAS_GPU
 from golden_cases import CASES, GOLDEN, relative_error
 from plan_bundles import golden_bundle
-from test_torch_backend import call
+from torch_on_cpu import CpuTorch, call
 
 from elf_rt.backends import torch_attention, torch_cuda, torch_tuning
 from elf_rt.backends.ort import OrtBackend
@@ -29,7 +29,7 @@ from elf_rt.commands import doctor
 from elf_rt.commands.options import backend_options
 from elf_rt.measure.bench import Report
 from elf_rt.measure.bench_report import describe_machine, lines
-from elf_rt.measure.verify import verify
+from elf_rt.measure.verify import Check, verify
 from elf_rt.model import Model
 
 pytest.importorskip("triton")
@@ -51,7 +51,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]
 
 @pytest.fixture
 def backend(bundles: Any) -> TorchBackend:
-    return TorchBackend(bundles("cond"), "fp16", "cpu")
+    return CpuTorch(bundles("cond"), "fp16")
 
 
 def by_kernels(backend: TorchBackend) -> TorchBackend:
@@ -68,11 +68,13 @@ def test_a_golden_run_is_as_exact_as_with_torchs_products(case: str, bundles: An
     """The recorded call and the first recorded run: FP16 inputs, float32 sums."""
     with np.load(GOLDEN / case / "golden.npz") as recorded:
         np.savez(tmp_path / "one.npz", **{k: recorded[k] for k in recorded if k.startswith(("fwd_", "dec_", "run0_"))})
-    reports = []
-    for prepared in (lambda backend: backend, by_kernels):
-        with Model(bundles(case), prepared(TorchBackend(bundles(case), "fp16", "cpu")), "test") as model:
-            reports.append(verify(model, tmp_path / "one.npz"))
-    for plain, fused in zip(*(report.checks for report in reports), strict=True):
+
+    def checks(backend: TorchBackend) -> tuple[Check, ...]:
+        with Model(bundles(case), lambda: (backend, "test")) as model:
+            return verify(model, tmp_path / "one.npz").checks
+
+    backends = CpuTorch(bundles(case), "fp16"), by_kernels(CpuTorch(bundles(case), "fp16"))
+    for plain, fused in zip(*map(checks, backends), strict=True):
         assert fused.latent_error < 1.5 * plain.latent_error < 0.02
         assert fused.token_agreement > 0.9  # of 16 ids, some of which all but tie
 
@@ -83,8 +85,8 @@ def test_as_near_to_float32_as_torchs_products(case: str, precision: str, bundle
     bundle = bundles(case)
     rows, length = 3, bundle.config.max_length - 1
     want, _ = call(OrtBackend(bundle, "fp32", 2), rows, length, 0.0)
-    plain, _ = call(TorchBackend(bundle, precision, "cpu"), rows, length, 0.0)
-    fused, _ = call(by_kernels(TorchBackend(bundle, precision, "cpu")), rows, length, 0.0)
+    plain, _ = call(CpuTorch(bundle, precision), rows, length, 0.0)
+    fused, _ = call(by_kernels(CpuTorch(bundle, precision)), rows, length, 0.0)
     most = 2 if precision == "fp16" else 3  # the interpreter cuts bfloat16 off where a GPU rounds
     assert 1e-5 < relative_error(fused, want) < most * relative_error(plain, want)
 
@@ -216,9 +218,7 @@ def test_kernels_that_do_not_compile_leave_torchs_products(
     assert backend.network.choices[1, 8] == Choice(TORCH)
     assert here.passed_over[KERNELS] == "PassManager::run failed"
     assert [record.getMessage().count("PassManager::run failed") for record in caplog.records] == [1]
-    network = backend.bind(1, 8)
-    network.denoise()
-    assert np.isfinite(network.x).all()
+    assert np.isfinite(call(backend, 1, 8, 0.0)[0]).all()
 
 
 def test_out_of_memory_while_measuring_is_not_one_while_running(
@@ -251,7 +251,7 @@ def test_what_cannot_run_the_kernels_says_so(
 ) -> None:
     assert "compute capability 8.0 or newer" in tuner(backend, tmp_path, sm=75).passed_over[KERNELS]
     assert len(caplog.records) == 1 and "compute capability" in caplog.text
-    assert "in float32" in tuner(TorchBackend(bundles("cond"), "fp32", "cpu"), tmp_path).passed_over[KERNELS]
+    assert "in float32" in str(make_fused(CpuTorch(bundles("cond"), "fp32").network, 90))
     assert len(caplog.records) == 1  # nobody waits for kernels there
     for module in ("elf_rt.backends.torch_fused", "elf_rt.backends.torch_kernels"):
         monkeypatch.delitem(sys.modules, module, raising=False)

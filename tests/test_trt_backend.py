@@ -16,15 +16,17 @@ from plan_bundles import golden_bundle, model_bundle, rtx_spec
 
 from elf_rt.backends import open_backend, trt, trt_rtx
 from elf_rt.backends.ort import OrtBackend
+from elf_rt.backends.trt_graph import TrtGraph
 from elf_rt.backends.trt_inspect import inspect_denoiser
 from elf_rt.bundle import Bundle
 from elf_rt.device.cudart import Gpu
 from elf_rt.engines.build import Request, build, plan_spec
 from elf_rt.engines.recipe import Recipe
 from elf_rt.engines.shapes import parse_profiles
-from elf_rt.errors import BackendError
+from elf_rt.errors import BackendError, GpuMemoryError
 from elf_rt.measure.verify import verify
 from elf_rt.model import Model
+from elf_rt.network import GRAPHS
 from elf_rt.plans import RECORD, TENSORRT, Profile, Range, Record, describe_plans, find_plans, this_machine
 
 NEWEST = "11.4.0.106"
@@ -62,89 +64,111 @@ def ready(bundle: Bundle, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, tmp_p
     return make
 
 
-def call_inputs(network: Any, seed: int) -> None:
+class OnStream:
+    """Both graphs of a backend for one shape, on a stream of their own."""
+
+    def __init__(self, backend: trt.TrtBackend, cuda: FakeCuda, rows: int, length: int) -> None:
+        self._cuda, self.stream = cuda, cuda.add_stream()
+        self.denoiser, self.head = (backend.bind(graph, rows, length, self.stream) for graph in GRAPHS)
+
+    def array(self, name: str, rows: int | None = None) -> np.ndarray:
+        """A tensor where it lies, with the rows of the plan, or the first of them."""
+        graph = self.head if name == "ids" else self.denoiser
+        return _array(graph, name)[:rows]
+
+    def denoise(self) -> None:
+        self.denoiser.enqueue()
+        self._cuda.cudaStreamSynchronize(self.stream)
+
+    def discretize(self) -> np.ndarray:
+        _array(self.head, "hidden")[...] = self.array("hidden")
+        self.head.enqueue()
+        self._cuda.cudaStreamSynchronize(self.stream)
+        return self.array("ids").copy()
+
+    def close(self) -> None:
+        self.denoiser.close()
+        self.head.close()
+
+
+def _array(graph: TrtGraph, name: str) -> np.ndarray:
+    kind = ctypes.c_int64 if name == "ids" else ctypes.c_float
+    shape = graph.shapes[name]
+    return np.ctypeslib.as_array((kind * int(np.prod(shape))).from_address(graph.buffers[name])).reshape(shape)
+
+
+def fill(call: OnStream, seed: int, rows: int) -> dict[str, np.ndarray]:
+    """Random inputs of the first rows."""
     rng = np.random.default_rng(seed)
-    for name in ("z", "x_prev", "t", "s", "mode"):
-        array = getattr(network, name)
-        if array is not None:
-            array[:] = rng.standard_normal(array.shape)
+    inputs = {name: rng.standard_normal(call.array(name, rows).shape) for name in ("z", "x_prev", "t", "s", "mode")}
+    for name, values in inputs.items():
+        call.array(name, rows)[...] = values
+    return inputs
 
 
 @pytest.mark.parametrize("version", ["10.3.0", "10.16.1.11", NEWEST])
-def test_host_network_gives_what_onnx_runtime_gives(
-    version: str, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_what_onnx_runtime_gives(version: str, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Built and run by every TensorRT from JetPack 6 on, with no name that one of them lacks."""
     install_tensorrt(monkeypatch, version, cuda)
     data = golden("uncond")
     opset = 20 if version == "10.3.0" else 23
     bundle = model_bundle(tmp_path / "m.elfrt", data.config, data.state, ("fp32",), opset)
     build_fake(bundle, "2")
-    backend = trt.open_backend(bundle, "fp32")
-    ours, theirs = backend.bind(2, 16), OrtBackend(bundle, "fp32", 1).bind(2, 16)
-    for network in (ours, theirs):
-        call_inputs(network, seed=1)
-        network.denoise()
-    np.testing.assert_array_equal(ours.x, theirs.x)
-    np.testing.assert_array_equal(ours.discretize(), theirs.discretize())
+    backend, theirs = trt.open_backend(bundle, "fp32"), OrtBackend(bundle, "fp32", 1)
+    ours = OnStream(backend, cuda, 2, 16)
+    assert set(ours.denoiser.buffers) == {"z", "x_prev", "t", "s", "mode", "x", "hidden"}
+    assert set(ours.head.buffers) == {"hidden", "ids"}
+    denoiser, head = (theirs.bind(graph, 2, 16) for graph in GRAPHS)
+    for name, values in fill(ours, 1, 2).items():
+        denoiser.arrays[name][...] = values
+    ours.denoise()
+    denoiser.run()
+    np.testing.assert_array_equal(ours.array("x"), denoiser.arrays["x"])
+    head.arrays["hidden"][...] = denoiser.arrays["hidden"]
+    head.run()
+    np.testing.assert_array_equal(ours.discretize(), head.arrays["ids"])
     backend.close()
 
 
-def test_fewer_rows_are_padded_and_equal_the_same_rows_alone(ready: Any) -> None:
+def test_fewer_rows_are_padded_and_equal_the_same_rows_alone(ready: Any, cuda: FakeCuda) -> None:
     backend = ready("4:4:4")
-    few, full = backend.bind(3, 16), backend.bind(4, 16)
-    for network in (few, full):
-        call_inputs(network, seed=2)
-    full.z[:3], full.x_prev[:3] = few.z, few.x_prev
-    for name in ("t", "s", "mode"):
-        getattr(full, name)[:3] = getattr(few, name)
+    few, full = OnStream(backend, cuda, 3, 16), OnStream(backend, cuda, 4, 16)
+    fill(full, 2, 4)
+    for name in ("z", "x_prev", "t", "s", "mode"):
+        few.array(name, 3)[...] = full.array(name, 3)
     few.denoise()
     full.denoise()
-    assert few.x.shape == (3, 16, 32)
-    np.testing.assert_array_equal(few.x, full.x[:3])
-    np.testing.assert_array_equal(few.discretize(), full.discretize()[:3])
+    assert few.array("x").shape == (4, 16, 32) and not few.array("z")[3].any()
+    np.testing.assert_array_equal(few.array("x", 3), full.array("x", 3))
+    np.testing.assert_array_equal(few.discretize()[:3], full.discretize()[:3])
 
 
 def test_a_call_is_one_enqueue_without_a_wait(ready: Any, cuda: FakeCuda) -> None:
     backend = ready("1")
     stream = cuda.add_stream()
-    network = backend.device_network(1, 16, stream)
+    denoiser, head = (backend.bind(graph, 1, 16, stream) for graph in GRAPHS)
     cuda.events.clear()
     for _ in range(3):
-        network.enqueue_denoise(stream)
-    network.enqueue_discretize(stream)
+        denoiser.enqueue()
+    head.enqueue()
     assert cuda.events == ["enqueue denoiser"] * 3 + ["enqueue discretizer"]
     cuda.cudaStreamSynchronize(stream)
 
 
-def test_device_buffers_hold_the_inputs_and_outputs(ready: Any, cuda: FakeCuda, bundle: Bundle) -> None:
-    backend = ready("2")
-    stream = cuda.add_stream()
-    network = backend.device_network(2, 16, stream)
-    assert set(network.buffers) == {"z", "x_prev", "t", "s", "mode", "x", "hidden", "ids"}
-    reference = OrtBackend(bundle, "fp32", 1).bind(2, 16)
-    call_inputs(reference, seed=3)
-    for name in ("z", "x_prev", "t", "s", "mode"):
-        array = getattr(reference, name)
-        ctypes.memmove(network.buffers[name], array.ctypes.data, array.nbytes)
-    network.enqueue_denoise(stream)
-    network.enqueue_discretize(stream)
-    cuda.cudaStreamSynchronize(stream)
-    reference.denoise()
-    ids = np.ctypeslib.as_array((ctypes.c_int64 * 32).from_address(network.buffers["ids"]))
-    np.testing.assert_array_equal(ids.reshape(2, 16), reference.discretize())
-
-
-def test_profiles_serve_several_batch_sizes(ready: Any) -> None:
+def test_profiles_serve_several_batch_sizes(ready: Any, cuda: FakeCuda) -> None:
     backend = ready("1,2:4:8")
     assert backend.max_rows(16) == 8
-    assert backend.max_rows(15) == 0
+    with pytest.raises(BackendError, match="this call needs 1 rows of 15: run elf-rt build-engine"):
+        backend.max_rows(15)
+    with pytest.raises(BackendError, match="this call needs 9 rows of 16: run elf-rt build-engine"):
+        backend.max_rows(16, 9)
     for rows in (1, 2, 5, 8):
-        network = backend.bind(rows, 16)
-        call_inputs(network, seed=rows)
-        network.denoise()
-        assert np.isfinite(network.x).all() and np.abs(network.x).max() > 0
-        network.close()
+        call = OnStream(backend, cuda, rows, 16)
+        assert len(call.array("x")) == rows
+        fill(call, rows, rows)
+        call.denoise()
+        assert np.isfinite(call.array("x")).all() and np.abs(call.array("x")).max() > 0
+        call.close()
 
 
 def test_the_plan_with_the_least_padding_is_taken(ready: Any) -> None:
@@ -157,32 +181,34 @@ def test_a_shape_that_no_plan_takes_names_the_command(ready: Any) -> None:
     with pytest.raises(
         BackendError, match=r"takes 1 rows of 16 tokens, .* 3 rows of 16: run elf-rt build-engine .*--batch 3"
     ):
-        backend.device_network(3, 16, 1)
+        backend.bind("denoiser", 3, 16, 1)
 
 
 def test_close_frees_everything(ready: Any, cuda: FakeCuda) -> None:
     backend = ready("1,2:2:4")
-    networks = [backend.bind(rows, 16) for rows in (1, 2, 3)]
-    assert cuda.allocated() > 0 and cuda.allocated("host") > 0 and cuda.num_streams == 3
-    networks[0].close()
-    networks[0].close()
-    for network in networks[1:]:
-        network.close()
-    assert (cuda.allocated(), cuda.allocated("host"), cuda.num_streams) == (0, 0, 0)
-    backend.device_network(1, 16, cuda.add_stream())
+    calls = [OnStream(backend, cuda, rows, 16) for rows in (1, 2, 3)]
+    assert cuda.allocated() > 0
+    calls[0].close()
+    calls[0].close()
+    for call in calls[1:]:
+        call.close()
+    assert cuda.allocated() == 0
+    OnStream(backend, cuda, 1, 16)
+    assert cuda.allocated() > 0
     backend.close()
     assert cuda.allocated() == 0
     with pytest.raises(BackendError, match="closed"):
-        backend.bind(1, 16)
-    assert cuda.num_streams == 1
+        backend.bind("denoiser", 1, 16, 1)
+    assert cuda.allocated() == 0
 
 
 def test_a_closed_network_refuses(ready: Any, cuda: FakeCuda) -> None:
-    backend, stream = ready("1"), cuda.add_stream()
-    network = backend.device_network(1, 16, stream)
+    backend = ready("1")
+    call = OnStream(backend, cuda, 1, 16)
     backend.close()
-    with pytest.raises(BackendError, match="closed"):
-        network.enqueue_denoise(stream)
+    for graph in (call.denoiser, call.head):
+        with pytest.raises(BackendError, match="closed"):
+            graph.enqueue()
 
 
 def test_running_out_of_memory_frees_what_was_taken(
@@ -193,21 +219,20 @@ def test_running_out_of_memory_frees_what_was_taken(
     monkeypatch.setattr(Bundle, "plans_dir", tmp_path / "plans")
     build_fake(bundle, "8")
     backend = trt.open_backend(bundle, "fp32")
-    with pytest.raises(BackendError, match=r"cudaMalloc failed: out of memory: use a smaller batch"):
-        backend.bind(8, 16)
-    assert (cuda.allocated(), cuda.num_streams) == (0, 0)
+    with pytest.raises(GpuMemoryError, match=r"cudaMalloc failed: out of memory: use a smaller batch"):
+        backend.bind("denoiser", 8, 16, cuda.add_stream())
+    assert cuda.allocated() == 0
 
 
 def test_what_the_library_says_is_in_the_error_not_on_the_terminal(
     ready: Any, cuda: FakeCuda, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    backend, stream = ready("1"), cuda.add_stream()
-    network = backend.device_network(1, 16, stream)
-    network._contexts["denoiser"]._addresses.pop("t")
+    graph = ready("1").bind("denoiser", 1, 16, cuda.add_stream())
+    graph._context._addresses.pop("t")
     with pytest.raises(
         BackendError, match="could not run the denoiser: Error Code 3: API Usage Error: an address is not"
     ):
-        network.enqueue_denoise(stream)
+        graph.enqueue()
     assert capfd.readouterr() == ("", "")
 
 
@@ -217,21 +242,22 @@ def test_a_failed_bind_leaves_no_memory(ready: Any, cuda: FakeCuda, monkeypatch:
     promise = Profile(Range(1, 1, 4), Range(16, 16, 16))  # more than the engine takes
     backend._plans[0] = (folder, dataclasses.replace(record, profiles=(promise,)))
     with pytest.raises(BackendError, match=r"refused shape \(4, 16, 32\) for z of the denoiser: Error Code 3"):
-        backend.bind(4, 16)
-    assert (cuda.allocated(), cuda.num_streams) == (0, 0)
+        backend.bind("denoiser", 4, 16, cuda.add_stream())
+    assert cuda.allocated() == 0
 
 
 @pytest.mark.parametrize("case", ["uncond", "cond", "no_self_cond"])
 def test_golden_runs_as_cuda_graphs(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plan, backend, device sampler and kernels together: latents and every token of the official code."""
+    """Plan, backend, device engine and kernel together: latents and every token of the official code."""
     gpu = install_gpu(monkeypatch)
     install_tensorrt(monkeypatch, NEWEST, gpu)
     bundle = golden_bundle(tmp_path / "m.elfrt", case, ("fp32",))
     build_fake(bundle, "1:4:16")
-    with Model(bundle, *open_backend(bundle, "tensorrt", "fp32")) as model:
+    with Model(bundle, lambda: open_backend(bundle, "tensorrt", "fp32")) as model:
         report = verify(model, GOLDEN / case / "golden.npz")
+        stats = model.stats()
     assert report.passed and report.backend == "tensorrt", report
-    assert gpu.launches["graph"] > 0
+    assert gpu.launches["graph"] == stats.calls > stats.captures > 0
     assert (gpu.allocated(), gpu.allocated("host"), gpu.num_streams) == (0, 0, 0)
 
 
@@ -249,10 +275,10 @@ def test_rtx_keeps_the_kernels_that_it_finished(
         build(rtx_spec(bundle, batch="1:2:4"))
         backend = trt_rtx.open_backend(bundle, "fp16")
         for rows in (1, 2, 1, 2):
-            network = backend.bind(rows, 16)
-            network.denoise()
-            network.discretize()
-            network.close()
+            call = OnStream(backend, cuda, rows, 16)
+            call.denoise()
+            call.discretize()
+            call.close()
         backend.close()
         return cuda.events.count("finish kernels")
 

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from elf_rt.plans import Machine, Record
 
 MB = 1e6
-REPLAY_ROWS = 8  # a replay holds up to 4 samples, and guidance may double their rows
+CALL_TOKENS = 8192  # rows x length of a call that texts share: more hardly pay
+LEAST_ROWS = 8  # one text takes up to five: four of guidance, and a draft
 
 
 def _sms(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...]:
@@ -52,7 +53,7 @@ def _sms(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple
     "--batch",
     metavar="1 | 1:8:32",
     help="Network rows of one call: one number, or least:best:most; several with commas. A text takes one row, and two "
-    "or more where guidance is done by extra calls.  [default: one text, and a range for batches]",
+    "or more where guidance is done by extra calls.  [default: one text, and a range for calls that texts share]",
 )
 @click.option("--seq-len", metavar="L", help="Length in tokens, or least:best:most.  [default: the model's own]")
 @click.option("--opt-level", type=click.IntRange(0, 5), default=3, help="How long to search: 0 quick, 5 thorough.")
@@ -114,13 +115,15 @@ def _recipe(target: str, sms: tuple[int, ...], machine: "Machine") -> "Recipe":
 
 
 def _default_batch(bundle: Bundle) -> str:
-    """--batch for one text at its fastest, and for as many rows as ``Model`` and ``elf-rt verify`` put together."""
-    from elf_rt.request import TOKENS_PER_BATCH
+    """--batch for one text at its fastest, and for the calls of 1, 2, 4, … rows that texts share."""
+    from elf_rt.device.calls import MAX_ENTRIES
     from elf_rt.sampling.schedule import guidance_rows
 
     config = bundle.config
     rows = guidance_rows(bundle.presets["default"], config, conditional=config.max_input_length > 0)
-    most = max(REPLAY_ROWS, TOKENS_PER_BATCH // config.max_length)
+    most = LEAST_ROWS
+    while 2 * most <= min(CALL_TOKENS // config.max_length, MAX_ENTRIES):
+        most *= 2
     return f"{len(rows)},1:{most}:{most}"
 
 

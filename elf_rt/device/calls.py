@@ -49,6 +49,7 @@ class Calls:
         self._backend, self._cuda, self._stream = backend, cuda, stream
         self._integrate, self._make_room, self._max_rows = integrate, make_room, max_rows
         self._limits: dict[int, int] = {}  # by length, where memory ran out
+        self._head_limits: dict[int, int] = {}
         self._buckets: dict[tuple[int, int], Bucket] = {}
         self._heads: dict[tuple[int, int], DeviceGraph] = {}
         self._capturable = True
@@ -79,14 +80,25 @@ class Calls:
                 raise
         return self._buckets[key]
 
-    def head(self, rows: int, length: int) -> DeviceGraph:
-        """The token head for at least so many rows."""
-        key = self._size(rows, length), length
-        if key not in self._heads:
-            self._stream.synchronize()
+    def head(self, rows: int, length: int) -> tuple[DeviceGraph, int]:
+        """A token head, and how many rows it takes at a time: fewer than these where memory is short.
+
+        Raises:
+            GpuMemoryError: there is not even memory for one row.
+        """
+        key = self._size(min(rows, self._head_limits.get(length, rows)), length), length
+        if key in self._heads:
+            return self._heads[key], key[0]
+        self._stream.synchronize()
+        try:
             with setup_lock:
                 self._heads[key] = self._backend.bind("discretizer", *key, self._stream.handle)
-        return self._heads[key]
+        except GpuMemoryError:
+            if key[0] == 1:
+                raise
+            self._head_limits[length] = key[0] // 2
+            return self.head(rows, length)
+        return self._heads[key], key[0]
 
     def others(self, length: int) -> bool:
         """Whether anything was made for other lengths."""
@@ -120,6 +132,7 @@ class Calls:
             network.enqueue()  # engines set themselves up in a first run, which cannot be captured
             self._stream.synchronize()
             bucket.graph = self._capture(call)
+            self.head(1, length)  # without which no text of these calls would end
         except BaseException:
             bucket.close()
             raise

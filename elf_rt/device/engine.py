@@ -22,6 +22,7 @@ from elf_rt.device.cuda import Cuda
 from elf_rt.device.cudart import Event
 from elf_rt.device.kernels import SLOT_STEP, grid, row_flags
 from elf_rt.device.memory import Fields, StagedArrays
+from elf_rt.errors import GpuMemoryError
 from elf_rt.network import DeviceBackend, DeviceGraph
 from elf_rt.params import ModelConfig
 from elf_rt.sampling.cost import CallCost
@@ -116,6 +117,7 @@ class DeviceEngine:
 
     def open(self, program: Program) -> DeviceSlot:
         self._backend.max_rows(program.length, program.max_rows)
+        self._calls.bucket(program.max_rows, program.length)  # first, or slots could leave no memory for any call
         with setup_lock:
             slot = self._take(program)
         arrays, stream = slot.arrays, self._stream
@@ -130,6 +132,7 @@ class DeviceEngine:
             slot.noise["noise"][...] = program.eps
             slot.noise.upload(stream, "noise")
         if program.z0 is None:
+            arrays["entry"][...] = np.zeros((), SLOT_STEP)  # of the text that had the slot before
             self._write(arrays["entry"], 0, slot, 0)
             arrays.upload(stream, "entry")
             self._integrate(arrays.address("entry"), 1, program.length)
@@ -268,22 +271,26 @@ class DeviceEngine:
         decoding = [r for r, row in enumerate(rows) if row.decodes]
         if not decoding:
             return
-        length, stream = slots[0].program.length, self._stream
-        head = self._calls.head(len(decoding), length)
-        hidden, row_bytes = head.buffers["hidden"], 4 * length * self._hidden
-        for first, count in _runs(decoding):
-            source = network.buffers["hidden"] + decoding[first] * row_bytes
-            stream.copy_on_device(hidden + first * row_bytes, source, count * row_bytes)
-        head.enqueue()
-        for slot, place in zip(slots, places, strict=True):
-            if place.stop - 1 not in decoding:
-                continue
-            ids = head.buffers["ids"] + decoding.index(place.stop - 1) * 8 * length
-            stream.copy_to_host(slot.arrays.host_address("ids") + turn * 8 * length, ids, 8 * length)
-            if slot.j == slot.program.last:
-                slot.arrays.download(stream, "not_finite")
-                if slot.program.latents:
-                    slot.arrays.download(stream, "z")
+        length, row_bytes = slots[0].program.length, 4 * slots[0].program.length * self._hidden
+        ends = {place.stop - 1: slot for slot, place in zip(slots, places, strict=True)}
+        head, most = self._calls.head(len(decoding), length)
+        for start in range(0, len(decoding), most):
+            piece = decoding[start : start + most]
+            for first, count in _runs(piece):
+                source = network.buffers["hidden"] + piece[first] * row_bytes
+                self._stream.copy_on_device(head.buffers["hidden"] + first * row_bytes, source, count * row_bytes)
+            head.enqueue()
+            for index, row in enumerate(piece):
+                self._fetch(ends[row], head.buffers["ids"] + index * 8 * length, turn)
+
+    def _fetch(self, slot: DeviceSlot, ids: int, turn: int) -> None:
+        """A text's ids, and behind its last call what else is told of it, on the way to the host."""
+        arrays, num_bytes = slot.arrays, 8 * slot.program.length
+        self._stream.copy_to_host(arrays.host_address("ids") + turn * num_bytes, ids, num_bytes)
+        if slot.j == slot.program.last:
+            arrays.download(self._stream, "not_finite")
+            if slot.program.latents:
+                arrays.download(self._stream, "z")
 
     def _progress(self, slot: DeviceSlot, j: int, rows: Sequence[Row], turn: int) -> Progress:
         program, arrays = slot.program, slot.arrays
@@ -299,20 +306,30 @@ class DeviceEngine:
 
     def _take(self, program: Program) -> DeviceSlot:
         """An idle slot, or a new one."""
-        noise = None
-        if program.eps is not None:
-            noise = StagedArrays(self._cuda, {"noise": (program.eps.shape, np.float32)})
-        idle = self._idle.get(program.length)
-        if idle:
-            slot = idle.pop()
-            slot.sent.wait()  # until then its host memory may be on the way
-            slot = DeviceSlot(program, slot.arrays, noise, slot.sent)
-        else:
-            slot = DeviceSlot(
-                program, StagedArrays(self._cuda, _slot_fields(program.length, self._width)), noise, Event()
-            )
-        self._slots[slot] = None
-        return slot
+        length, idle = program.length, self._idle.get(program.length)
+        while True:
+            with ExitStack() as made:
+                try:
+                    noise = None
+                    if program.eps is not None:
+                        noise = StagedArrays(self._cuda, {"noise": (program.eps.shape, np.float32)})
+                        made.callback(noise.close)
+                    if idle:
+                        arrays, sent = idle[-1].arrays, idle[-1].sent
+                        sent.wait()  # until then its host memory may be on the way
+                        idle.pop()
+                    else:
+                        arrays = StagedArrays(self._cuda, _slot_fields(length, self._width))
+                        made.callback(arrays.close)
+                        sent = Event()
+                except GpuMemoryError:
+                    if not self._make_room(length):
+                        raise
+                    continue
+                made.pop_all()
+            slot = DeviceSlot(program, arrays, noise, sent)
+            self._slots[slot] = None
+            return slot
 
     def _make_room(self, length: int) -> bool:
         """Free what was made for other lengths; False where there is nothing."""

@@ -245,6 +245,7 @@ class Driver:
         tasks = self._take_turn(engine)
         rows = [task.rows for task in tasks]
         drafts = [any(row.of_estimate for row in task.program.rows(task.slot.j)) for task in tasks if task.slot]
+        now = time.perf_counter()
         try:
             engine.enqueue([task.slot for task in tasks if task.slot is not None])
         except Exception as error:
@@ -254,7 +255,6 @@ class Driver:
             else:
                 self._fail(engine, tasks, error)
             return
-        now = time.perf_counter()
         for task, draft in zip(tasks, drafts, strict=True):
             if not task.times.calls:
                 task.times.waited = now - task.submitted

@@ -21,9 +21,7 @@ import numpy as np
 from elf_rt.errors import InputError
 from elf_rt.machine import cores
 from elf_rt.sampling.noise import NoiseKey, normal
-from elf_rt.sampling.schedule import Row
-
-MAX_ROWS = 4  # guidance rows of one text in one network call; a draft may come to them
+from elf_rt.sampling.schedule import MAX_ROWS, Row
 
 
 @dataclass(slots=True)

@@ -25,6 +25,7 @@ from elf_rt.sampling.noise import normal
 
 A, B, C, D, X = range(5)  # columns of Table.coef
 
+MAX_ROWS = 4  # guidance rows of one text in one network call; a draft may come to them
 MAX_EXTRAPOLATION = 4.0  # longest continuation of a line through two estimates, in units of their distance
 
 
@@ -79,6 +80,8 @@ class Table:
                 raise InputError(f"{name} of a table must be finite")
         if not self.rows or not self.rows[0].sees_source:
             raise InputError("the first guidance row of a table must see the source")
+        if len(self.rows) > MAX_ROWS or any(row.decodes or row.of_estimate for row in self.rows):
+            raise InputError(f"a table must have at most {MAX_ROWS} guidance rows, of which none decodes")
 
     @property
     def num_steps(self) -> int:

@@ -1,0 +1,520 @@
+"""The engine of rows under its driver: many texts at once, each as it is alone, and nothing left behind."""
+
+import asyncio
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import CancelledError
+from concurrent.futures import TimeoutError as FutureTimeout
+
+import numpy as np
+import pytest
+
+import elf_rt
+from elf_rt.errors import BackendError, InputError
+from elf_rt.model import Text
+from elf_rt.params import ModelConfig, SamplingParams
+from elf_rt.pending import Pending
+from elf_rt.sampling import schedule
+from elf_rt.sampling.cost import CallCost
+from elf_rt.sampling.driver import Driver
+from elf_rt.sampling.engine import HostEngine
+from elf_rt.sampling.program import Program, Written
+from elf_rt.sampling.schedule import Row, Table
+
+LONG = 30  # seconds after which a test that hangs fails
+
+
+@pytest.fixture(scope="module")
+def model(bundle):
+    with elf_rt.load(bundle("cond"), "onnxruntime", threads=1) as opened:
+        yield opened
+
+
+def idle(model) -> bool:
+    stats = model.stats()
+    return (stats.slots, stats.waiting, stats.rows) == (0, 0, 0)
+
+
+def steps(model, count, **overrides) -> SamplingParams:
+    return model.params(steps=count, **overrides)
+
+
+# A backend made of arithmetic: x̂ = z / 2 + x_prev / 4 + t, so a text's latents say which calls it took part in.
+
+
+class Graph:
+    def __init__(self, backend, graph, rows, length):
+        c = StubBackend.config.latent_dim
+        self._backend, self._kind = backend, graph
+        hidden = np.zeros((rows, length, c), np.float32)
+        if graph == "discretizer":
+            self.arrays = {"hidden": hidden, "ids": np.zeros((rows, length), np.int64)}
+        else:
+            self.arrays = {name: np.zeros((rows, length, c), np.float32) for name in ("z", "x_prev", "x")}
+            self.arrays |= {"t": np.zeros(rows, np.float32), "hidden": hidden}
+
+    def run(self):
+        arrays = self.arrays
+        if self._kind == "discretizer":
+            arrays["ids"][:] = np.round(100 * arrays["hidden"].sum(-1))
+            return
+        self._backend.before_call(len(arrays["t"]))
+        arrays["x"][:] = arrays["z"] / 2 + arrays["x_prev"] / 4 + arrays["t"][:, None, None]
+        arrays["hidden"][:] = arrays["z"]
+
+    def close(self):
+        self.arrays = {}
+
+
+class StubBackend:
+    name, precision, device = "stub", "fp32", "cpu"
+    config = ModelConfig(1, 8, 1, 8, 8, 3, 4, 8, max_length=4)
+
+    def __init__(self, before_call=lambda rows: None):
+        self.before_call = before_call
+        self.calls: list[int] = []
+
+    def bind(self, graph, rows, length):
+        return Graph(self, graph, rows, length)
+
+    def max_rows(self, length, needed=1):
+        return None
+
+    def describe(self):
+        return {}
+
+    def close(self):
+        pass
+
+
+class Gate:
+    """Lets calls through one by one, and says how many rows each has."""
+
+    def __init__(self):
+        self.rows: list[int] = []
+        self._free, self._reached = threading.Semaphore(0), threading.Semaphore(0)
+
+    def __call__(self, rows):
+        self.rows.append(rows)
+        self._reached.release()
+        assert self._free.acquire(timeout=LONG)
+
+    def reached(self):
+        assert self._reached.acquire(timeout=LONG)
+
+    def let(self, calls=1):
+        self._free.release(calls)
+
+
+def stub_driver(before_call=lambda rows: None, max_rows=None) -> Driver:
+    backend = StubBackend(before_call)
+    return Driver(lambda: HostEngine(backend, backend.config.latent_dim, max_rows), backend.config.max_length)
+
+
+def program(count=3, seed=0, **fields) -> Program:
+    params = SamplingParams(steps=count, sampler="sde")
+    (grid,) = schedule.make_grid(params, StubBackend.config, np.array([seed], np.uint64))
+    table = schedule.make_table(params, StubBackend.config, grid, conditional=False)
+    return Program(table, 4, seed, 1.0, **fields)
+
+
+def pend(driver, made) -> Pending:
+    return Pending(driver, made, lambda written: written, lambda ids: str(ids))
+
+
+def alone(made) -> Written:
+    driver = stub_driver()
+    try:
+        return pend(driver, made).result(LONG)
+    finally:
+        driver.close()
+
+
+@pytest.fixture
+def conditional(bundle):
+    with elf_rt.load(bundle("t5"), "onnxruntime", threads=1) as opened:
+        yield opened
+
+
+PROMPTS = (None, "the cat", "the sea")
+
+
+def test_soak(conditional):
+    """Random texts, cancels and drafts from several threads; every text is the one that it is alone."""
+    rng, model, config = random.Random(5), conditional, conditional.config
+    kinds = [
+        Text(
+            rng.choice(PROMPTS),
+            seed,
+            params=model.params(
+                steps=rng.choice((1, 2, 3, 7)),
+                sampler=rng.choice(("sde", "ode", "ab2")),
+                guidance_scale=rng.choice((0.0, 1.0, 2.0)),
+                guidance_until=rng.choice((0.5, 1.0)),
+            ),
+            length=rng.choice((config.max_length, config.max_length - 3, config.max_length // 2)),
+            pinned=rng.choice((None, {0: 3}, {0: 5, 1: 4})),
+        )
+        for seed in range(24)
+    ]
+    failures: list[str] = []
+    cancelled = [0, 0]
+
+    def work(number):
+        mine = random.Random(number)
+        for _ in range(25):
+            k = mine.randrange(len(kinds))
+            pending = model.submit(kinds[k], drafts_every=mine.choice((0, 0, 1, 2)))
+            if mine.random() < 0.25:
+                time.sleep(mine.random() * 0.003)
+                cancelled[0] += pending.cancel()
+            try:
+                if not np.array_equal(pending.result(LONG).ids, want[k]):
+                    failures.append(f"text {k} is another")
+            except CancelledError:
+                if not pending.cancelled():
+                    failures.append(f"text {k} was not cancelled")
+
+    with pytest.warns(UserWarning, match="trained on"):
+        want = [model.write([text])[0].ids for text in kinds]
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not failures
+    assert idle(model)
+
+
+def test_results_are_those_of_the_text_alone_whatever_the_rows_of_a_call():
+    """Six texts of different steps over at most 1, 2, 3 and 16 rows a call: the same bits."""
+    made = [program(1 + k, seed=k, latents=True, drafts_every=k % 3) for k in range(6)]
+    want = [alone(each) for each in made]
+    for max_rows in (1, 2, 3, 16):
+        driver = stub_driver(max_rows=max_rows)
+        for got, expected in zip([pend(driver, each) for each in made], want, strict=True):
+            written = got.result(LONG)
+            assert np.array_equal(written.ids, expected.ids) and np.array_equal(written.latents, expected.latents)
+        assert driver.stats().rows == 0 and driver.stats().finished == 6
+        driver.close()
+
+
+def test_a_short_text_joins_long_ones_at_the_next_call():
+    """Beside four texts of 60 steps, with one row a call, a text of 2 steps needs 3 turns of a ring of 5."""
+    driver = stub_driver(max_rows=1)
+    long = [pend(driver, program(60, seed=k)) for k in range(4)]
+    while driver.stats().calls < 20:
+        time.sleep(0.001)
+    before = driver.stats().calls
+    pend(driver, program(2, seed=9)).result(LONG)
+    assert driver.stats().calls - before <= 3 * 5 + 5  # and what went on while this thread slept
+    assert not any(each.done() for each in long)
+    assert [len(each.result(LONG).ids) for each in long] == [4] * 4
+    assert driver.stats().calls == 4 * 61 + 3
+    driver.close()
+
+
+def test_cancel_frees_the_slot_before_the_next_call():
+    gate = Gate()
+    driver = stub_driver(gate, max_rows=1)
+    first, second = pend(driver, program(50)), pend(driver, program(1, seed=1))
+    gate.reached()
+    assert first.cancel() and not first.done()
+    gate.let(3)  # the call under way, and the two of the second text
+    assert second.result(LONG)
+    with pytest.raises(CancelledError):
+        first.result(LONG)
+    assert first.cancelled() and not first.cancel() and not second.cancel()
+    assert len(gate.rows) == 3
+    stats = driver.stats()
+    assert (stats.slots, stats.waiting, stats.finished, stats.cancelled, stats.failed) == (0, 0, 1, 1, 0)
+    driver.close()
+
+
+def test_close_ends_everybody_with_one_error():
+    gate = Gate()
+    driver = stub_driver(gate)
+    texts = [pend(driver, program(50, seed=k)) for k in range(200)]  # more than there are slots
+    gate.reached()
+    closing = threading.Thread(target=driver.close)
+    closing.start()
+    gate.let(1000)
+    closing.join(LONG)
+    assert not closing.is_alive()
+    for text in texts:
+        with pytest.raises(BackendError, match="the model is closed"):
+            text.result(LONG)
+    with pytest.raises(BackendError, match="the model is closed"):
+        pend(driver, program())
+    driver.close()
+
+
+def test_closing_a_model_while_threads_write(bundle):
+    before = threading.active_count()
+    opened = elf_rt.load(bundle("cond"), "onnxruntime", threads=1)
+    told: list[BaseException] = []
+
+    def write():
+        try:
+            opened.generate(n=8, seed=0, steps=500)
+        except BaseException as error:
+            told.append(error)
+
+    threads = [threading.Thread(target=write) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    while not opened.stats().calls:
+        time.sleep(0.001)
+    opened.close()
+    for thread in threads:
+        thread.join(LONG)
+    assert [type(error) for error in told] == [BackendError] * 4
+    assert all("the model is closed" in str(error) for error in told)
+    assert threading.active_count() == before
+    for use in (lambda: opened.submit(Text()), lambda: opened.stream(), lambda: opened.write([Text()]), opened.stats):
+        with pytest.raises(BackendError, match="the model is closed"):
+            use()
+
+
+def test_a_failed_call_ends_its_texts_alone():
+    def fail(rows):
+        if rows == 3:
+            raise RuntimeError("no luck\nat all")
+
+    driver = stub_driver(fail, max_rows=8)
+    guided = Table(np.array([0, 0, 1.0]), np.zeros((3, 5)), np.ones((3, 3)), (Row(True, True),) * 3)
+    bad = pend(driver, Program(guided, 4, 0, 1.0))
+    with pytest.raises(BackendError, match=r"the network call failed: RuntimeError: no luck$"):
+        bad.result(LONG)
+    assert pend(driver, program()).result(LONG)
+    assert (driver.stats().failed, driver.stats().finished, driver.stats().slots) == (1, 1, 0)
+    driver.close()
+
+
+def test_latents_that_are_not_finite_end_that_text_alone():
+    driver = stub_driver(max_rows=4)
+    z0 = np.zeros((4, 3), np.float32)
+    z0[1, 2] = np.inf
+    good, bad = [pend(driver, program(5, seed=k)) for k in (1, 2)], pend(driver, program(5, z0=z0))
+    with pytest.raises(BackendError, match="latents that are not finite"):
+        bad.result(LONG)
+    for k, each in zip((1, 2), good, strict=True):
+        assert np.array_equal(each.result(LONG).ids, alone(program(5, seed=k)).ids)
+    driver.close()
+
+
+def test_not_finite_on_a_model(model):
+    z0 = np.full((2, model.config.max_length, model.config.latent_dim), 0.5, np.float32)
+    z0[1, 0, 0] = np.inf
+    with pytest.raises(BackendError, match="latents that are not finite"):
+        model.sample(z0=z0, params=steps(model, 2, sampler="ode"))
+    assert np.isfinite(model.sample(z0=z0[:1], params=steps(model, 2, sampler="ode")).latents).all()
+
+
+def test_timings_are_the_texts_own():
+    gate = Gate()
+    driver = stub_driver(gate, max_rows=1)
+    first, second = pend(driver, program(4, drafts_every=2)), pend(driver, program(1, seed=1))
+    gate.reached()
+    time.sleep(0.05)
+    gate.let(100)
+    a, b = first.result(LONG).times, second.result(LONG).times
+    assert a.calls == 5 + 1 and b.calls == 2  # a draft after step 2; after step 4 comes the text itself
+    for times in (a, b):
+        assert times.waited + times.network + times.integrator <= times.total
+    assert b.waited > 0.04 > a.waited or a.network > 0.04
+    driver.close()
+
+
+def test_a_slow_reader_is_not_counted(model):
+    stream = model.stream(n=1, seed=0, steps=4, drafts_every=2)
+    told = []
+    for event in stream:
+        told.append(event)
+        time.sleep(0.1)
+    (result,) = told[-1]
+    assert [draft.step for draft in told[:-1]] == [1, 2, 3, 4] and result.timings.calls == 5 + 1
+    assert result.timings.total_ms < 400
+
+
+def test_drafts_of_a_pending(model):
+    pending = model.submit(Text(seed=3, params=steps(model, 7)), drafts_every=2)
+    assert [draft.step for draft in pending] == [2, 4, 6] and pending.done()
+    assert [draft.step for draft in pending] == [2, 4, 6]  # again, from the first one on
+    ended: list[Pending] = []
+    pending.add_done_callback(ended.append)
+    assert ended == [pending]
+    assert np.array_equal(pending.result().ids, model.generate(seed=3, steps=7)[0].ids)
+
+
+def test_result_waits_no_longer_than_it_is_told():
+    gate = Gate()
+    driver = stub_driver(gate)
+    pending = pend(driver, program(1))
+    with pytest.raises(FutureTimeout):
+        pending.result(0.01)
+    assert not pending.done()
+    gate.let(2)
+    assert pending.result(LONG)
+    driver.close()
+
+
+def test_asyncio(model):
+    async def use():
+        pending = model.submit(Text(seed=3, params=steps(model, 6)), drafts_every=2)
+        seen = [draft.step async for draft in pending]
+        return seen, await pending, await asyncio.gather(*(model.submit(Text(seed=k)) for k in range(5)))
+
+    seen, result, several = asyncio.run(asyncio.wait_for(use(), LONG))
+    assert seen == [2, 4] and np.array_equal(result.ids, model.generate(seed=3, steps=6)[0].ids)
+    for written, expected in zip(several, model.write([Text(seed=k) for k in range(5)]), strict=True):
+        assert np.array_equal(written.ids, expected.ids)
+
+
+def test_cancelling_the_task_that_awaits_cancels_the_text(model):
+    async def use():
+        pending = model.submit(Text(seed=0, params=steps(model, 500)))
+
+        async def wait():
+            await pending
+
+        task = asyncio.create_task(wait())
+        await asyncio.sleep(0.02)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return pending
+
+    pending = asyncio.run(asyncio.wait_for(use(), LONG))
+    with pytest.raises(CancelledError):
+        pending.result(LONG)
+    assert pending.cancelled() and idle(model)
+
+
+FORK = """
+import os, signal, sys, elf_rt
+model = elf_rt.load(sys.argv[1], sys.argv[2], precision="fp32", threads=2)
+want = model.generate(seed=3, steps=2)[0].ids.tolist()
+child = os.fork()
+if child == 0:
+    signal.alarm(30)
+    same = model.generate(seed=3, steps=2)[0].ids.tolist() == want
+    sys.exit(0 if same else 3)  # in the normal way, as a worker of gunicorn --preload ends
+status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+assert model.generate(seed=3, steps=2)[0].ids.tolist() == want
+sys.exit(abs(status))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_a_forked_child_writes_the_same_text_and_exits(bundle, backend, tmp_path):
+    pytest.importorskip(backend)
+    command = [sys.executable, "-c", FORK, str(bundle("cond")), backend]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+IN_FLIGHT = """
+import sys, elf_rt
+model = elf_rt.load(sys.argv[1], sys.argv[2], precision="fp32", threads=1)
+pending = [model.submit(elf_rt.Text(seed=k, params=model.params(steps=1000))) for k in range(20)]
+while not model.stats().calls: pass
+"""
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_an_interpreter_with_texts_in_flight_exits(bundle, backend, tmp_path):
+    pytest.importorskip(backend)
+    command = [sys.executable, "-c", IN_FLIGHT, str(bundle("cond")), backend]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a text", "a text must be an elf_rt.Text, got 'a text'"),
+        (Text(prompt=5), "prompt must be a text, got 5"),
+        (Text(seed=-1), r"seed must be a whole number between 0 and 2\*\*64 - 1, got -1"),
+        (Text(seed=2**64), r"seed must be a whole number between 0 and 2\*\*64 - 1"),
+        (Text(preset="best"), "preset must be one of default, got 'best'"),
+        (Text(params={"steps": 3}), "params must be SamplingParams, as Model.params makes them"),
+        (Text(length=0), "length must be a whole number between 1 and 24, got 0"),
+        (Text(pinned={99: 1}), "a pinned position must be between 0 and 23, got 99"),
+    ],
+)
+def test_an_impossible_text_is_named_and_disturbs_nobody(model, text, message):
+    other = model.submit(Text(seed=1, params=steps(model, 20)))
+    with pytest.raises(InputError, match=message):
+        model.submit(text)
+    with pytest.raises(InputError, match=message):
+        model.write([Text(seed=2), text])
+    assert np.array_equal(other.result(LONG).ids, model.generate(seed=1, steps=20)[0].ids)
+    assert idle(model)
+
+
+def test_a_table_of_ones_own(model):
+    """The table that the parameters make gives what they give; one of the wrong shape is refused."""
+    params = steps(model, 3)
+    (grid,) = schedule.make_grid(params, model.config, np.array([4], np.uint64))
+    table = schedule.make_table(params, model.config, grid, conditional=False)
+    want = model.sample(seeds=[4], params=params)
+    np.testing.assert_array_equal(model.sample(seeds=[4], table=table).latents, want.latents)
+    for bad, message in (
+        ({"t": table.t[:-1]}, r"coef of a table must have shape \(4, 5\), got \(5, 5\)"),
+        ({"coef": table.coef[:, :4]}, r"coef of a table must have shape \(5, 5\), got \(5, 4\)"),
+        ({"weights": np.full((5, 1), np.nan)}, "weights of a table must be finite"),
+        ({"rows": (Row(False, True),)}, "the first guidance row of a table must see the source"),
+        ({"rows": (Row(True, True),) * 5, "weights": np.ones((5, 5))}, "a table must have at most 4 guidance rows"),
+        ({"rows": (schedule.DECODE,)}, "guidance rows, of which none decodes"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Table(**{"t": table.t, "coef": table.coef, "weights": table.weights, "rows": table.rows} | bad)
+    with pytest.raises(InputError, match=r"table must be an elf_rt\.sampling\.schedule\.Table, got dict"):
+        model.sample(seeds=[4], table={})
+
+
+def settle(cost: CallCost, seconds, limit=64) -> tuple[int, list[int]]:
+    """What it settles at, and the rows that it asked for on the way; seconds: of a call, by rows."""
+    asked = []
+    for _ in range(500):
+        rows, settled = cost.worth(16, limit)
+        if settled:
+            return rows, asked
+        asked.append(rows)
+        cost.record(rows, 16, seconds(rows))
+    raise AssertionError(f"not settled: {asked}")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "want"),
+    [
+        (lambda rows: 1.0 + 0.1 * max(0, rows - 8) * 20, 8),  # as dear as one row up to 8
+        (lambda rows: 1.0 * rows, 1),  # no row is cheaper beside others
+        (lambda rows: 0.5 + 0.5 * rows, 32),  # a row of 64 is cheaper by 1.5% only
+        (lambda rows: rows * (1.3 if rows > 1 else 1.0), 1),  # worse than alone
+    ],
+)
+def test_a_call_holds_the_fewest_rows_that_pay(seconds, want):
+    rows, asked = settle(CallCost(), seconds)
+    assert rows == want
+    assert max(asked) <= 4 * want  # two larger sizes were tried, no more
+
+
+def test_costs_are_found_through_noise():
+    noise = np.random.default_rng(0)
+    rows, _ = settle(CallCost(), lambda rows: (1.0 + 2.0 * max(0, rows - 8)) * (1 + noise.exponential(0.3)))
+    assert rows in (4, 8, 16)
+    cost = CallCost()
+    assert cost.seconds(4, 16) is None
+    for seconds in (9.0, 0.1, 0.2, 0.3):  # the first call sets something up
+        cost.record(3, 16, seconds)
+    assert cost.by_rows(16) == {4: pytest.approx(1e3 * 0.2 / 3 * 4)}
+    assert cost.by_rows(15) == {}
