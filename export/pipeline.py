@@ -1,7 +1,6 @@
 """From a checkpoint to a bundle, the whole way: read, measure, write the graphs, record the replay, prove it."""
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +13,12 @@ from elf_rt import __version__
 from elf_rt.bundle import SUFFIX, Bundle, atomic_folder, write_manifest
 from elf_rt.errors import CheckpointError, InputError, warn
 from elf_rt.export.checkpoint import Checkpoint, load_checkpoint
-from elf_rt.export.encoder import check_tokenizer, encoder_beside, find_tokenizer, run_encoder, write_encoder
+from elf_rt.export.encoder import encoder_beside, find_tokenizer, run_encoder, write_encoder
 from elf_rt.export.graph import FUSED_OPSET
 from elf_rt.export.precisions import PrecisionWriter, Proof
 from elf_rt.export.reference import ELF
 from elf_rt.export.replay import Run, plan_runs, record
+from elf_rt.export.tokenizer import check_tokenizer, write_tokenizer
 from elf_rt.export.variants import variant_of
 from elf_rt.params import ModelConfig, SamplingParams, presets_for
 from elf_rt.text.codec import EOS_ID, TextCodec
@@ -159,7 +159,7 @@ def _write_text_side(folder: Path, checkpoint: Checkpoint, options: ExportOption
             warn(f"no tokenizer: {error}")
     if tokenizer is not None:
         tokens = check_tokenizer(tokenizer, config.vocab_size)
-        shutil.copyfile(tokenizer, folder / "tokenizer.json")
+        write_tokenizer(tokenizer, folder / "tokenizer.json")
         rules = _eos_rules(checkpoint, options)
         entries["tokenizer"] = {"pad_id": 0, "eos_id": 1, "file": "tokenizer.json"} | rules
     if encoder is not None and needs_encoder:
