@@ -156,7 +156,7 @@ class Tuner:
         for product, possible in tiles_of(fused, self.sm).items():
             chosen.append(self._fastest({tile: partial(runs[product], tile) for tile in possible}, lambda _: KERNELS))
             if chosen[-1] is None:
-                self._refuse_kernels(self.passed_over[KERNELS])
+                self._refuse_kernels(self.passed_over.get(KERNELS, "no tile fits the model's widths"))
                 return None
         self.passed_over.pop(KERNELS, None)  # of single tiles
         return make_tiles(chosen)
