@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Self
 
-from elf_rt.bundle import Bundle, sha256
+from elf_rt.bundle import Bundle
 from elf_rt.device.cudart import Gpu, find_gpu
 from elf_rt.errors import BackendError
 from elf_rt.libraries import import_library, why_absent
@@ -307,5 +307,5 @@ def graph_hashes(bundle: Bundle, precision: str) -> dict[str, str]:
     """sha256 of each file of a variant, as the manifest has them: running a plan does not read the graphs."""
     if precision not in bundle.variants:
         raise BackendError(f"{bundle.folder} has no {precision} graphs: export the checkpoint again with them")
-    files = bundle.manifest["files"]
-    return {part: files[name] for part, name in sorted(bundle.variants[precision].items())}
+    files = bundle.variants[precision]
+    return {role: bundle.manifest.files[name] for role, name in sorted(files.items())}

@@ -35,7 +35,7 @@ def write_encoder(
     max_length: int = 0,
     statistics: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """Writes the encoder into the bundle `folder` and returns its manifest entry: kind, file, source, vocab_size.
+    """Writes the encoder into the bundle `folder` and returns its manifest entry: kind, files, source, vocab_size.
 
     `source` is a safetensors file with `embedding.weight` (V, C), or the folder or Hub id of a T5 or GPT-2 in
     Hugging Face's layout. The runtime normalises the latents with latent_mean and latent_std; `statistics`
@@ -85,7 +85,7 @@ def _write_table(
             raise CheckpointError(f"{path}: a table cannot have statistics of its own for position 0 (mean_pos0)")
         table = (table.float() - mean) / std
     np.save(folder / "embedding.npy", table.numpy())
-    return {"kind": "embedding", "file": "embedding.npy", "vocab_size": table.shape[0]}
+    return {"kind": "embedding", "files": {"table": "embedding.npy"}, "vocab_size": table.shape[0]}
 
 
 def _write_network(
@@ -107,7 +107,8 @@ def _write_network(
     _check_network(path, tensors, shapes, paths)
     sizes.write(folder, {name: tensors[name].float().numpy() for name in shapes}, statistics)
     _prove(folder, sizes)
-    return {"kind": "onnx", "file": "encoder.onnx", "vocab_size": sizes.vocab_size}
+    files = {"encoder": "encoder.onnx", "weights": "encoder.bin"}
+    return {"kind": "onnx", "files": files, "vocab_size": sizes.vocab_size}
 
 
 def _weights_of(root: Path) -> Path:

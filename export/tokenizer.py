@@ -4,25 +4,32 @@ import json
 from pathlib import Path
 from typing import Any
 
-from elf_rt.errors import CheckpointError
+from elf_rt.errors import CheckpointError, InputError
 from elf_rt.export.foreign import MOST_INDEX, printable, read_json
+from elf_rt.files import why_not_here
+from elf_rt.text.tokenizer import TextTokenizer
 
 BYTE_LEVEL = "tokenizer_config.json"  # all that a folder of ByT5 says of its tokenizer
 _SPECIAL = ("<pad>", "</s>", "<unk>")
 
 
-def check_tokenizer(path: Path, vocab_size: int) -> int:
-    """The number of tokens of a tokenizer, which must not exceed the `vocab_size` of the model's head.
+def check_tokenizer(path: Path, vocab_size: int) -> TextTokenizer:
+    """A tokenizer, whose tokens must not exceed the `vocab_size` of the model's head.
 
     Raises:
         CheckpointError: the file is no tokenizer, or has a token that the head cannot write.
     """
-    tokens = max(_load(path).get_vocab(with_added_tokens=True).values(), default=-1) + 1
-    if not 0 < tokens <= vocab_size:
+    if reason := why_not_here(path):
+        raise CheckpointError(f"{path} {reason}")
+    try:
+        tokenizer = TextTokenizer(path, json.dumps(_content(path), ensure_ascii=False))
+    except InputError as error:
+        raise CheckpointError(printable(error)) from None
+    if not 0 < tokenizer.size <= vocab_size:
         raise CheckpointError(
-            f"{path} has {tokens} tokens, the model's head {vocab_size}: name the tokenizer it was trained with"
+            f"{path} has {tokenizer.size} tokens, the model's head {vocab_size}: name the tokenizer it was trained with"
         )
-    return tokens
+    return tokenizer
 
 
 def write_tokenizer(path: Path, target: Path) -> None:
@@ -39,18 +46,6 @@ def _content(path: Path) -> dict[str, Any]:
     if path.name == BYTE_LEVEL:
         return _byte_level(read_json(path))
     return read_json(path, MOST_INDEX) | {"truncation": None, "padding": None}
-
-
-def _load(path: Path) -> Any:
-    from tokenizers import Tokenizer
-
-    content = json.dumps(_content(path), ensure_ascii=False)
-    try:
-        return Tokenizer.from_str(content)
-    except BaseException as error:  # tokenizers raises Exception itself, and panics are not even that
-        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise CheckpointError(f"{path} is not a tokenizer.json ({printable(error)})") from error
-        raise
 
 
 def _byte_level(config: dict[str, Any]) -> dict[str, Any]:

@@ -52,7 +52,12 @@ def relative_error(got, want):
 def test_golden_source_ids(tmp_path, golden, run):
     _, ids, mask, cond, _ = golden
     entry = write_encoder(tmp_path, ENCODER, latent_dim=32)
-    assert entry == {"kind": "onnx", "file": "encoder.onnx", "source": "encoder", "vocab_size": 128}
+    assert entry == {
+        "kind": "onnx",
+        "files": {"encoder": "encoder.onnx", "weights": "encoder.bin"},
+        "source": "encoder",
+        "vocab_size": 128,
+    }
     latents = (run(tmp_path, ids, mask) - 0.1) / 0.2  # latent_mean and latent_std of its config.yml
     assert relative_error(latents[mask == 1], cond[:, : ids.shape[1]][mask == 1]) < 3e-6
 
@@ -210,7 +215,12 @@ def test_embedding_table(tmp_path, dtype, kept):
     table = torch.randn(9, 4).to(dtype)
     save_file({"embedding.weight": table}, tmp_path / "encoder.safetensors")
     entry = write_encoder(tmp_path, tmp_path / "encoder.safetensors", latent_dim=4, vocab_size=9)
-    wanted = {"kind": "embedding", "file": "embedding.npy", "source": "encoder.safetensors", "vocab_size": 9}
+    wanted = {
+        "kind": "embedding",
+        "files": {"table": "embedding.npy"},
+        "source": "encoder.safetensors",
+        "vocab_size": 9,
+    }
     assert entry == wanted
     got = np.load(tmp_path / "embedding.npy")
     assert got.dtype == kept and np.array_equal(got.astype(np.float32), table.float().numpy())
@@ -336,7 +346,7 @@ def test_byte_level_t5(tmp_path):
     theirs.save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").unlink(missing_ok=True)
     found = find_tokenizer(tmp_path, None)
-    assert check_tokenizer(found, 384) == 384
+    assert check_tokenizer(found, 384).size == 384
     write_tokenizer(found, tmp_path / "out.json")
     ours = Tokenizer.from_file(str(tmp_path / "out.json"))
     for text in ("It costs €5.", " two  spaces\n", "日本語 😀", "<extra_id_0> x"):
@@ -346,14 +356,14 @@ def test_byte_level_t5(tmp_path):
 
 
 def test_check_tokenizer(tmp_path):
-    tokens = check_tokenizer(GOLDEN / "tokenizer.json", 128)
+    tokens = check_tokenizer(GOLDEN / "tokenizer.json", 128).size
     assert tokens == len(json.loads((GOLDEN / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"])
     with pytest.raises(CheckpointError, match=f"has {tokens} tokens, the model's head {tokens - 1}"):
         check_tokenizer(GOLDEN / "tokenizer.json", tokens - 1)
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
     with pytest.raises(CheckpointError, match=r"is not a tokenizer\.json"):
         check_tokenizer(tmp_path / "tokenizer.json", 128)
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="is missing"):
         check_tokenizer(tmp_path / "absent.json", 128)
 
 

@@ -30,7 +30,7 @@ class CpuEncoder:
         return np.asarray(self._session.run(None, {"ids": ids, "mask": mask})[0])
 
     def _open(self) -> Any:
-        path = self._bundle.path("encoder.onnx")
+        path = self._bundle.encoder_graph()
         if reason := why_absent("onnxruntime", "InferenceSession", "pip install 'elf-rt[cpu]'"):
             raise BackendError(f"a text encoder runs in ONNX Runtime, which is {reason}")
         return import_library("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])

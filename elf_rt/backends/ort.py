@@ -76,7 +76,7 @@ class OrtBackend:
     def encode(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         with self._lock:
             if self._encoder is None:
-                self._encoder = self._session(str(self._bundle.path("encoder.onnx")))
+                self._encoder = self._session(str(self._bundle.encoder_graph()))
         (latents,) = self._encoder.run(None, {"ids": ids, "mask": mask})
         return np.asarray(latents)
 
