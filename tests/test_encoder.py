@@ -104,7 +104,12 @@ def test_gpt2_same_as_transformers(tmp_path, run, language_model):
             parameter.data.uniform_(-1.0, 2.0)
     saved.save_pretrained(tmp_path / "gpt2")
     entry = write_encoder(tmp_path, tmp_path / "gpt2", latent_dim=24, max_length=40)
-    assert entry == {"kind": "onnx", "file": "encoder.onnx", "source": "gpt2", "vocab_size": 60}
+    assert entry == {
+        "kind": "onnx",
+        "files": {"encoder": "encoder.onnx", "weights": "encoder.bin"},
+        "source": "gpt2",
+        "vocab_size": 60,
+    }
     random = np.random.default_rng(1)
     for length in (1, 2, 17, 40):
         ids = random.integers(0, 60, (3, length))
