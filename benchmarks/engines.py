@@ -50,7 +50,7 @@ def make_bundle(folder: Path, config: ModelConfig) -> Bundle:
         names = write_graphs(folder / place, config, state, PrecisionPlan(Precision(precision)))
         variants[precision] = {Path(name).stem: place + name for name in names}
     presets = {name: params.to_json() for name, params in presets_for(config).items()}
-    manifest = {"model": config.to_json(), "presets": presets, "variants": variants, "tokenizer": {}, "encoder": None}
+    manifest = {"model": config.to_json(), "presets": presets, "variants": variants}
     write_manifest(folder, manifest)
     return Bundle.open(folder)
 

@@ -14,13 +14,11 @@ from gpu_baseline import strong
 
 import elf_rt
 from elf_rt import backends
-from elf_rt.backends.torch_cuda import TorchBackend
 from elf_rt.bundle import Bundle, write_manifest
 from elf_rt.export import reference, replay
 from elf_rt.export.graph import write_graphs
 from elf_rt.export.precision import Precision, PrecisionPlan
 from elf_rt.export.random_init import random_state
-from elf_rt.model import Model
 from elf_rt.params import ModelConfig, SamplingParams
 
 Sample = Callable[[int, int], object]  # (batch, seed) -> token ids on the host
@@ -104,15 +102,11 @@ def ours(config: ModelConfig, setting: Setting, *, backend: str) -> Iterator[Ope
         bundle = make_bundle(Path(folder) / "model.elfrt", config)
         if backend.startswith("tensorrt"):
             build_plan(bundle, backend, setting.batches)
-        if setting.device == "cpu":
-            model = Model(bundle, TorchBackend(bundle, "fp16", "cpu"), "to see that the script runs")
-        else:
-            model = elf_rt.load(bundle.folder, backend, precision="fp16")
+        with elf_rt.load(bundle.folder, backend, precision="fp16") as model:
 
-        def sample(batch: int, seed: int) -> object:
-            return model.sample(seeds=np.arange(batch) + seed, params=setting.params, latents=False).ids
+            def sample(batch: int, seed: int) -> object:
+                return model.sample(seeds=np.arange(batch) + seed, params=setting.params, latents=False).ids
 
-        with model:
             yield Opened(sample, model.backend.describe)
 
 
@@ -159,7 +153,7 @@ def systems(device: str) -> list[System]:
 
     return [
         System("torch, default", well(""), why("torch")),
-        System("elf-rt torch", partial(ours, backend="torch"), here),
+        System("elf-rt torch", partial(ours, backend="torch"), why("torch")),
         System("elf-rt TensorRT", partial(ours, backend="tensorrt"), why("tensorrt")),
         System("elf-rt TensorRT-RTX", partial(ours, backend="tensorrt-rtx"), why("tensorrt-rtx")),
         System("elf-rt ONNX Runtime", partial(ours, backend="onnxruntime-cuda"), why("onnxruntime-cuda")),
@@ -167,4 +161,5 @@ def systems(device: str) -> list[System]:
         System("torch, not compiled", well(None), here),
         System("official, compiled", partial(official, compiled=True), why("torch")),
         System("official, eager", partial(official, compiled=False), here),
+        *([System("elf-rt on the CPU", partial(ours, backend="onnxruntime"), None)] if device == "cpu" else []),
     ]

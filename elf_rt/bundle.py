@@ -1,85 +1,71 @@
 """The bundle: a folder ``name.elfrt/`` that is all that passes between export, engines and the runtime.
 
-manifest.json      schema version, model sizes, presets, variants, precision plan, sha256 of every file
+manifest.json      schema version, model sizes, presets, variants, precision plan, sha256 of every file: manifest.py
 denoiser.onnx      (z, x_prev, t, s, mode) -> (x, hidden)       float32
 discretizer.onnx   hidden -> ids
 weights.bin        the tensors of both graphs, each stored once
 fp16/ bf16/        the same two graphs in another precision
 tokenizer.json     Hugging Face tokenizers format
-embedding.npy or encoder.onnx    the text encoder of a conditional model
+embedding.npy, or encoder.onnx and encoder.bin    the text encoder of a conditional model
 replay.npz         inputs and outputs of the reference model, for ``elf-rt verify``
 plans/             TensorRT engines, each with its own record
 """
 
 import contextlib
-import hashlib
-import json
 import os
-import secrets
 import shutil
-import stat
 import tempfile
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from json import dumps
 from pathlib import Path
 from typing import Any, Self
 
 from elf_rt.errors import BundleError
-from elf_rt.params import ModelConfig, SamplingParams
+from elf_rt.files import locked, remembered_sha256, sha256, unfinished_folder, why_not_here
+from elf_rt.graph_file import Shape, read_graph
+from elf_rt.machine import user_cache
+from elf_rt.manifest import FORMAT, MANIFEST, SCHEMA_VERSION, Manifest, listed_files
 
-FORMAT = "elf-rt-bundle"
-SCHEMA_VERSION = 1
 MIN_AGREEMENT = 0.99  # share of float32's tokens that another precision must write to count as the same text
 SUFFIX = ".elfrt"
-MANIFEST = "manifest.json"
+AGAIN = "export the checkpoint again"
+INPUTS = {"denoiser": {"z", "x_prev", "t", "s", "mode"}, "discretizer": {"hidden"}, "encoder": {"ids", "mask"}}
+ALWAYS = {"denoiser": {"z", "t"}, "discretizer": {"hidden"}, "encoder": {"ids", "mask"}}
 
 
 class Bundle:
-    """An opened bundle. A file is checked against its sha256 the first time its path is asked for.
+    """An opened bundle. A file is checked against its sha256 the first time its path is asked for, and an engine's
+    files all together.
 
     Raises:
-        BundleError: the folder is no bundle, a file is missing or altered, or the schema is newer than this elf-rt.
+        BundleError: the folder is no bundle, a file is missing or altered, or the schema is another than this elf-rt's.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
         self.manifest = manifest
-        self._checked: set[str] = set()
-        try:
-            self.config = ModelConfig.from_json(manifest["model"])
-            self.presets = {name: SamplingParams(**values) for name, values in manifest["presets"].items()}
-            self.variants: dict[str, dict[str, str]] = manifest["variants"]
-            self.tokenizer: dict[str, Any] = manifest["tokenizer"]
-            self.encoder: dict[str, Any] | None = manifest["encoder"]
-            self.agreement: dict[str, float] = manifest.get("agreement", {})  # absent: not measured
-            self.left_out: dict[str, str] = manifest.get("left_out", {})  # variants that were not proven, and why
-            self.unproven: dict[str, str] = manifest.get("unproven", {})  # those that are here all the same
-            self._sha256: dict[str, str] = manifest["files"]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise BundleError(
-                f"{folder / MANIFEST} is incomplete or altered ({error}): export the checkpoint again"
-            ) from None
+        self.config = manifest.config
+        self.presets = manifest.presets
+        self.variants = manifest.variants
+        self.tokenizer = manifest.tokenizer
+        self.encoder = manifest.encoder
+        self.agreement = manifest.agreement
+        self.left_out = manifest.left_out
+        self.unproven = manifest.unproven
+        self.digest = remembered_sha256  # of this bundle's files, and of what was made from them
+        self._checked: dict[str, Path] = {}
+        self._copies: Path | None = None  # of files that are links
 
     @classmethod
     def open(cls, folder: str | Path) -> Self:
         folder = Path(folder)
-        path = folder / MANIFEST
         if not folder.is_dir():
             raise BundleError(f"no bundle at {folder}: make one with elf-rt export")
-        if not path.is_file():
+        path = folder / MANIFEST
+        if not path.exists() and not path.is_symlink():
             raise BundleError(f"{folder} has no {MANIFEST}, so it is not a bundle: make one with elf-rt export")
-        try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise BundleError(f"{path} is not JSON ({error}): export the checkpoint again") from None
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-            raise BundleError(f"{path} is not the manifest of an elf-rt bundle")
-        version = manifest.get("schema_version")
-        if version != SCHEMA_VERSION:
-            raise BundleError(
-                f"{folder} has bundle schema {version}, this elf-rt reads {SCHEMA_VERSION}: "
-                "update elf-rt, or export the checkpoint again"
-            )
-        return cls(folder, manifest)
+        return cls(folder, Manifest.read(path))
 
     @property
     def name(self) -> str:
@@ -91,29 +77,61 @@ class Bundle:
 
     def path(self, name: str) -> Path:
         """The path of one of the bundle's files, checked."""
-        path = self.folder / name
-        if name in self._checked:
-            return path
-        if not path.resolve().is_relative_to(self.folder.resolve()):
-            raise BundleError(f"{self.folder / MANIFEST} names a file outside the bundle: {name}")
-        if name not in self._sha256:
-            raise BundleError(f"{self.folder} has no {name}: export the checkpoint again with it")
-        if not path.is_file():
-            raise BundleError(f"{path} is missing: export the checkpoint again")
-        if sha256(path) != self._sha256[name]:
-            raise BundleError(f"{path} was altered after export (its sha256 differs): export the checkpoint again")
-        self._checked.add(name)
-        return path
+        if name not in self._checked:
+            path = self.folder / name
+            if name not in self.manifest.files:
+                raise BundleError(f"{self.folder} has no {name}: export the checkpoint again with it")
+            if not path.is_file():
+                raise BundleError(f"{path} {why_not_here(path) or 'is no file: export the checkpoint again'}")
+            if self.digest(path) != self.manifest.files[name]:
+                reason = why_not_here(path)
+                altered = "was altered after export (its sha256 differs): download it or export the checkpoint again"
+                raise BundleError(f"{path} {reason or altered}")
+            self._checked[name] = self._plain(name)
+        return self._checked[name]
+
+    def part(self, files: Mapping[str, str]) -> dict[str, Path]:
+        """The checked files of one part by role. A graph must read no other files than these, and these to their end.
+
+        Raises:
+            BundleError: a file is altered, or a graph is not the one of its role and of the manifest's sizes.
+        """
+        paths = {role: self.path(name) for role, name in files.items()}
+        ends: dict[Path, int] = {}
+        for role in INPUTS.keys() & paths.keys():
+            graph = read_graph(paths[role])
+            if graph.inputs is not None and graph.outputs is not None:
+                self._check_ports(role, paths[role], set(graph.inputs), {**graph.inputs, **graph.outputs})
+            for name, end in graph.weights.items():
+                weights = paths[role].with_name(name)
+                if weights not in paths.values():
+                    raise BundleError(f"{paths[role]} reads {name}, which {MANIFEST} does not name: {AGAIN}")
+                ends[weights] = max(end, ends.get(weights, 0))
+        for path, end in ends.items():
+            size = path.stat().st_size
+            if size < end or (size > end and path == paths.get("weights")):
+                raise BundleError(f"{path} has {size} bytes, its graphs have weights of {end}: {AGAIN}")
+        return paths
 
     def variant(self, precision: str) -> dict[str, Path]:
-        """The checked files of one precision: denoiser, discretizer, weights."""
+        """The checked files of one precision: denoiser, discretizer, weights, and what else its engine reads."""
         if precision not in self.variants:
             have = ", ".join(self.variants)
             raise BundleError(
                 f"{self.folder} holds {have}, not {precision}{self.why_left_out(precision)}: "
                 f"export the checkpoint again with --precision {precision}"
             )
-        return {part: self.path(name) for part, name in self.variants[precision].items()}
+        return self.part(self.variants[precision])
+
+    def encoder_graph(self) -> Path:
+        """The checked encoder.onnx.
+
+        Raises:
+            BundleError: this bundle has none, or a file of it is altered.
+        """
+        if self.encoder is None or self.encoder.kind != "onnx":
+            raise BundleError(f"{self.folder} has no text encoder: export the checkpoint again with --encoder")
+        return self.part(self.encoder.files)["encoder"]
 
     def why_left_out(self, precision: str) -> str:
         """In brackets, why export left a precision out; empty where it did not."""
@@ -121,21 +139,77 @@ class Bundle:
         return f" (export left it out: {reason}; --keep-unproven keeps it)" if reason else ""
 
     def check(self) -> None:
-        """Check every file."""
-        for name in self._sha256:
+        """Check every file, by reading it: nothing that is remembered of earlier checks counts from now on."""
+        self.digest = sha256
+        self._checked.clear()
+        for name in self.manifest.files:
             self.path(name)
 
+    def _check_ports(self, role: str, path: Path, inputs: set[str], ports: Mapping[str, Shape]) -> None:
+        """Names of a graph's inputs, and the widths of what goes in and out."""
+        if not ALWAYS[role] <= inputs <= INPUTS[role]:
+            raise BundleError(f"{path} is no {role} (its inputs are {', '.join(sorted(inputs))}): {AGAIN}")
+        latent, hidden = self.config.latent_dim, self.config.hidden_size
+        widths: dict[str, dict[str, int | None]] = {
+            "denoiser": {"z": latent, "x": latent, "hidden": hidden},
+            "discretizer": {"hidden": hidden, "ids": None},
+            "encoder": {"latents": latent},
+        }
+        for name, width in widths[role].items():
+            if name not in ports or ports[name][-1] != width:
+                got = f"{ports[name][-1]} wide" if name in ports else "missing"
+                raise BundleError(f"{path} is of another model than {MANIFEST}: {name} is {got}, not {width}: {AGAIN}")
 
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write manifest.json with the sha256 of every other file now in the folder."""
+    def _plain(self, name: str) -> Path:
+        """A file where an engine may read it: none follows links out of a graph's folder, as the Hub's cache, DVC and
+        git-annex make them. What they lead to is linked hard into a folder of ours, or copied where that cannot be."""
+        path = self.folder / name
+        real = path.resolve()
+        if real == self.folder.resolve() / name:
+            return path
+        if self._copies is None:
+            cache = user_cache()
+            with contextlib.suppress(OSError):
+                cache.mkdir(parents=True, exist_ok=True)
+            folder = tempfile.mkdtemp(prefix="links-", dir=cache if os.access(cache, os.W_OK) else None)
+            self._copies = Path(folder)
+            weakref.finalize(self, _remove_copies, folder, os.getpid())
+        copy = self._copies / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(real, copy)
+        except OSError:
+            shutil.copyfile(real, copy)
+        return copy
+
+
+def _remove_copies(folder: str, owner: int) -> None:
+    if os.getpid() == owner:  # a forked child leaves them to its parent
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write manifest.json with the sha256 of every other file now in the folder.
+
+    Args:
+        manifest: "model", "presets" and "variants" at least; what else is left out is that of a model without a text
+            side, of which nothing was measured.
+    """
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-    manifest = {
+    values = {
         "format": FORMAT,
         "schema_version": SCHEMA_VERSION,
+        "source": {"checkpoint": "", "sha256": "", "weights": "unknown"},
+        "tokenizer": {"pad_id": 0, "eos_id": 1, "append_eos": True, "ends_at_eos": True},
+        "encoder": None,
+        "precision": {},
+        "agreement": {},
+        "left_out": {},
+        "unproven": {},
         **manifest,
         "files": {p.relative_to(folder).as_posix(): sha256(p) for p in files},
     }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / MANIFEST).write_text(dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def find_bundle(folder: Path) -> Path:
@@ -148,59 +222,64 @@ def find_bundle(folder: Path) -> Path:
     raise BundleError(f"several bundles here ({', '.join(p.name for p in found)}): name one")
 
 
-def sha256(path: Path) -> str:
-    """Hex sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 @contextlib.contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """A new folder beside ``target`` that takes its name when the block succeeds, and vanishes when it does not."""
-    if target.exists() and not (target / MANIFEST).is_file():
-        raise BundleError(f"{target} exists and is not a bundle: name another output")
-    if target.exists() and not os.access(target, os.W_OK):
-        raise BundleError(f"{target} is read-only: name another output")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(target.parent, os.W_OK):
-        raise BundleError(f"cannot write in {target.parent}")
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        yield work
-        work.chmod(0o755)
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-            os.replace(target, old / target.name)
-            os.replace(work, target)
-            shutil.rmtree(old)
-        else:
-            os.replace(work, target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    """A new folder whose files become the bundle ``target`` when the block succeeds, and vanish when it does not.
 
-
-@contextlib.contextmanager
-def atomic_file(target: Path) -> Iterator[Path]:
-    """A temporary path beside ``target`` that takes its name when the block succeeds.
-
-    A file that is there keeps its mode and the links to it; a device or a pipe is written to directly.
+    Of a bundle that is there, its own files and plans are replaced, and nothing else is touched: a model card, notes,
+    the .git of a clone, links to the folder.
     """
-    if target.is_dir():
-        raise BundleError(f"{target} is a folder: name a file")
-    if target.exists() and not target.is_file():  # asked first: /dev/stdout may lead to a pipe, which has no path
-        yield target
-        return
     target = target.resolve()
-    if not target.parent.is_dir():
-        raise BundleError(f"the folder {target.parent} does not exist")
-    if not os.access(target.parent, os.W_OK):
-        raise BundleError(f"cannot write in {target.parent}")
-    work = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-    os.close(os.open(work, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-    try:
-        if target.exists():
-            work.chmod(stat.S_IMODE(target.stat().st_mode))
+    there = target.exists()
+    old = _old_files(target) if there else []
+    if there and not all(os.access(path, os.W_OK) for path in {target, *((target / name).parent for name in old)}):
+        raise BundleError(f"{target} is read-only: name another output")
+    if not there:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(target.parent, os.W_OK):
+            raise BundleError(f"cannot write in {target.parent}")
+    place = (target,) if there else (target.parent, f".{target.name}.unfinished-")
+    with unfinished_folder(*place) as work:
         yield work
-        os.replace(work, target)
-    finally:
-        work.unlink(missing_ok=True)
+        if there:
+            _publish(work, target, old)
+        else:
+            work.chmod(0o755)
+            os.replace(work, target)
+
+
+def _old_files(target: Path) -> list[str]:
+    """The files of the bundle at ``target``, which a new one replaces; none for an empty folder.
+
+    Raises:
+        BundleError: something else is there.
+    """
+    if target.is_dir() and not any(target.iterdir()):
+        return []
+    try:
+        return [name for name in listed_files(target / MANIFEST) if (target / name).parent.is_dir()]
+    except BundleError:
+        if target.suffix == SUFFIX and (target / MANIFEST).is_file():
+            return []  # a damaged one, to be mended by exporting again
+        raise BundleError(f"{target} exists and is not a bundle: name another output") from None
+
+
+def _publish(work: Path, target: Path, old: Iterable[str]) -> None:
+    """Move all files of ``work`` into ``target``, the manifest last, and drop the old ones that have no successor."""
+    new = sorted(p.relative_to(work).as_posix() for p in work.rglob("*") if p.is_file())
+    new.sort(key=lambda name: name == MANIFEST)
+    folders = [target / name for name in new if (target / name).is_dir()]
+    if folders:
+        raise BundleError(f"{folders[0]} is a folder, where a file of the bundle goes: move it away")
+    with locked(target):
+        shutil.rmtree(target / "plans", ignore_errors=True)  # built from the old graphs
+        for name in set(old) - set(new):
+            (target / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # other files are in it
+                (target / name).parent.rmdir()
+        for name in new:
+            folder = (target / name).parent
+            if folder != target and folder.is_symlink():
+                folder.unlink()  # what it leads to belongs to somebody else
+            folder.mkdir(parents=True, exist_ok=True)
+            os.replace(work / name, target / name)

@@ -10,7 +10,16 @@ from typing import Any
 import click
 
 from elf_rt import __version__
-from elf_rt.console import close_streams, note, open_streams, plain_warnings
+from elf_rt.console import (
+    NORMAL,
+    QUIET,
+    VERBOSE,
+    close_streams,
+    complain,
+    open_streams,
+    plain_warnings,
+    set_verbosity,
+)
 from elf_rt.errors import ElfError
 
 # SIGHUP: the terminal, or the connection to it, is gone.
@@ -28,6 +37,25 @@ COMMANDS = {  # name -> (module in elf_rt.commands, one line for --help)
 }
 
 
+def _set_verbosity(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        set_verbosity(VERBOSE if param.name == "verbose" else QUIET)
+
+
+def _flag(short: str, long: str, help_text: str) -> click.Option:
+    return click.Option([short, long], is_flag=True, help=help_text, expose_value=False, callback=_set_verbosity)
+
+
+VERBOSITY = [  # of every command
+    _flag("-v", "--verbose", "Tell where an error comes from, and all warnings of libraries."),
+    _flag("-q", "--quiet", "Tell nothing but results and errors."),
+]
+EXIT_CODES = (
+    "Exit codes: 0, done. 1, it failed, and one line tells why (verify: another text). 2, the arguments cannot be. "
+    "128 + N, signal N stopped it."
+)
+
+
 class LazyGroup(click.Group):
     """Lists the commands without importing them."""
 
@@ -39,6 +67,8 @@ class LazyGroup(click.Group):
             return None
         command = importlib.import_module(f"elf_rt.commands.{COMMANDS[cmd_name][0]}").command
         assert isinstance(command, click.Command)
+        if VERBOSITY[0] not in command.params:
+            command.params += VERBOSITY
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -46,23 +76,30 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.group(
+    cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "show_default": True}, epilog=EXIT_CODES
+)
 @click.version_option(__version__, prog_name="elf-rt")
 def group() -> None:
     """Low-latency text from trained ELF models: export a checkpoint, then generate."""
 
 
 def main(args: list[str] | None = None) -> Any:
-    """Run a command and exit: with 0; with 1 and one line for an error that elf-rt raises on purpose; with 2 and a line
-    of usage for arguments that cannot be; with 128 + N where signal N stopped it."""
+    """Run a command, and exit with one of EXIT_CODES."""
     open_streams()
-    for number in STOPPING:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and background jobs have it
-            signal.signal(number, _stop)
-    code = _run(args)
-    unwritten = close_streams()
-    if unwritten is not None and code == 0:
-        code = _report(unwritten)
+    set_verbosity(NORMAL)
+    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in STOPPING}  # None: another library's
+    try:
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:  # as nohup and background jobs have it
+                signal.signal(number, _stop)
+        code = _run(args)
+        unwritten = close_streams()
+        if unwritten is not None and code == 0:
+            code = _report(unwritten)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     sys.exit(code)
 
 
@@ -83,7 +120,7 @@ def _run(args: list[str] | None) -> int:
             code = group.main(args=args, standalone_mode=False)
     except Stopped as stop:
         code = stop.code
-        note(_with_notes("stopped", stop))
+        complain(_with_notes("stopped", stop))
     except SystemExit as stop:
         code = stop.code
     except click.ClickException as error:
@@ -106,7 +143,7 @@ def _report(error: ElfError | OSError | MemoryError) -> int:
     else:
         reason = str(error)
     if not isinstance(error, BrokenPipeError):
-        note(f"error: {_with_notes(reason, error)}")
+        complain(f"error: {_with_notes(reason, error)}", error)
     return 1
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,9 +77,28 @@ def _silence(stream: Any) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+QUIET, NORMAL, VERBOSE = -1, 0, 1
+_verbosity = NORMAL
+
+
+def set_verbosity(level: int) -> None:
+    """QUIET, NORMAL or VERBOSE, for the whole process."""
+    global _verbosity
+    _verbosity = level
+
+
 def note(text: str) -> None:
-    """One line for people, on stderr; nothing where that is closed or full, for the results matter more."""
+    """One line for people, on stderr, unless they want none."""
+    if _verbosity >= NORMAL:
+        complain(text)
+
+
+def complain(text: str, error: BaseException | None = None) -> None:
+    """One line on stderr, and where ``error`` comes from if the user wants that. Nothing where stderr is closed or
+    full, for the results matter more."""
     try:
+        if error is not None and _verbosity >= VERBOSE:
+            click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
         click.echo(text, err=True)
     except OSError:
         _silence(sys.stderr)
@@ -90,8 +110,8 @@ def plain_warnings() -> Iterator[None]:
     seen: set[str] = set()
 
     def show(message: Warning | str, category: type[Warning], *_: Any) -> None:
-        # Other libraries' deprecations are not the user's business.
-        if issubclass(category, UserWarning) and str(message) not in seen:
+        # Other libraries' deprecations are not the user's business, unless that is asked for.
+        if (issubclass(category, UserWarning) or _verbosity >= VERBOSE) and str(message) not in seen:
             seen.add(str(message))
             note(f"warning: {message}")
 
@@ -104,7 +124,7 @@ def plain_warnings() -> Iterator[None]:
 @contextmanager
 def progress(description: str, total: float | None = None) -> Iterator["Ticker"]:
     """A progress bar with elapsed time on a terminal (a spinner when ``total`` is None); silent elsewhere."""
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or _verbosity < NORMAL:
         yield Ticker(None, None)
         return
     from rich.console import Console

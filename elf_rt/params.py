@@ -4,7 +4,6 @@ Sizes and presets are those of arXiv 2605.10938 and its official configurations.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Self
@@ -14,6 +13,17 @@ from elf_rt.errors import InputError
 SAMPLERS = ("ode", "sde", "ab2", "refine")
 KINDS: dict[Any, Any] = {int: Integral, str: str, float: Real}  # what a field of a type may be given
 SCHEDULES = ("logit_normal", "uniform", "quantile", "shift")
+LIMITS: dict[str, tuple[float, float]] = {  # of ModelConfig's numbers; else 1 .. 65536 and -1e6 .. 1e6
+    "vocab_size": (2, 1 << 24),
+    "max_input_length": (0, 1 << 16),
+    "num_time_tokens": (0, 1 << 10),
+    "num_self_cond_cfg_tokens": (0, 1 << 10),
+    "num_model_mode_tokens": (0, 1 << 10),
+    "noise_scale": (1e-6, 1e6),
+    "t_eps": (1e-9, 1),
+    "p_std": (0, 1e3),
+    "latent_std": (1e-9, 1e6),
+}
 
 
 def _one_of(what: str, value: object, valid: Any) -> None:
@@ -54,7 +64,12 @@ class ModelConfig:
             kinds = (int, float) if field.type is float else (field.type,)
             if type(value) not in kinds:
                 raise TypeError(f"{field.name} must be {field.type.__name__}, got {value!r}")  # type: ignore[union-attr]
+            least, most = LIMITS.get(field.name, (1, 1 << 16) if field.type is int else (-1e6, 1e6))
+            if field.type in (int, float) and not least <= value <= most:  # also refuses NaN
+                raise InputError(f"{field.name} must be between {least:g} and {most:g}, got {value!r}")
         _one_of("head_gelu", self.head_gelu, ("tanh", "none"))
+        if self.max_input_length >= self.max_length:
+            raise InputError(f"max_input_length {self.max_input_length} must be below max_length {self.max_length}")
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -63,11 +78,6 @@ class ModelConfig:
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Self:
-        known = {f.name for f in dataclasses.fields(cls)}
-        return cls(**{k: v for k, v in values.items() if k in known})
 
 
 def _released(depth: int, hidden_size: int, num_heads: int, mlp_dim: int) -> ModelConfig:

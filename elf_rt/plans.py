@@ -19,9 +19,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Self
 
-from elf_rt.bundle import Bundle, sha256
+from elf_rt.bundle import Bundle
 from elf_rt.device.cudart import Gpu, find_gpu
 from elf_rt.errors import BackendError
+from elf_rt.files import sha256
 from elf_rt.libraries import import_library, why_absent
 
 RECORD = "plan.json"
@@ -215,7 +216,7 @@ class Record:
         made_for = "/".join(f"sm_{sm}" for sm in self.sms)
         return f"built for {made_for} with {title} {self.version}{where}; this machine {here} {version}{at}"
 
-    def check_files(self, folder: Path) -> None:
+    def check_files(self, folder: Path, digest: Callable[[Path], str] = sha256) -> None:
         """Raises BackendError when a plan file is missing, truncated or altered."""
         for engine in self.engines.values():
             path = folder / engine.file
@@ -223,7 +224,7 @@ class Record:
                 problem = "is missing"
             elif path.stat().st_size != engine.num_bytes:
                 problem = f"is truncated ({path.stat().st_size} bytes of {engine.num_bytes})"
-            elif sha256(path) != engine.sha256:
+            elif digest(path) != engine.sha256:
                 problem = "was altered after it was built (its sha256 differs)"
             else:
                 continue
@@ -257,7 +258,7 @@ def describe_plans(
             lines.append(("plan", str(record)))
             continue
         try:
-            record.check_files(folder)
+            record.check_files(folder, bundle.digest)
         except BackendError as error:
             lines.append(("plan", str(error)))
             continue
@@ -307,5 +308,5 @@ def graph_hashes(bundle: Bundle, precision: str) -> dict[str, str]:
     """sha256 of each file of a variant, as the manifest has them: running a plan does not read the graphs."""
     if precision not in bundle.variants:
         raise BackendError(f"{bundle.folder} has no {precision} graphs: export the checkpoint again with them")
-    files = bundle.manifest["files"]
-    return {part: files[name] for part, name in sorted(bundle.variants[precision].items())}
+    files = bundle.variants[precision]
+    return {role: bundle.manifest.files[name] for role, name in sorted(files.items())}

@@ -18,13 +18,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from elf_rt.bundle import Bundle, atomic_file
+from elf_rt.bundle import Bundle
 from elf_rt.engines.key import folder_name, plan_key
 from elf_rt.engines.network import count_types, parse, set_attention
 from elf_rt.engines.recipe import Recipe
 from elf_rt.engines.shapes import input_shape
 from elf_rt.engines.store import find_built, new_plan
 from elf_rt.errors import BackendError
+from elf_rt.files import atomic_file
 from elf_rt.plans import GRAPHS, Engine, Machine, Profile, Record, graph_hashes, make_log
 
 BUILDER_REVISION = 1  # part of the key: raise it when the same request would give another plan

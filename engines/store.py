@@ -2,25 +2,16 @@
 
 import contextlib
 import os
-import shutil
 import signal
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
 from elf_rt.errors import BackendError
+from elf_rt.files import UNFINISHED, locked, remove_abandoned, unfinished_folder
 from elf_rt.plans import Record
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
-UNFINISHED = ".unfinished-"
-ABANDONED_AFTER_SECONDS = 24 * 3600  # where a folder cannot be locked, so that only its age tells
 
 
 def find_built(target: Path, key: str) -> Record | None:
@@ -44,52 +35,20 @@ def new_plan(target: Path, key: str) -> Iterator[Path]:
     """
     plans = target.parent
     plans.mkdir(parents=True, exist_ok=True)
-    with _signals_raise(), contextlib.ExitStack() as held:
-        with _locked(plans):  # no other build may take the new folder for an abandoned one before it is locked
-            _remove_abandoned(plans)
-            work = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=plans))
-            held.callback(shutil.rmtree, work, ignore_errors=True)
-            held.enter_context(_locked(work))
+    with _signals_raise(), unfinished_folder(plans) as work:
         yield work
         work.chmod(0o755)
         _publish(work, target, key)
 
 
 def _publish(work: Path, target: Path, key: str) -> None:
-    with _locked(target.parent):
+    with locked(target.parent):
         if find_built(target, key):
             return
         if target.exists():  # damaged: moved aside whole, so that nobody ever sees half of it
             os.replace(target, Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=target.parent)) / "damaged")
         os.replace(work, target)
-        _remove_abandoned(target.parent)
-
-
-def _remove_abandoned(plans: Path) -> None:
-    """Delete unfinished folders that no build holds: their builds were killed."""
-    for work in plans.glob(f"{UNFINISHED}*"):
-        if fcntl is None and time.time() - work.stat().st_mtime < ABANDONED_AFTER_SECONDS:
-            continue
-        with contextlib.suppress(BlockingIOError, FileNotFoundError), _locked(work, wait=False):
-            shutil.rmtree(work)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold a folder against other processes that lock it too; the system lets go when this process ends.
-
-    Raises:
-        BlockingIOError: another process holds it, and ``wait`` is false.
-    """
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
-    finally:
-        os.close(handle)
+        remove_abandoned(target.parent)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from elf_rt.bundle import sha256
 from elf_rt.errors import CheckpointError, warn
 from elf_rt.export.config import Shape, active_depth, expected_shapes, make_config, read_sizes
 from elf_rt.export.foreign import AGAIN, few, printable
@@ -20,6 +19,7 @@ from elf_rt.export.sources import find_source
 from elf_rt.export.stored import FLOATS, refuse_type
 from elf_rt.export.variants import official_names, official_settings, split_statistics
 from elf_rt.export.weights import choose, is_unused
+from elf_rt.files import sha256
 from elf_rt.params import ModelConfig
 
 _NAMES_OF_KINDS = {"ema": "EMA weights", "raw": "raw weights", "unknown": "weights of unknown kind (EMA or raw)"}

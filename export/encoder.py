@@ -1,8 +1,7 @@
 """The text side of a bundle: the source encoder (an embedding table, a T5 or a GPT-2), and the tokenizer beside it."""
 
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +9,21 @@ import numpy as np
 import torch
 
 from elf_rt.errors import CheckpointError
-from elf_rt.export.foreign import printable
+from elf_rt.export.foreign import few, read_json
 from elf_rt.export.gpt2 import GPT2Sizes
 from elf_rt.export.hub import download
-from elf_rt.export.layouts import read_stored
+from elf_rt.export.layouts import is_sharded, read_stored
+from elf_rt.export.stored import FLOATS, refuse_type
 from elf_rt.export.t5 import T5Sizes
+from elf_rt.export.tokenizer import BYTE_LEVEL, is_byte_level
 from elf_rt.libraries import import_library
 
 TABLE = "embedding.weight"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # T5's own names have no organisation: t5-small
-_TOKENIZER_FILES = ["tokenizer.json", "spiece.model"]
+_TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "spiece.model"]
 _HUB_FILES = ["config.json", "model.safetensors", *_TOKENIZER_FILES]
+_OTHER_WEIGHTS = ["*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json"]
+_MASKS = re.compile(r"\.attn\.(masked_)?bias$")  # GPT-2's causal masks, which older files keep beside the weights
 
 
 def write_encoder(
@@ -32,7 +35,7 @@ def write_encoder(
     max_length: int = 0,
     statistics: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """Writes the encoder into the bundle `folder` and returns its manifest entry: kind, file, source, vocab_size.
+    """Writes the encoder into the bundle `folder` and returns its manifest entry: kind, files, source, vocab_size.
 
     `source` is a safetensors file with `embedding.weight` (V, C), or the folder or Hub id of a T5 or GPT-2 in
     Hugging Face's layout. The runtime normalises the latents with latent_mean and latent_std; `statistics`
@@ -56,15 +59,20 @@ def _local(source: str | Path, files: list[str] = _HUB_FILES) -> Path:
         return Path(source)
     if not _HUB_NAME.fullmatch(str(source)):
         raise CheckpointError(f"no such encoder: {source}")
-    return download(str(source), files)
+    root = download(str(source), files)
+    if files is _HUB_FILES and not (root / "model.safetensors").is_file():
+        download(str(source), _OTHER_WEIGHTS)  # T5 1.1 is there in torch's own format alone; large ones are sharded
+    return root
 
 
 def _write_table(
     folder: Path, path: Path, latent_dim: int, vocab_size: int, statistics: np.ndarray | None
 ) -> dict[str, Any]:
-    table = _tensors(path).get(TABLE)
+    table = read_stored(path).leaves.get(TABLE)
     if not isinstance(table, torch.Tensor) or table.ndim != 2:
         raise CheckpointError(f"{path} has no table {TABLE} (V, C)")
+    if table.dtype not in FLOATS:
+        raise refuse_type(path, TABLE, str(table.dtype).removeprefix("torch."))
     if table.dtype not in (torch.float16, torch.float32):
         table = table.float()  # numpy has no bfloat16
     _check_width(path, table.shape[1], latent_dim)
@@ -77,7 +85,7 @@ def _write_table(
             raise CheckpointError(f"{path}: a table cannot have statistics of its own for position 0 (mean_pos0)")
         table = (table.float() - mean) / std
     np.save(folder / "embedding.npy", table.numpy())
-    return {"kind": "embedding", "file": "embedding.npy", "vocab_size": table.shape[0]}
+    return {"kind": "embedding", "files": {"table": "embedding.npy"}, "vocab_size": table.shape[0]}
 
 
 def _write_network(
@@ -89,46 +97,60 @@ def _write_network(
     _check_rows(root, sizes.vocab_size, vocab_size)
     if isinstance(sizes, GPT2Sizes) and sizes.n_positions < max_length:
         raise CheckpointError(f"{root} has {sizes.n_positions} positions, fewer than the model's {max_length}")
-    path = root / "model.safetensors"
-    if not path.is_file():
-        raise CheckpointError(
-            f"{root} has no model.safetensors: save it with transformers (T5EncoderModel or GPT2Model, save_pretrained)"
-        )
-    tensors = {name.removeprefix("transformer."): tensor for name, tensor in _tensors(path).items()}
-    if "shared.weight" not in tensors and "encoder.embed_tokens.weight" in tensors:
-        tensors["shared.weight"] = tensors["encoder.embed_tokens.weight"]
+    path = _weights_of(root)
+    stored = read_stored(path).leaves
+    paths = {name.removeprefix("transformer."): name for name in stored}
+    if "shared.weight" not in paths and "encoder.embed_tokens.weight" in paths:
+        paths["shared.weight"] = paths["encoder.embed_tokens.weight"]
     shapes = sizes.shapes()
-    missing = [name for name in shapes if name not in tensors]
-    wrong = [
-        f"{name} {tuple(tensors[name].shape)} for {shape}"
-        for name, shape in shapes.items()
-        if name in tensors and tuple(tensors[name].shape) != shape
-    ]
-    broken = [name for name in shapes if name in tensors and not torch.isfinite(tensors[name]).all()]
-    faults = {"missing": missing, "mis-shaped": wrong, "not finite": broken}
-    listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in faults.items() if names)
-    if listed:
-        raise CheckpointError(f"{path} is not the encoder that its config.json describes: {listed}")
+    tensors = {name: stored[paths[name]] for name in shapes if name in paths}
+    _check_network(path, tensors, shapes, paths)
     sizes.write(folder, {name: tensors[name].float().numpy() for name in shapes}, statistics)
     _prove(folder, sizes)
-    return {"kind": "onnx", "file": "encoder.onnx", "vocab_size": sizes.vocab_size}
+    files = {"encoder": "encoder.onnx", "weights": "encoder.bin"}
+    return {"kind": "onnx", "files": files, "vocab_size": sizes.vocab_size}
 
 
-def _tensors(path: Path) -> dict[str, Any]:
-    return dict(read_stored(path).leaves)
+def _weights_of(root: Path) -> Path:
+    """The weights in Hugging Face's layout: one file, or the folder where there are several."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (root / name).is_file():
+            return root / name
+    if is_sharded(root):
+        return root
+    raise CheckpointError(
+        f"{root} has no model.safetensors: save it with transformers (T5EncoderModel or GPT2Model, save_pretrained)"
+    )
+
+
+def _check_network(
+    path: Path, tensors: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], names: Iterable[str]
+) -> None:
+    """Raises one CheckpointError that lists what is missing, mis-shaped or not finite, and layers that nobody named."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.dtype not in FLOATS:
+            raise refuse_type(path, name, str(getattr(tensor, "dtype", "no tensor")).removeprefix("torch."))
+    layers = [name for name in names if name.startswith(("encoder.block.", "h.")) and name not in shapes]
+    faults = {
+        "missing": [name for name in shapes if name not in tensors],
+        "more layers than config.json says": [name for name in layers if not _MASKS.search(name)],
+        "mis-shaped": [
+            f"{name} {tuple(tensor.shape)} for {shapes[name]}"
+            for name, tensor in tensors.items()
+            if tuple(tensor.shape) != shapes[name]
+        ],
+        "not finite": [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()],
+    }
+    listed = "; ".join(f"{kind}: {few(found)}" for kind, found in faults.items() if found)
+    if listed:
+        raise CheckpointError(f"{path} is not the encoder that its config.json describes: {listed}")
 
 
 def _read_config(root: Path) -> Mapping[str, Any]:
     path = root / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{root} has no config.json, so it is not an encoder in Hugging Face's layout")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, got a {type(config).__name__}")
-    return config
+    return read_json(path)
 
 
 def _check_width(where: Path, width: int, latent_dim: int) -> None:
@@ -188,34 +210,12 @@ def find_tokenizer(checkpoint_folder: Path, encoder_source: str | Path | None, *
         if (folder / "tokenizer.json").is_file():
             return folder / "tokenizer.json"
     for folder in folders:
+        if is_byte_level(folder / BYTE_LEVEL):
+            return folder / BYTE_LEVEL
+    for folder in folders:
         if (folder / "spiece.model").is_file():
             raise CheckpointError(
                 f"{folder} has spiece.model but no tokenizer.json: convert it with transformers, "
                 f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
             )
     return None
-
-
-def check_tokenizer(path: Path, vocab_size: int) -> int:
-    """The number of tokens in a tokenizer.json, which must not exceed the `vocab_size` of the model's head.
-
-    Raises:
-        CheckpointError: the file is no tokenizer, or has a token that the head cannot write.
-    """
-    tokens = max(_load_tokenizer(path).get_vocab(with_added_tokens=True).values(), default=-1) + 1
-    if not 0 < tokens <= vocab_size:
-        raise CheckpointError(
-            f"{path} has {tokens} tokens, the model's head {vocab_size}: name the tokenizer it was trained with"
-        )
-    return tokens
-
-
-def _load_tokenizer(path: Path) -> Any:
-    from tokenizers import Tokenizer
-
-    try:
-        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except Exception as error:  # tokenizers raises Exception itself
-        raise CheckpointError(f"{path} is not a tokenizer.json ({printable(error)})") from error

@@ -91,7 +91,7 @@ def read_torch_file(path: Path) -> Stored:
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a mapping of weights")
     top = {str(key): value for key, value in content.items()}
     writer = next((name.format(printable(top[key])) for key, name in _WRITERS if key in top), "torch file")
-    settings = next((value for key in _SETTINGS_KEYS if (value := as_mapping(top.get(key)))), {})
+    settings: Mapping[str, Any] = next((value for key in _SETTINGS_KEYS if (value := as_mapping(top.get(key)))), {})
     step = next((top[key] for key in _STEP_KEYS if type(top.get(key)) is int), None)
     return Stored(writer, flatten(top), (path,), settings, step, top)
 

@@ -1,7 +1,6 @@
 """From a checkpoint to a bundle, the whole way: read, measure, write the graphs, record the replay, prove it."""
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,14 +13,17 @@ from elf_rt import __version__
 from elf_rt.bundle import SUFFIX, Bundle, atomic_folder, write_manifest
 from elf_rt.errors import CheckpointError, InputError, warn
 from elf_rt.export.checkpoint import Checkpoint, load_checkpoint
-from elf_rt.export.encoder import check_tokenizer, encoder_beside, find_tokenizer, write_encoder
+from elf_rt.export.encoder import encoder_beside, find_tokenizer, write_encoder
 from elf_rt.export.graph import FUSED_OPSET
 from elf_rt.export.precisions import PrecisionWriter, Proof
 from elf_rt.export.reference import ELF
 from elf_rt.export.replay import Run, plan_runs, record
+from elf_rt.export.special_tokens import special_ids
+from elf_rt.export.tokenizer import check_tokenizer, write_tokenizer
 from elf_rt.export.variants import variant_of
+from elf_rt.manifest import TokenizerPart
 from elf_rt.params import ModelConfig, SamplingParams, presets_for
-from elf_rt.text.codec import EOS_ID, TextCodec
+from elf_rt.text.codec import TextCodec
 
 REPLAY_BATCH = 4
 RANGE_POSITIONS = 1536  # that activations are measured on together: enough that no single token at a near tie decides
@@ -96,12 +98,14 @@ def export_bundle(
         official = presets_for(checkpoint.config, variant_of(checkpoint.settings))
         manifest = _describe(checkpoint, options, official | options.presets)
         manifest |= _write_text_side(folder, checkpoint, options)
-        cond, mask = _sources(folder, manifest, checkpoint, options)
+        write_manifest(folder, manifest | {"variants": {}})  # enough for the text side
+        codec = TextCodec(Bundle.open(folder))
+        cond, mask = _sources(codec, manifest, options)
         presets = {name: SamplingParams(**values) for name, values in manifest["presets"].items()}
 
         say("running the reference model")
         runs = plan_runs(checkpoint.config, presets, cond, mask, max_steps=REPLAY_STEPS, batch=REPLAY_BATCH, seed=0)
-        np.savez(folder / "replay.npz", **record(model, runs))  # type: ignore[arg-type]
+        np.savez(folder / "replay.npz", **_with_texts(record(model, runs), codec))  # type: ignore[arg-type]
 
         range_batch = range_texts(checkpoint.config)
 
@@ -116,6 +120,7 @@ def export_bundle(
             opset=options.opset,
             measured=longer_runs(RANGE_STEPS),
             calibrated=lambda: longer_runs(REPLAY_STEPS),
+            special=TokenizerPart(codec.pad_id, codec.eos_id),
             prove=prove,
             required=options.required,
             keep_unproven=options.keep_unproven,
@@ -137,7 +142,6 @@ def _describe(checkpoint: Checkpoint, options: ExportOptions, presets: dict[str,
         },
         "model": checkpoint.config.to_json(),
         "presets": {name: params.to_json() for name, params in presets.items()},
-        "tokenizer": {"pad_id": 0, "eos_id": 1} | _eos_rules(checkpoint, options),
         "encoder": None,
     }
 
@@ -149,7 +153,7 @@ def _write_text_side(folder: Path, checkpoint: Checkpoint, options: ExportOption
     encoder = options.encoder or encoder_beside(checkpoint.folder, checkpoint.settings)
     # An unconditional model needs an encoder for pinned spans alone, so only when it is asked for.
     needs_encoder = config.max_input_length > 0 or options.encoder is not None
-    tokenizer, tokens = options.tokenizer, 0
+    tokenizer, known = options.tokenizer, None
     if tokenizer is None:
         try:
             tokenizer = find_tokenizer(checkpoint.folder, encoder, alone=not needs_encoder)
@@ -158,11 +162,13 @@ def _write_text_side(folder: Path, checkpoint: Checkpoint, options: ExportOption
                 raise
             warn(f"no tokenizer: {error}")
     if tokenizer is not None:
-        tokens = check_tokenizer(tokenizer, config.vocab_size)
-        shutil.copyfile(tokenizer, folder / "tokenizer.json")
-        rules = _eos_rules(checkpoint, options)
-        entries["tokenizer"] = {"pad_id": 0, "eos_id": 1, "file": "tokenizer.json"} | rules
+        known = check_tokenizer(tokenizer, config.vocab_size)
+        write_tokenizer(tokenizer, folder / "tokenizer.json")
+    entries["tokenizer"] = special_ids(checkpoint.settings, known) | _eos_rules(checkpoint, options)
+    if known is not None:
+        entries["tokenizer"]["file"] = "tokenizer.json"
     if encoder is not None and needs_encoder:
+        tokens = known.size if known else 0
         entries["encoder"] = write_encoder(
             folder,
             encoder,
@@ -183,26 +189,37 @@ def _eos_rules(checkpoint: Checkpoint, options: ExportOptions) -> dict[str, bool
 
 
 def _sources(
-    folder: Path, manifest: dict[str, Any], checkpoint: Checkpoint, options: ExportOptions
+    codec: TextCodec, manifest: dict[str, Any], options: ExportOptions
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Source latents (B, L, C) and masks (B, L): of the given prompts, else of random tokens, MOST_TEXTS at most."""
     if manifest["encoder"] is None:
         if options.prompts:
             raise CheckpointError("prompts have no use here: this model takes none, or has no text encoder")
         return None, None
-    config = checkpoint.config
-    write_manifest(folder, manifest | {"variants": {}})
-    codec = TextCodec(Bundle.open(folder))
+    config = codec.config
     if options.prompts:
         sources = codec.tokenize(options.prompts[:MOST_TEXTS])
     else:
         rng = np.random.default_rng(0)
-        tokens = min(config.vocab_size, manifest["encoder"]["vocab_size"])
+        tokens = np.arange(min(config.vocab_size, manifest["encoder"]["vocab_size"]))
+        tokens = np.setdiff1d(tokens, [codec.pad_id, codec.eos_id])
         widths = np.linspace(config.max_input_length, 1, REPLAY_BATCH).round().astype(int)  # in any batch
         widths = np.resize(widths, MOST_TEXTS)
-        sources = [rng.integers(EOS_ID + 1, tokens, width).tolist() for width in widths]
+        sources = [tokens[rng.integers(0, len(tokens), width)].tolist() for width in widths]
     latents, mask = codec.encode(sources, config.max_length)
     return torch.from_numpy(latents), torch.from_numpy(mask)
+
+
+def _with_texts(arrays: dict[str, np.ndarray], codec: TextCodec) -> dict[str, np.ndarray]:
+    """The arrays of replay.npz with what a reader sees: the final ids of each run, and their texts."""
+    for name in [name for name in arrays if name.endswith("_ids") and name.startswith("run")]:
+        run = name.removesuffix("_ids")
+        mask = arrays.get(f"{run}_cond_mask")
+        final = codec.finish(arrays[name], None if mask is None else mask.sum(1).astype(int))
+        arrays[f"{run}_final_ids"] = final
+        if codec.tokenizer is not None:
+            arrays[f"{run}_text"] = np.array([codec.decode(row) for row in final])
+    return arrays
 
 
 def read_presets(path: Path) -> dict[str, SamplingParams]:

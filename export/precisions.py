@@ -22,6 +22,7 @@ from elf_rt.export.ranges import Ranges, measure_ranges
 from elf_rt.export.reference import ELF
 from elf_rt.export.replay import Run
 from elf_rt.export.sensitivity import engine_agreement, most_sensitive, operations_to_keep
+from elf_rt.manifest import TokenizerPart
 
 REMEDY_SECONDS = 120  # for a 16-bit precision that is not proven at first
 SHARES = (0.25, 0.5, 0.75)  # of the blocks' operations that are tried in float32; with all of them nothing is gained
@@ -41,6 +42,7 @@ class PrecisionWriter:
 
     Args:
         measured, calibrated: runs to measure activations with, and fewer steps of them for int8.
+        special: ids that tell what of a text is read.
         prove: replays a variant of the folder.
         required: variants that must be proven, unless `keep_unproven` lets them stay without it.
     """
@@ -55,6 +57,7 @@ class PrecisionWriter:
         opset: int,
         measured: Sequence[Run],
         calibrated: Callable[[], Sequence[Run]],
+        special: TokenizerPart,
         prove: Callable[[Path, str], Proof],
         required: Sequence[str] = (),
         keep_unproven: bool = False,
@@ -63,7 +66,7 @@ class PrecisionWriter:
         self.folder, self.checkpoint, self.model, self.opset = folder, checkpoint, model, opset
         self.manifest = manifest | {"variants": {}, "precision": {}, "left_out": {}, "unproven": {}}
         self.notes: list[str] = []
-        self._runs, self._calibrated = measured, calibrated
+        self._runs, self._calibrated, self._special = measured, calibrated, special
         self._prove_variant, self._required, self._keep = prove, required, keep_unproven
         self._say = say
         self._state = {name: tensor.numpy() for name, tensor in checkpoint.state.items()}
@@ -80,7 +83,7 @@ class PrecisionWriter:
         self._say("measuring activations")
         self._ranges = measure_ranges(self.model, self._runs)
         self._say("measuring what bf16 changes")
-        agreement = {"bf16": engine_agreement(self.model, self._runs, self._ranges.ids)}
+        agreement = {"bf16": engine_agreement(self.model, self._runs, self._ranges.ids, self._special)}
         self.manifest |= {"agreement": agreement}
         for name in precisions:
             if name in ("fp16", "bf16"):
@@ -106,7 +109,9 @@ class PrecisionWriter:
 
     def _attempts(self, precision: Precision) -> Any:
         """What stays float32, in the order in which it is tried."""
-        first = operations_to_keep(self.model, self._runs, self._ranges.ids) if precision is Precision.BF16 else {}
+        first: dict[str, float] = {}
+        if precision is Precision.BF16:
+            first = operations_to_keep(self.model, self._runs, self._ranges.ids, self._special)
         yield first
         self._say(f"looking for what {precision.value} must keep in float32")
         ranked = most_sensitive(self.model, self._runs, precision)

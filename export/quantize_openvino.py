@@ -53,6 +53,7 @@ def write_openvino_int8(bundle: Path, model: ELF, runs: Sequence[Run], kept: Seq
         "denoiser": f"{VARIANT}/denoiser.xml",
         "weights": f"{VARIANT}/denoiser.bin",
         "discretizer": "discretizer.onnx",
+        "discretizer_weights": "weights.bin",
     }
 
 

@@ -47,8 +47,6 @@ def write_random_bundle(
             "model": config.to_json(),
             "presets": presets,
             "variants": variants,
-            "tokenizer": {},
-            "encoder": None,
             "source": {"checkpoint": f"random weights, seed {seed}", "sha256": "", "weights": "random"},
         },
     )

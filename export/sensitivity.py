@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from elf_rt.export.precision import Precision
 from elf_rt.export.reference import ELF, Block, RMSNorm
 from elf_rt.export.replay import Call, Run, sample
+from elf_rt.manifest import TokenizerPart
 from elf_rt.text.codec import read_positions
 
 OPERATIONS = ("attn", "attn.qkv", "attn.proj", "mlp.w12", "mlp.w3")
 KEPT_AGREEMENT = 0.9975  # of tokens must stay the same: a proof, on few texts, then finds the 0.99 that verify asks for
 RANKING_CALLS = 4
+OFFICIAL = TokenizerPart()  # with the ids of pad and EOS that the official models have
 
 Rounding = Callable[[Tensor], Tensor]
 
@@ -37,18 +39,22 @@ def _float16(x: Tensor) -> Tensor:
 ROUND: dict[Precision, Rounding] = {Precision.BF16: _bfloat16, Precision.FP16: _float16}
 
 
-def engine_agreement(model: ELF, runs: Sequence[Run], ids: Sequence[Tensor]) -> float:
+def engine_agreement(
+    model: ELF, runs: Sequence[Run], ids: Sequence[Tensor], special: TokenizerPart = OFFICIAL
+) -> float:
     """Share of tokens that stay the same when an engine rounds the float32 graphs by itself, as OpenVINO does.
 
     No graph of the bundle tells what such an engine computes, so nothing can be proven by replaying one; here the
     reference rounds as it does: every weight, the inputs of every product, what norms write, the residual.
-    ids: what the runs write in float32.
+    ids: what the runs write in float32. special: where padding and the end of a text are told from.
     """
     with _rounding(module for module in model.modules() if isinstance(module, (nn.Linear, RMSNorm, Block))):
-        return _agreement(model, runs, ids)
+        return _agreement(model, runs, ids, special)
 
 
-def operations_to_keep(model: ELF, runs: Sequence[Run], ids: Sequence[Tensor]) -> dict[str, float]:
+def operations_to_keep(
+    model: ELF, runs: Sequence[Run], ids: Sequence[Tensor], special: TokenizerPart = OFFICIAL
+) -> dict[str, float]:
     """Operations of the blocks that stay float32 in the bfloat16 graphs; how much each alone would change x.
 
     The fewest, worst first, with which KEPT_AGREEMENT of the tokens stay the same.
@@ -57,7 +63,7 @@ def operations_to_keep(model: ELF, runs: Sequence[Run], ids: Sequence[Tensor]) -
 
     def stays(kept: Sequence[str]) -> bool:
         with _rounding(module for name in names if name not in kept for module in _modules(model, name)):
-            return _agreement(model, runs, ids) >= KEPT_AGREEMENT
+            return _agreement(model, runs, ids, special) >= KEPT_AGREEMENT
 
     if stays(()):
         return {}
@@ -89,18 +95,20 @@ def _modules(model: ELF, operation: str) -> list[nn.Module]:
     )
 
 
-def _agreement(model: ELF, runs: Sequence[Run], ids: Sequence[Tensor]) -> float:
+def _agreement(model: ELF, runs: Sequence[Run], ids: Sequence[Tensor], special: TokenizerPart) -> float:
     """In the run where it is least. Without a source a conditional model has nothing to say, so such runs count only
     where all are."""
     conditional = any(run.cond is not None for run in runs)
     counted = [pair for pair in zip(runs, ids, strict=True) if not conditional or pair[0].cond is not None]
-    return min(text_agreement(sample(model, run)[1], exact, run.mask) for run, exact in counted)
+    return min(text_agreement(sample(model, run)[1], exact, run.mask, special) for run, exact in counted)
 
 
-def text_agreement(ids: Tensor, exact: Tensor, mask: Tensor | None) -> float:
+def text_agreement(ids: Tensor, exact: Tensor, mask: Tensor | None, special: TokenizerPart) -> float:
     """Share of equal tokens of ids (B, L), of those that are read in one of both; mask (B, L) is true at the source."""
     source = None if mask is None else mask.numpy()
-    read = read_positions(ids.numpy(), source) | read_positions(exact.numpy(), source)
+    read = np.logical_or(
+        *(read_positions(i.numpy(), source, pad_id=special.pad_id, eos_id=special.eos_id) for i in (ids, exact))
+    )
     return float((ids == exact).numpy()[read].mean()) if read.any() else 1.0
 
 

@@ -15,14 +15,26 @@ import torch
 from onnx import TensorProto
 
 from elf_rt.errors import CheckpointError
+from elf_rt.export.foreign import shown
 from elf_rt.export.graph import linear, normalised, positions, rms_norm
 from elf_rt.export.graph_builder import GraphBuilder, Value, WeightFile
 from elf_rt.export.precision import Precision
 from elf_rt.export.rewrite import Linear
+from elf_rt.export.settings import Settings
 
 OPSET = 20  # the first with Gelu; every engine reads it
 MASKED = -1e9  # added to the scores of padding: exp of it is exactly 0, and a row of nothing but padding stays finite
 FAMILIES = ("t5", "mt5")  # mt5 differs from T5 1.1 in its vocabulary alone
+RANGES = {  # of the whole numbers in config.json: T5-XXL's, and some more
+    "d_model": (1, 1 << 16),
+    "d_kv": (1, 1 << 12),
+    "d_ff": (1, 1 << 18),
+    "num_layers": (1, 500),
+    "num_heads": (1, 1 << 10),
+    "vocab_size": (1, 1 << 22),
+    "relative_attention_num_buckets": (4, 1 << 12),
+    "relative_attention_max_distance": (2, 1 << 16),
+}
 ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {  # feed_forward_proj -> operator
     "relu": ("Relu", {}),
     "gated-gelu": ("Gelu", {"approximate": "tanh"}),
@@ -49,18 +61,23 @@ class T5Sizes:
         """Raises CheckpointError: the config is of another architecture, or incomplete."""
         if config.get("model_type") not in FAMILIES:
             raise CheckpointError(
-                f"{where} is a {config.get('model_type')!r} model: "
+                f"{where} is a {shown(config.get('model_type'))} model: "
                 f"the encoder must be one of {', '.join(FAMILIES)}, gpt2"
             )
-        known = {name: config[name] for name in cls.__dataclass_fields__ if name in config}
-        try:
-            sizes = cls(**known)
-        except TypeError as error:
-            raise CheckpointError(f"{where} is incomplete ({str(error).split(') ')[-1]})") from error
-        if sizes.feed_forward_proj not in ACTIVATIONS:
+        if absent := [name for name in RANGES if name not in config and not hasattr(cls, name)]:
+            raise CheckpointError(f"{where} is incomplete ({', '.join(map(repr, absent))})")
+        settings = Settings(config, where)
+        known: dict[str, Any] = {n: settings.integer(n, *limits) for n, limits in RANGES.items() if n in config}
+        if "layer_norm_epsilon" in config:
+            known["layer_norm_epsilon"] = settings.number("layer_norm_epsilon", 0, 1)
+        activation = config.get("feed_forward_proj", cls.feed_forward_proj)
+        if not isinstance(activation, str) or activation not in ACTIVATIONS:
             raise CheckpointError(
-                f"{where}: feed_forward_proj must be one of {', '.join(ACTIVATIONS)}, got {sizes.feed_forward_proj!r}"
+                f"{where}: feed_forward_proj must be one of {', '.join(ACTIVATIONS)}, got {shown(activation)}"
             )
+        sizes = cls(**known, feed_forward_proj=activation)
+        if sizes.relative_attention_max_distance <= sizes.relative_attention_num_buckets // 4:
+            raise CheckpointError(f"{where}: relative_attention_max_distance must be above a quarter of the buckets")
         return sizes
 
     @property

@@ -38,7 +38,8 @@ def export(
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The float32 bundle of a golden case ("cond") or of a demo model ("spoken-to-written"); not to be changed."""
-    shared = tmp_path_factory.getbasetemp().parent / "elf-rt-bundles"
+    base = tmp_path_factory.getbasetemp()  # of this process; with several, of this run is what is above it
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "elf-rt-bundles"
     shared.mkdir(exist_ok=True)
 
     def make(name: str) -> Path:

@@ -41,8 +41,6 @@ def model_bundle(
         "model": config.to_json(),
         "presets": {"default": SamplingParams().to_json()},
         "variants": variants,
-        "tokenizer": {"kind": "none"},
-        "encoder": None,
         "source": {"checkpoint": "test", "weights": "ema", "sha256": ""},
     }
     write_manifest(folder, manifest)

@@ -10,8 +10,10 @@ import numpy as np
 import onnx
 import pytest
 
-from elf_rt.bundle import Bundle, atomic_file, atomic_folder, find_bundle, sha256
+from elf_rt import files
+from elf_rt.bundle import Bundle, atomic_folder, find_bundle
 from elf_rt.errors import BundleError
+from elf_rt.files import atomic_file, sha256
 
 
 @pytest.fixture
@@ -62,7 +64,7 @@ def test_missing_file(copy):
 
 def test_newer_schema(copy):
     edit(copy, schema_version=99)
-    with pytest.raises(BundleError, match="schema 99, this elf-rt reads 1: update elf-rt"):
+    with pytest.raises(BundleError, match="schema 99, this elf-rt reads 2: update elf-rt"):
         Bundle.open(copy)
 
 
@@ -111,8 +113,10 @@ def test_a_stopped_writer_leaves_the_old_one(tmp_path, copy, stop):
 def test_a_writer_replaces_a_bundle_but_nothing_else(tmp_path, copy):
     with atomic_folder(copy) as work:
         (work / "manifest.json").write_text("new")
+    assert [path.name for path in copy.iterdir()] == ["manifest.json"]
     assert (copy / "manifest.json").read_text(encoding="utf-8") == "new"
     (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "manifest.json").write_text('{"name": "a web page"}')
     with pytest.raises(BundleError, match="is not a bundle"), atomic_folder(tmp_path / "photos"):
         pass
     with pytest.raises(BundleError, match="is a folder"), atomic_file(tmp_path / "photos"):
@@ -162,7 +166,7 @@ def test_a_pipe_without_a_name_is_written_to():
 def test_a_file_outside_the_bundle_is_refused(copy):
     (copy.parent / "secret").write_text("x", encoding="utf-8")
     edit(copy, files={"../secret": sha256(copy.parent / "secret")})
-    with pytest.raises(BundleError, match=r"names a file outside the bundle: \.\./secret"):
+    with pytest.raises(BundleError, match=r"names a file outside the bundle, \.\./secret"):
         Bundle.open(copy).check()
 
 
@@ -170,5 +174,79 @@ def test_a_file_outside_the_bundle_is_refused(copy):
 def test_a_size_of_another_type_is_refused(copy, value):
     model = json.loads((copy / "manifest.json").read_text(encoding="utf-8"))["model"]
     edit(copy, model=model | {"max_length": value})
-    with pytest.raises(BundleError, match=r"altered .max_length must be int, got "):
+    with pytest.raises(BundleError, match=r"altered: model: max_length must be int, got "):
         Bundle.open(copy)
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_new_bundle_touches_nothing_of_a_clone_but_the_bundle(tmp_path, copy, linked):
+    """Of a clone of a model's repository: its history, card, notes, other folders, and links to it all stay."""
+    (copy / ".git" / "objects").mkdir(parents=True)
+    (copy / ".git" / "HEAD").write_text("ref: refs/heads/main\n")
+    (copy / "README.md").write_text("# model card\n")
+    (copy / "plans" / "sm_89").mkdir(parents=True)
+    (copy / "fp16").mkdir()
+    for name in ("fp16/denoiser.onnx", "fp16/notes.txt", "old.bin"):
+        (copy / name).write_text("old")
+    edit(copy, files=dict.fromkeys(("denoiser.onnx", "fp16/denoiser.onnx", "old.bin", "../tmp.txt"), "0" * 64))
+    (tmp_path / "tmp.txt").write_text("not ours")
+    target = copy
+    if linked:
+        target = tmp_path / "link.elfrt"
+        target.symlink_to(copy)
+    inode = copy.stat().st_ino
+    with atomic_folder(target) as work:
+        (work / "bf16").mkdir()
+        for name in ("manifest.json", "denoiser.onnx", "bf16/denoiser.onnx"):
+            (work / name).write_text("new")
+    assert target.is_symlink() == linked and copy.stat().st_ino == inode
+    left = {path.relative_to(copy).as_posix(): path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    kept = {".git/HEAD": b"ref: refs/heads/main\n", "README.md": b"# model card\n", "fp16/notes.txt": b"old"}
+    made = dict.fromkeys(("manifest.json", "denoiser.onnx", "bf16/denoiser.onnx"), b"new")
+    unlisted = {name: left[name] for name in ("discretizer.onnx", "weights.bin", "replay.npz") if name in left}
+    assert left == kept | made | unlisted
+    assert (tmp_path / "tmp.txt").exists() and not (copy / "plans").exists()
+
+
+def test_a_new_bundle_does_not_write_through_links_into_other_folders(tmp_path, copy):
+    elsewhere = tmp_path / "shared"
+    elsewhere.mkdir()
+    (elsewhere / "denoiser.onnx").write_text("theirs")
+    (copy / "fp16").symlink_to(elsewhere)
+    (copy / "weights.bin").unlink()
+    (copy / "weights.bin").symlink_to(elsewhere / "denoiser.onnx")
+    with atomic_folder(copy) as work:
+        (work / "fp16").mkdir()
+        for name in ("manifest.json", "weights.bin", "fp16/denoiser.onnx"):
+            (work / name).write_text("new")
+    assert (elsewhere / "denoiser.onnx").read_text() == "theirs"
+    assert (copy / "fp16" / "denoiser.onnx").read_text() == (copy / "weights.bin").read_text() == "new"
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path, copy):
+    target = tmp_path / "new.elfrt"
+    for folder in (copy / ".unfinished-abc", tmp_path / ".new.elfrt.unfinished-abc"):
+        folder.mkdir()
+        (folder / "weights.bin").write_text("half")
+    for output in (copy, target):
+        with atomic_folder(output) as work, pytest.raises(BlockingIOError), files.locked(work, wait=False):
+            pass  # held: another export beside this one leaves it alone
+    assert not [path for path in tmp_path.rglob("*") if "unfinished" in path.name]
+
+
+def test_an_export_into_an_empty_folder_and_over_a_damaged_bundle(tmp_path, copy):
+    (tmp_path / "empty").mkdir()
+    (copy / "manifest.json").write_text("half a mani")
+    for target in (tmp_path / "empty", copy):
+        with atomic_folder(target) as work:
+            (work / "manifest.json").write_text("new")
+        assert (target / "manifest.json").read_text() == "new"
+
+
+def test_a_folder_in_the_place_of_a_file_is_not_replaced(copy):
+    (copy / "encoder.onnx").mkdir()
+    before = (copy / "denoiser.onnx").read_bytes()
+    with pytest.raises(BundleError, match="is a folder, where a file"), atomic_folder(copy) as work:
+        for name in ("denoiser.onnx", "encoder.onnx", "manifest.json"):
+            (work / name).write_text("new")
+    assert (copy / "denoiser.onnx").read_bytes() == before

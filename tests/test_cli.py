@@ -34,6 +34,23 @@ def test_help_of_every_command(run_cli, name):
     assert "[default:" in done.out or name in ("doctor", "info")
 
 
+def test_every_command_can_be_quiet_or_tell_more(run_cli, spoken):
+    for name in COMMANDS:
+        assert "--quiet" in run_cli(name, "--help").out
+    args = ["generate", "--prompt", SPOKEN, "--steps", "1", "--seed", "0"]
+    loud, quiet = run_cli(*args, "--length", "60"), run_cli(*args, "--length", "60", "-q")
+    assert loud.out == quiet.out and "warning: " in loud.err and "seed 0" in loud.err and quiet.err == ""
+    failed = run_cli("verify", "missing", "-q")
+    failed.assert_clear_error("no bundle at missing")
+    told = run_cli("verify", "missing", "-v").err
+    assert told.startswith("Traceback") and told.endswith(failed.err) and "BundleError" in told
+
+
+def test_exit_codes_are_in_the_help(run_cli):
+    told = " ".join(run_cli("--help").out.split())
+    assert "Exit codes: 0, done. 1, it failed, and one line tells why" in told and "128 + N" in told
+
+
 def test_help_loads_nothing():
     """So that it is quick: neither an engine library nor numpy."""
     code = (

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from elf_rt.errors import CheckpointError
-from elf_rt.export.encoder import check_tokenizer, find_tokenizer, write_encoder
+from elf_rt.export.encoder import find_tokenizer, write_encoder
 from elf_rt.export.t5 import relative_buckets
+from elf_rt.export.tokenizer import check_tokenizer, write_tokenizer
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "t5"
 ENCODER = GOLDEN / "encoder"
@@ -51,7 +52,12 @@ def relative_error(got, want):
 def test_golden_source_ids(tmp_path, golden, run):
     _, ids, mask, cond, _ = golden
     entry = write_encoder(tmp_path, ENCODER, latent_dim=32)
-    assert entry == {"kind": "onnx", "file": "encoder.onnx", "source": "encoder", "vocab_size": 128}
+    assert entry == {
+        "kind": "onnx",
+        "files": {"encoder": "encoder.onnx", "weights": "encoder.bin"},
+        "source": "encoder",
+        "vocab_size": 128,
+    }
     latents = (run(tmp_path, ids, mask) - 0.1) / 0.2  # latent_mean and latent_std of its config.yml
     assert relative_error(latents[mask == 1], cond[:, : ids.shape[1]][mask == 1]) < 3e-6
 
@@ -98,7 +104,12 @@ def test_gpt2_same_as_transformers(tmp_path, run, language_model):
             parameter.data.uniform_(-1.0, 2.0)
     saved.save_pretrained(tmp_path / "gpt2")
     entry = write_encoder(tmp_path, tmp_path / "gpt2", latent_dim=24, max_length=40)
-    assert entry == {"kind": "onnx", "file": "encoder.onnx", "source": "gpt2", "vocab_size": 60}
+    assert entry == {
+        "kind": "onnx",
+        "files": {"encoder": "encoder.onnx", "weights": "encoder.bin"},
+        "source": "gpt2",
+        "vocab_size": 60,
+    }
     random = np.random.default_rng(1)
     for length in (1, 2, 17, 40):
         ids = random.integers(0, 60, (3, length))
@@ -209,7 +220,12 @@ def test_embedding_table(tmp_path, dtype, kept):
     table = torch.randn(9, 4).to(dtype)
     save_file({"embedding.weight": table}, tmp_path / "encoder.safetensors")
     entry = write_encoder(tmp_path, tmp_path / "encoder.safetensors", latent_dim=4, vocab_size=9)
-    wanted = {"kind": "embedding", "file": "embedding.npy", "source": "encoder.safetensors", "vocab_size": 9}
+    wanted = {
+        "kind": "embedding",
+        "files": {"table": "embedding.npy"},
+        "source": "encoder.safetensors",
+        "vocab_size": 9,
+    }
     assert entry == wanted
     got = np.load(tmp_path / "embedding.npy")
     assert got.dtype == kept and np.array_equal(got.astype(np.float32), table.float().numpy())
@@ -235,6 +251,15 @@ Q = "encoder.block.1.layer.0.SelfAttention.q.weight"
         ({"config": {"model_type": None}}, "is a None model"),
         ({"config": {"feed_forward_proj": "gated-silu"}}, "must be one of relu, gated-gelu, got 'gated-silu'"),
         ({"config": {"d_kv": None}}, "is incomplete .*'d_kv'"),
+        ({"config": {"num_layers": -1}}, "num_layers must be a whole number from 1 to 500, got -1"),
+        ({"config": {"num_layers": 10**9}}, "num_layers must be a whole number from 1 to 500"),
+        ({"config": {"relative_attention_max_distance": 0}}, "relative_attention_max_distance must be"),
+        ({"config": {"relative_attention_max_distance": 2}}, "above a quarter of the buckets"),
+        ({"config": {"feed_forward_proj": ["relu"]}}, r"must be one of relu, gated-gelu, got \['relu'\]"),
+        ({"config": {"layer_norm_epsilon": "x"}}, "layer_norm_epsilon must be a number from 0 to 1"),
+        ({"config": {"num_layers": 1}}, "more layers than config.json says: encoder.block.1"),
+        ({"weights": {"shared.weight": torch.zeros(128, 32, dtype=torch.int8)}}, "is stored as I8"),
+        ({"weights": {"shared.weight": torch.zeros(128, 32).to(torch.float8_e5m2)}}, "is stored as F8_E5M2"),
         ({"config": {"d_model": 64}}, "is 64 wide, the checkpoint's latents are 32"),
         ({"config": {"vocab_size": 50}}, "knows 50 tokens, fewer than the 97 of the tokenizer"),
         (
@@ -281,15 +306,69 @@ def test_bad_table(tmp_path, tensors, message):
         write_encoder(tmp_path, tmp_path / "encoder.safetensors", latent_dim=4, vocab_size=9)
 
 
+@pytest.mark.parametrize("shards", [False, True])
+def test_weights_in_torchs_own_format(tmp_path, shards):
+    """T5 1.1 on the Hub has no safetensors; a whole model and a sharded one are read as well."""
+    shutil.copytree(ENCODER, tmp_path / "t5")
+    state = load_file(ENCODER / "model.safetensors")
+    (tmp_path / "t5" / "model.safetensors").unlink()
+    whole = state | {"decoder.block.0.x": torch.ones(3), "lm_head.weight": state["shared.weight"]}
+    names = sorted(whole)
+    if shards:
+        files = {name: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, name in enumerate(names)}
+        for file in set(files.values()):
+            torch.save({n: whole[n] for n in names if files[n] == file}, tmp_path / "t5" / file)
+        (tmp_path / "t5" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
+    else:
+        torch.save(whole, tmp_path / "t5" / "pytorch_model.bin")
+    for folder, source in (("a", ENCODER), ("b", tmp_path / "t5")):
+        (tmp_path / folder).mkdir()
+        write_encoder(tmp_path / folder, source, latent_dim=32)
+    ids = np.arange(7)[None]
+    a, b = (run_ort(tmp_path / folder, ids, np.ones_like(ids)) for folder in "ab")
+    assert np.array_equal(a, b)
+
+
+def test_a_tokenizer_does_not_cut_or_pad_by_itself(tmp_path):
+    from tokenizers import Tokenizer
+
+    plain = Tokenizer.from_file(str(GOLDEN / "tokenizer.json"))
+    text = "a b c d e f g h i j k l m n o p"
+    want = plain.encode(text).ids
+    plain.enable_truncation(3)
+    plain.enable_padding(length=64)
+    plain.save(str(tmp_path / "tokenizer.json"))
+    assert len(Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(text).ids) == 64
+    write_tokenizer(tmp_path / "tokenizer.json", tmp_path / "out.json")
+    assert Tokenizer.from_file(str(tmp_path / "out.json")).encode(text).ids == want
+
+
+def test_byte_level_t5(tmp_path):
+    from tokenizers import Tokenizer
+    from transformers import ByT5Tokenizer
+
+    theirs = ByT5Tokenizer()
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").unlink(missing_ok=True)
+    found = find_tokenizer(tmp_path, None)
+    assert check_tokenizer(found, 384).size == 384
+    write_tokenizer(found, tmp_path / "out.json")
+    ours = Tokenizer.from_file(str(tmp_path / "out.json"))
+    for text in ("It costs €5.", " two  spaces\n", "日本語 😀", "<extra_id_0> x"):
+        ids = ours.encode(text, add_special_tokens=False).ids
+        assert ids == theirs(text, add_special_tokens=False).input_ids
+        assert ours.decode(ids, skip_special_tokens=False) == text
+
+
 def test_check_tokenizer(tmp_path):
-    tokens = check_tokenizer(GOLDEN / "tokenizer.json", 128)
+    tokens = check_tokenizer(GOLDEN / "tokenizer.json", 128).size
     assert tokens == len(json.loads((GOLDEN / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"])
     with pytest.raises(CheckpointError, match=f"has {tokens} tokens, the model's head {tokens - 1}"):
         check_tokenizer(GOLDEN / "tokenizer.json", tokens - 1)
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
     with pytest.raises(CheckpointError, match=r"is not a tokenizer\.json"):
         check_tokenizer(tmp_path / "tokenizer.json", 128)
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="is missing"):
         check_tokenizer(tmp_path / "absent.json", 128)
 
 

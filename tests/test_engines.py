@@ -182,7 +182,7 @@ def test_record_names_this_machine_and_what_it_was_made_from(fresh: Bundle) -> N
     values = json.loads((rtx_spec(fresh, sms=(86, 89)).target / RECORD).read_text(encoding="utf-8"))
     assert (values["format"], values["schema_version"]) == ("elf-rt-plan", 1)
     assert (values["library"], values["sms"], values["gpu"]) == ("tensorrt-rtx", [86, 89], None)
-    assert values["graphs"]["denoiser"] == fresh.manifest["files"]["fp16/denoiser.onnx"]
+    assert values["graphs"]["denoiser"] == fresh.manifest.files["fp16/denoiser.onnx"]
     assert values["settings"]["tf32"] is True
     here = Machine(this_machine().os, Gpu("NVIDIA GeForce RTX 4090", 89))
     assert [plan for _, plan in find_plans(fresh, "fp16", RTX, record.version, here)] == [record]

@@ -47,7 +47,7 @@ def test_smoke_measures_what_runs_and_names_what_does_not(
     benchmark.main()
     rows = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))["rows"]
     measured = {(row["system"], row["batch"]) for row in rows if "p50_ms" in row}
-    names = ("elf-rt torch", "torch, not compiled", "official, eager")
+    names = ("elf-rt on the CPU", "torch, not compiled", "official, eager")
     assert measured == {(name, batch) for name in names for batch in (1, 2)}
     assert all(row["p95_ms"] >= row["p50_ms"] > row["ms_per_call"] > 0 for row in rows if "p50_ms" in row)
     assert {row["system"] for row in rows if row.get("reason") == "needs a GPU"} > {"elf-rt TensorRT"}
@@ -74,7 +74,7 @@ def test_a_system_that_fails_does_not_hide_the_others(
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--smoke", "--output", str(tmp_path)])
     benchmark.main()
     rows = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))["rows"]
-    assert [row["reason"] for row in rows if row["system"] == "elf-rt torch"] == ["RuntimeError: it broke"]
+    assert [row["reason"] for row in rows if row["system"] == "elf-rt on the CPU"] == ["RuntimeError: it broke"]
     assert any(row["system"] == "official, eager" and "p50_ms" in row for row in rows)
 
 

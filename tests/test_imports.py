@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "onnx", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "cuda", "transformers", "matplotlib")
 ALLOWED = {  # package -> modules of elf_rt that it may import, beside its own
-    "export": ("bundle", "errors", "libraries", "machine", "network", "params", "text"),
-    "engines": ("bundle", "errors", "params", "plans"),
+    "export": ("bundle", "errors", "files", "libraries", "machine", "manifest", "network", "params", "text"),
+    "engines": ("bundle", "errors", "files", "params", "plans"),
 }
 
 

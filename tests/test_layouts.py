@@ -556,7 +556,7 @@ def test_files_of_other_kinds(run, content, words, name):
 
 
 def test_a_file_of_the_hub_is_compared_with_its_name(tmp_path, ema):
-    from elf_rt.bundle import sha256
+    from elf_rt.files import sha256
 
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
     blobs.mkdir()

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import elf_rt
-from elf_rt.bundle import MANIFEST, Bundle
+from elf_rt.bundle import Bundle
 from elf_rt.errors import BundleError, InputError
 from elf_rt.export.pipeline import ExportOptions, export_bundle
 from elf_rt.export.precision import Precision
 from elf_rt.export.sensitivity import ROUND
+from elf_rt.manifest import MANIFEST
 from elf_rt.measure.verify import verify_folder
 
 GOLDEN = Path(__file__).parent / "data" / "golden"

@@ -78,4 +78,4 @@ def test_only_what_is_read_counts():
     ids = np.array([[5, 1, 7, 8, 1, 9, 9], [0, 0, 3, 3, 3, 3, 0]])
     source = np.array([[1, 1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0]], bool)
     want = [[0, 0, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1, 0]]
-    assert read_positions(ids, source, eos_id=1).astype(int).tolist() == want
+    assert read_positions(ids, source, pad_id=0, eos_id=1).astype(int).tolist() == want

@@ -111,15 +111,26 @@ def test_add(dtype: torch.dtype, size: tuple[int, ...], tile: Tile) -> None:
 
 
 def test_a_text_of_full_length() -> None:
-    """1036 tokens, of which tiles leave 12 over, and each has its own position."""
-    (rows, hidden, heads, width), dtype = (1036, 64, 2, 16), torch.float16
-    weight = random(3 * heads * width, hidden, dtype=dtype, scale=0.1)
-    angles, (x, stats) = 3 * random(rows, width // 2), normed(rows, hidden, dtype)
-    bias, norm_weight = random(3 * heads * width), torch.ones(3 * heads * width, device=DEVICE)
-    bias[2 * heads * width :] = 0
-    given = bias, norm_weight, angles.cos(), angles.sin()
-    actual = kernels.heads(x, weight, stats, *given, EPS, (EPS, EPS), Tile(128, 128, 64, 8, 3, tma=HAS_TMA))
-    check(actual, twin.heads(x, weight, *wide(stats, *given), EPS, (EPS, EPS)))
+    """1036 tokens, of which tiles leave 12 over, and each has its own position; one launch after the other."""
+    (rows, hidden, heads, width, inner), dtype = (1036, 64, 2, 16, 80), torch.float16
+    tile, channels = Tile(128, 128, 64, 8, 3, tma=HAS_TMA), 3 * heads * width
+    h, norms = random(rows, hidden, scale=100.0), 1 + 0.2 * random(channels)
+    x, stats = first_norm(h, norms[:hidden], EPS, dtype)
+    angles, bias, norms = 3 * random(rows, width // 2), random(channels), norms.clone()
+    bias[2 * heads * width :], norms[2 * heads * width :] = 0, 1
+    given = bias, norms, angles.cos(), angles.sin()
+    qkv = random(channels, hidden, dtype=dtype, scale=0.1)
+    out = kernels.heads(x, qkv, stats, *given, EPS, (EPS, EPS), tile)
+    check(out, twin.heads(x, qkv, *wide(stats, *given), EPS, (EPS, EPS)))
+    w12, bias = random(2 * inner, hidden, dtype=dtype, scale=0.1), random(2 * inner)
+    gated = kernels.gate(x, w12, stats, bias, EPS, tile)
+    check(gated, twin.gate(x, w12, *wide(stats, bias), EPS))
+    w3, expected_h = random(hidden, inner, dtype=dtype, scale=0.1), h.double()
+    given = torch.full((hidden,), 4.0, device=DEVICE), random(hidden), norms[:hidden]
+    expected, scales = twin.add(gated, w3, expected_h, *wide(stats, *given), EPS)
+    x, stats = kernels.add(gated, w3, h, stats, *given, EPS, tile)
+    assert relative_error(h.cpu(), expected_h.cpu()) < 1e-6
+    check(x, expected * (stats[0] / scales[0])[:, None])
 
 
 def test_a_residual_that_fp16_cannot_hold() -> None:

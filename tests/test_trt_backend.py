@@ -361,8 +361,8 @@ class TestTheRecordIsCheckedFirst:
         )
 
     def test_other_weights(self, plan: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-        files = dict.fromkeys(bundle.manifest["files"], "0" * 64)
-        monkeypatch.setitem(bundle.manifest, "files", files)
+        for name in bundle.manifest.files:
+            monkeypatch.setitem(bundle.manifest.files, name, "0" * 64)
         self.refused(bundle, r"built from other weights than the bundle now holds: run elf-rt build-engine")
 
     def test_no_plan_of_this_precision(self, plan: Path, bundle: Bundle) -> None:

@@ -5,6 +5,7 @@ OpenVINO needs to fuse rotary; fixed rows were measured to gain nothing, and wou
 the weights for every batch size. Other lengths share one second network, compiled when the first of them is asked for.
 """
 
+import contextlib
 import hashlib
 import threading
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ import numpy as np
 from elf_rt.backends.table import variant_of
 from elf_rt.bundle import Bundle
 from elf_rt.errors import BackendError, warn
+from elf_rt.files import sealed_folder
 from elf_rt.libraries import import_library, why_absent
 from elf_rt.machine import cores, user_cache
 from elf_rt.network import Graph, check_widths, tensor_shapes
@@ -69,12 +71,13 @@ class OpenVinoBackend:
             "ENABLE_CPU_PINNING": threads is None,
         }
         self._any_length: openvino.CompiledModel | None = None
-        cache = self._cache_option(variant)
-        self._trained_length = self._compile(self._files["denoiser"], self.config.max_length, cache)
+        with contextlib.ExitStack() as held:
+            cache = self._cache_option(variant, held)
+            self._trained_length = self._compile(self._files["denoiser"], self.config.max_length, cache)
+            self.discretizer = self._compile(self._files["discretizer"], -1, cache)
         ports = {name: self._trained_length.output(name) for name in ("x", "hidden")}
         widths = {name: port.get_partial_shape()[2].get_length() for name, port in ports.items()}
         check_widths(NAME, self.config, widths)
-        self.discretizer = self._compile(self._files["discretizer"], -1, cache)
 
     def denoiser(self, length: int) -> "openvino.CompiledModel":
         """The network for texts of this length and any number of them."""
@@ -111,16 +114,17 @@ class OpenVinoBackend:
                 model = self._core.read_model(path)
                 model.reshape({port: _fixed(port.get_partial_shape(), length) for port in model.inputs})
                 return self._core.compile_model(model, "CPU", self._options | dict(options or {}))
-        except RuntimeError as error:
+        except (RuntimeError, UnicodeDecodeError) as error:  # the latter of a message with bytes of a damaged file
             raise BackendError(f"{NAME} cannot load {path}: {str(error).strip().splitlines()[-1]}") from error
 
-    def _cache_option(self, variant: str) -> dict[str, str]:
-        """OpenVINO keeps what it compiled in a folder of this bundle's own, and checks it against its own version."""
-        files = self._bundle.manifest["files"]
+    def _cache_option(self, variant: str, held: contextlib.ExitStack) -> dict[str, str]:
+        """OpenVINO keeps what it compiled in a folder of this bundle's own. It checks that against its own version, and
+        nothing else: so the folder is sealed."""
+        files = self._bundle.manifest.files
         key = hashlib.sha256("".join(files[name] for name in self._bundle.variants[variant].values()).encode())
         folder = user_cache() / "openvino" / key.hexdigest()[:16]
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(sealed_folder(folder, self._bundle.digest))
         except OSError as error:
             warn(f"compiled networks are not cached: {error}")
             return {}

@@ -55,8 +55,7 @@ class Network:
         self.first = Choice()
         self.choices: dict[tuple[int, int], Choice] = {}
         weights = GraphWeights(bundle, precision, device)
-        items = bundle.manifest.get("precision", {}).get(precision, {}).get("items", [])
-        exceptions = {item["name"]: item["precision"] for item in items}
+        exceptions = {item.name: item.precision for item in bundle.manifest.precision.get(precision, ())}
         self.eps = weights.eps("final_layer.norm_final")
         self._prefix = Prefix(weights)
         self._proj1, self._proj2 = weights.linear("text_proj.proj1"), weights.linear("text_proj.proj2")

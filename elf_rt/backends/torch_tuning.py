@@ -156,15 +156,15 @@ class Tuner:
         for product, possible in tiles_of(fused, self.sm).items():
             chosen.append(self._fastest({tile: partial(runs[product], tile) for tile in possible}, lambda _: KERNELS))
             if chosen[-1] is None:
-                self._refuse_kernels(self.passed_over[KERNELS])
+                self._refuse_kernels(self.passed_over.get(KERNELS, "no tile fits the model's widths"))
                 return None
         self.passed_over.pop(KERNELS, None)  # of single tiles
         return make_tiles(chosen)
 
     def _fastest(self, ways: Mapping[Any, Callable[[], object]], name: Callable[[Any], str]) -> Any | None:
         """The key of the fastest way that works."""
-        if len(ways) == 1:
-            return next(iter(ways))
+        if len(ways) < 2:
+            return next(iter(ways), None)
         timed = dict(zip(ways, self.clock(list(ways.values()), KERNEL_CALLS), strict=True))
         self.passed_over |= {name(way): reason for way, reason in timed.items() if isinstance(reason, str)}
         works = {way: ms for way, ms in timed.items() if isinstance(ms, float)}

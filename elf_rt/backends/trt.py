@@ -124,7 +124,7 @@ class TrtBackend:
 
     def _load(self, folder: Path, record: Record) -> dict[str, LoadedEngine]:
         if folder not in self._loaded:
-            record.check_files(folder)
+            record.check_files(folder, self._bundle.digest)
             engines = {}
             for name in GRAPHS:
                 path = folder / record.engines[name].file

@@ -10,8 +10,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from elf_rt.bundle import atomic_file
 from elf_rt.errors import ElfError
+from elf_rt.files import read_sealed, write_sealed
 
 _log = logging.getLogger(__name__)
 
@@ -42,9 +42,7 @@ class LoadedEngine:
         kernels = bytes(self._cache.serialize() or b"")
         if kernels != self._known:
             try:
-                self._file.parent.mkdir(parents=True, exist_ok=True)
-                with atomic_file(self._file) as path:
-                    path.write_bytes(kernels)
+                write_sealed(self._file, kernels)
             except (OSError, ElfError) as error:
                 _log.warning("finished kernels are not kept: %s", error)
         self._config = self._cache = None
@@ -55,10 +53,7 @@ class LoadedEngine:
         self._config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         self._config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
         self._cache = self._config.create_runtime_cache()
-        try:
-            known = kernels.read_bytes()
-        except OSError:
-            known = b""
+        known = read_sealed(kernels)
         if known and self._cache.deserialize(known):  # it refuses those of another GPU, driver or version
             self._known = known
         self._config.set_runtime_cache(self._cache)

@@ -13,16 +13,17 @@ import numpy as np
 
 from elf_rt import machine
 from elf_rt.backends import BACKENDS, discover, held_precisions, open_backend, variant_of
-from elf_rt.bundle import Bundle, atomic_file, find_bundle
+from elf_rt.bundle import Bundle, find_bundle
 from elf_rt.commands.jsonl import read_jsonl
 from elf_rt.console import note, print_json, progress
 from elf_rt.errors import BackendError, InputError
+from elf_rt.files import atomic_file
 from elf_rt.libraries import needs, why_absent
 from elf_rt.measure.bench import Contender, Opened, Report, Work, measure, open_contender
 from elf_rt.measure.bench_report import describe_machine, draw, lines
 from elf_rt.model import Model
 from elf_rt.params import RELEASED, ModelConfig
-from elf_rt.text.codec import load_tokenizer
+from elf_rt.text.tokenizer import TextTokenizer
 
 TINY = ModelConfig(
     depth=2,
@@ -197,9 +198,9 @@ def _torch_contenders(bundle: Bundle, state: Any, options: dict[str, Any]) -> li
     except (ImportError, OSError) as error:
         raise needs("--vs", error, "pip install 'elf-rt[export]'") from None
     if state is None:
-        source = bundle.manifest["source"]
-        checkpoint = load_checkpoint(options["checkpoint"], raw=source["weights"] == "raw")
-        if checkpoint.sha256 != source["sha256"]:
+        source = bundle.manifest.source
+        checkpoint = load_checkpoint(options["checkpoint"], raw=source.weights == "raw")
+        if checkpoint.sha256 != source.sha256:
             raise InputError(f"{bundle.folder} was not exported from {options['checkpoint']}: export it again")
         state = checkpoint.state
     threads = machine.check_threads(options["threads"])
@@ -247,9 +248,9 @@ def _prompts(bundle: Bundle, path: Path | None) -> list[str] | None:
     if path is not None:
         return [record["input"] for record in read_jsonl(path)]
     config = bundle.config
-    if bundle.encoder is None or "file" not in bundle.tokenizer:
+    if bundle.encoder is None or bundle.tokenizer.file is None:
         return None
-    tokenizer = load_tokenizer(bundle.path(bundle.tokenizer["file"]))
+    tokenizer = TextTokenizer(bundle.path(bundle.tokenizer.file))
     ids = np.random.default_rng(0).integers(
         2, config.vocab_size, (RANDOM_PROMPTS, max(1, config.max_input_length // 2))
     )

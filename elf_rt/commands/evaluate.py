@@ -17,7 +17,7 @@ from elf_rt.commands.options import SAMPLING_NAMES, backend_options, sampling_op
 from elf_rt.console import Ticker, note, print_json, progress
 from elf_rt.errors import InputError
 from elf_rt.measure import evaluation
-from elf_rt.text.codec import load_tokenizer
+from elf_rt.text.tokenizer import TextTokenizer
 
 METRICS = ("fluency", "accuracy", "agreement", "self-bleu")
 WRITING = ("n", "seed", "seeds", "preset", *SAMPLING_NAMES, "backend", "precision", "threads")
@@ -198,21 +198,21 @@ def _tokenizer(
     bundle: Path | None, path: Path | None, model: evaluation.LanguageModel | None
 ) -> tuple[Callable[[str], evaluation.Tokens], str]:
     """How a text is cut into the tokens that are counted, and the name of these tokens."""
-    if path is None and bundle is not None and "file" in Bundle.open(bundle).tokenizer:
+    if path is None and bundle is not None and Bundle.open(bundle).tokenizer.file:
         path = bundle
     if path is None:
         return (str.split, "words") if model is None else (model.tokenize, f"tokens of {model.path.name}")
     if path.is_dir():
         opened = Bundle.open(path)
-        if "file" not in opened.tokenizer:
+        if opened.tokenizer.file is None:
             raise InputError(f"{path} has no tokenizer: give --tokenizer tokenizer.json")
-        file, name = opened.path(opened.tokenizer["file"]), opened.name
+        file, name = opened.path(opened.tokenizer.file), opened.name
     else:
         file, name = path, path.name
     if not file.is_file():
         raise InputError(f"no tokenizer at {file}")
-    tokenizer = load_tokenizer(file)
-    return (lambda text: tokenizer.encode(text, add_special_tokens=False).ids), f"tokens of {name}"
+    tokenizer = TextTokenizer(file)
+    return (lambda text: tokenizer.encode(text)[0]), f"tokens of {name}"
 
 
 def _file_run(records: list[dict[str, Any]], tokenize: Callable[[str], evaluation.Tokens]) -> Iterator[Run]:

@@ -114,14 +114,14 @@ def command(
         notes = export_bundle(checkpoint, output, options, prove=prove, say=ticker.describe)
     for line in notes:
         note(line)
-    manifest = Bundle.open(output).manifest
+    bundle = Bundle.open(output)
     if had_plans:
         note("warning: the engines of the bundle that was here are gone with it: elf-rt build-engine builds new ones")
-    if lost := [name for name in had_presets if name not in manifest["presets"]]:
+    if lost := [name for name in had_presets if name not in bundle.presets]:
         note(f"warning: the bundle that was here had presets that this one has not: {', '.join(lost)}")
-    if manifest["model"]["max_input_length"] > 0 and manifest["encoder"] is None:
+    if bundle.config.max_input_length > 0 and bundle.encoder is None:
         note("warning: no text encoder found, so this bundle takes no prompts: export again with --encoder")
-    if "file" not in manifest["tokenizer"]:
+    if bundle.tokenizer.file is None:
         note("warning: no tokenizer.json found, so this bundle gives token ids only: export again with --tokenizer")
     click.echo(output)
 

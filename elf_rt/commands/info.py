@@ -2,7 +2,6 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -22,30 +21,31 @@ def command(bundle: Path, as_json: bool) -> None:
     opened = Bundle.open(bundle)
     opened.check()
     if as_json:
-        print_json(opened.manifest, indent=1)
+        print_json(opened.manifest.json, indent=1)
         return
     for name, value in _lines(opened):
         click.echo(f"{name:12} {value}")
 
 
 def _lines(bundle: Bundle) -> list[tuple[str, str]]:
-    c, source = bundle.config, bundle.manifest["source"]
-    size = sum((bundle.folder / name).stat().st_size for name in bundle.manifest["files"])
+    c, source = bundle.config, bundle.manifest.source
+    size = sum((bundle.folder / name).stat().st_size for name in bundle.manifest.files)
     kind = f"sources of up to {c.max_input_length} tokens" if c.max_input_length else "unconditional"
     lines = [
         ("bundle", f"{bundle.folder}, {size / 1e6:.1f} MB, every file as exported"),
-        ("source", f"{source['checkpoint']} ({source['weights']} weights, sha256 {source['sha256'][:12]}…)"),
+        ("source", f"{source.checkpoint} ({source.weights} weights, sha256 {source.sha256[:12]}…)"),
         ("model", f"{c.depth} blocks of width {c.hidden_size}, {c.num_heads} heads of {c.head_dim}"),
         ("", f"{c.max_length} tokens, {kind}, latents of {c.latent_dim}, vocabulary {c.vocab_size}"),
-        ("encoder", bundle.encoder["kind"] if bundle.encoder else "none"),
-        ("tokenizer", "tokenizer.json" if "file" in bundle.tokenizer else "none: token ids only"),
+        ("encoder", bundle.encoder.kind if bundle.encoder else "none"),
+        ("tokenizer", bundle.tokenizer.file or "none: token ids only"),
     ]
     for name, params in bundle.presets.items():
         lines.append(("preset", f"{name}: " + _preset(params)))
     for name, files in bundle.variants.items():
         weights = (bundle.folder / files["weights"]).stat().st_size
         lines.append(("precision", f"{name}: weights {weights / 1e6:.1f} MB"))
-        lines += [("", text) for text in _exceptions(bundle.manifest.get("precision", {}).get(name, {}))]
+        items = bundle.manifest.precision.get(name, ())
+        lines += [("", f"{item.name}: {item.reason}") for item in items if item.reason]
         if doubt := bundle.unproven.get(name):
             lines.append(("", f"not proven, so only by name: {doubt}"))
     lines += [("left out", f"{name}: {reason}") for name, reason in bundle.left_out.items()]
@@ -59,8 +59,3 @@ def _preset(params: SamplingParams) -> str:
     names += [f.name for f in dataclasses.fields(params) if f.name not in names]
     shown = [n for i, n in enumerate(names) if i < 6 or getattr(params, n) != getattr(usual, n)]
     return ", ".join(f"{name} {getattr(params, name)}" for name in shown)
-
-
-def _exceptions(plan: dict[str, Any]) -> list[str]:
-    """What a precision plan keeps wider or scales, one line each."""
-    return [f"{item['name']}: {item['reason']}" for item in plan.get("items", []) if item.get("reason")]

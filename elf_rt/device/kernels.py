@@ -8,7 +8,6 @@ import functools
 import hashlib
 import importlib
 import logging
-import tempfile
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -17,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from elf_rt.errors import BackendError
+from elf_rt.errors import BackendError, ElfError
+from elf_rt.files import read_sealed, write_sealed
 from elf_rt.machine import user_cache
 from elf_rt.sampling.integrator import MAX_ROWS
 from elf_rt.sampling.schedule import Row
@@ -29,7 +29,6 @@ ROW_BITS = 4
 
 _OPTIONS = ("--std=c++17", "--ptxas-options=-v")
 _SOURCE, _HEADER = "integrator.cu", "integrator.h"
-_DIGEST_BYTES = 32
 _log = logging.getLogger(__name__)
 
 
@@ -71,14 +70,13 @@ def get_cubin(sm: int, cache: Path | None = None) -> bytes:
     """
     nvrtc = _nvrtc()
     path = (cache or default_cache()) / f"integrator-sm{sm}-{_key(nvrtc, sm)[:16]}.cubin"
-    try:
-        content = path.read_bytes()
-    except OSError:
-        content = b""
-    digest, cubin = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
-    if not content or hashlib.sha256(cubin).digest() != digest:
+    cubin = read_sealed(path)
+    if cubin is None:
         cubin, _ = compile_cubin(sm)
-        _write(path, hashlib.sha256(cubin).digest() + cubin)
+        try:
+            write_sealed(path, cubin)
+        except (OSError, ElfError) as error:  # it costs a second at the next start, not this one
+            _log.warning("compiled kernels are not cached: %s", error)
     return cubin
 
 
@@ -168,18 +166,3 @@ def _read(nvrtc: ModuleType, function: str, program: Any) -> bytes:
 def _first_error(log: str) -> str:
     lines = log.splitlines()
     return next((line for line in lines if "error" in line), lines[0] if lines else "no reason given")
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Atomically; a cache that cannot be written costs a second at the next start, not this one."""
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            temporary = Path(file.name)
-            file.write(content)
-        temporary.replace(path)
-    except OSError as error:
-        _log.warning("compiled kernels are not cached: %s", error)
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)

@@ -1,7 +1,6 @@
 """Replay recorded runs of the reference model through a backend, and compare."""
 
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,14 +8,17 @@ from typing import Any
 import numpy as np
 
 from elf_rt.bundle import MIN_AGREEMENT
-from elf_rt.errors import BundleError, InputError
+from elf_rt.errors import InputError
 from elf_rt.measure.evaluation import edit_distance
+from elf_rt.measure.replay import Call, Run, read_replay
 from elf_rt.model import Model, load
 from elf_rt.params import SamplingParams
 from elf_rt.sampling.schedule import MAIN, A, B, Table, X
 
 MAX_LATENT_ERROR = 5e-5  # relative, float32
 MAX_EDIT_DISTANCE = 0.01
+TINY = 1e-30
+REPLAY = "replay.npz"
 
 
 @dataclass(frozen=True)
@@ -56,22 +58,35 @@ def verify(model: Model, replay: Path | None = None) -> Report:
     float32 must give latents within 5e-5 and every token id; other precisions 99 % of the ids and an edit distance of
     at most 0.01. Every id of the decoding call counts, also at the source and behind the end of the text.
 
+    Where the replay has texts, the tokenizer must make them of the recorded ids, letter by letter.
+
     Raises:
         InputError: the file is no replay, or its shapes are not those of the model.
     """
-    arrays = _read(replay or model.bundle.path("replay.npz"))
+    if replay is None:
+        replay, needed = model.bundle.path(REPLAY), ["call", "final_ids", *(["text"] if model.codec.tokenizer else [])]
+    else:  # of the official code, for example
+        needed = []
+    call, runs = read_replay(replay, model.config, needed)
+    checks = [] if call is None else [_check(model, "network call", *_call(model, call))]
+    for run in runs:
+        checks += _run(model, run)
+    return Report(model.backend.precision, model.backend.name, tuple(checks))
+
+
+def verify_rows(model: Model, rows: Sequence[int]) -> Report:
+    """Repeat the recorded network call in calls of these numbers of rows.
+
+    Raises:
+        InputError: the bundle's replay is damaged, or has no such call.
+    """
+    call, _ = read_replay(model.bundle.path(REPLAY), model.config, ["call"])
+    assert call is not None
     checks = []
-    for name, latent, ids, want_latent, want_ids in _compared(model, arrays):
-        error = float(np.linalg.norm(latent - want_latent) / np.linalg.norm(want_latent))
-        agreement = float(np.mean(ids == want_ids))
-        distance = float(np.mean([edit_distance(a, b) for a, b in zip(ids, want_ids, strict=True)]))
-        if model.backend.precision == "fp32":
-            passed = error < MAX_LATENT_ERROR and agreement == 1.0
-        else:
-            passed = agreement >= MIN_AGREEMENT and distance <= MAX_EDIT_DISTANCE
-        checks.append(Check(name, error, agreement, distance, passed))
-    if not checks:
-        raise InputError(f"{replay or 'replay.npz'} holds no run to compare with")
+    for count in rows:
+        index = np.arange(count) % len(call.z)
+        repeated = Call(call.z[index], call.x_prev[index], call.t[index], call.s[index], call.x[index], call.ids[index])
+        checks.append(_check(model, f"network call of {count} rows", *_call(model, repeated)))
     return Report(model.backend.precision, model.backend.name, tuple(checks))
 
 
@@ -83,8 +98,8 @@ def verify_folder(
     precision: str = "auto",
     threads: int | None = None,
 ) -> Report:
-    """Open a bundle and ``verify`` it."""
-    with load(folder, backend, precision=precision, threads=threads) as model:
+    """Open a bundle, read every file of it, and ``verify`` it."""
+    with load(folder, backend, precision=precision, threads=threads, check=True) as model:
         if precision not in ("auto", model.backend.precision):
             raise InputError(
                 f"{model.backend.name} runs {model.backend.precision} here, so {precision} is not verified"
@@ -92,50 +107,46 @@ def verify_folder(
         return verify(model, replay)
 
 
-def _compared(model: Model, arrays: dict[str, np.ndarray]) -> Iterator[tuple[str, Any, Any, Any, Any]]:
-    """(name, latents, ids, expected latents, expected ids) of every recorded call and run."""
-    try:
-        if "fwd_z" in arrays:
-            yield "network call", *_call(model, arrays)
-        for i in range(sum(name.endswith("_spec") for name in arrays)):
-            run = {k.removeprefix(f"run{i}_"): v for k, v in arrays.items() if k.startswith(f"run{i}_")}
-            params = _parse_spec(str(run["spec"]))
-            source, mask = run.get("cond"), run["cond_mask"] > 0.5 if "cond" in run else None
-            outcome = model.sample(
-                z0=run["z0"],
-                grid=run["t"],
-                eps=run["eps"] if len(run.get("eps", ())) else None,
-                source=source,
-                mask=mask,
-                params=params,
-            )
-            guidance = f", w = {params.guidance_scale:g}" if source is not None else ""
-            name = f"{params.sampler} {params.steps} steps, s = {params.sc_cfg:g}{guidance}"
-            yield name, outcome.latents, outcome.ids, run["latent"], run["ids"]
-            if "final_ids" in run:
-                final = model.codec.finish(outcome.ids, None if mask is None else mask.sum(1))
-                yield name + ", final ids", outcome.latents, final, run["latent"], run["final_ids"]
-    except KeyError as error:
-        raise InputError(f"the replay lacks {error.args[0]}") from None
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(f"the replay does not fit the model, or is damaged: {error}") from None
+def _check(
+    model: Model, name: str, latents: np.ndarray, ids: np.ndarray, want_latents: np.ndarray, want_ids: np.ndarray
+) -> Check:
+    error = float(np.linalg.norm(latents - want_latents) / (np.linalg.norm(want_latents) + TINY))
+    agreement = float(np.mean(ids == want_ids))
+    distance = float(np.mean([edit_distance(a, b) for a, b in zip(ids, want_ids, strict=True)]))
+    if model.backend.precision == "fp32":
+        passed = error < MAX_LATENT_ERROR and agreement == 1.0
+    else:
+        passed = agreement >= MIN_AGREEMENT and distance <= MAX_EDIT_DISTANCE
+    return Check(name, error, agreement, distance, passed)
 
 
-def _call(model: Model, arrays: dict[str, np.ndarray]) -> tuple[Any, Any, Any, Any]:
-    """One denoising call, and the decoding call at the same z."""
-    rows, length, width = arrays["fwd_z"].shape
-    if width != model.config.latent_dim or length > model.config.max_length:
-        raise InputError(f"the replay is of another model: its latents have shape {arrays['fwd_z'].shape}")
-    want_ids = arrays["dec_ids"] if "dec_ids" in arrays else arrays["dec_logits"].argmax(-1)
+def _run(model: Model, run: Run) -> Iterator[Check]:
+    """The ids of the decoding call; then the final ones, and the texts, where they were recorded."""
+    outcome = model.sample(z0=run.z0, grid=run.grid, eps=run.eps, source=run.source, mask=run.mask, params=run.params)
+    guidance = f", w = {run.params.guidance_scale:g}" if run.source is not None else ""
+    name = f"{run.params.sampler} {run.params.steps} steps, s = {run.params.sc_cfg:g}{guidance}"
+    yield _check(model, name, outcome.latents, outcome.ids, run.latents, run.ids)
+    final = model.codec.finish(outcome.ids, None if run.mask is None else run.mask.sum(1))
+    if run.final_ids is not None:
+        if run.final_ids.shape != final.shape:
+            raise InputError(f"the replay's final ids have shape {run.final_ids.shape}, the model's {final.shape}")
+        yield _check(model, f"{name}, final ids", outcome.latents, final, run.latents, run.final_ids)
+    if run.texts is not None and model.codec.tokenizer is not None:
+        recorded = final if run.final_ids is None else run.final_ids
+        texts = [model.codec.decode(row) for row in recorded]
+        same = float(np.mean([text == want for text, want in zip(texts, run.texts, strict=True)]))
+        yield Check(f"{name}, texts", 0.0, same, 1.0 - same, same == 1.0)
+
+
+def _call(model: Model, call: Call) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(x, ids, expected x, expected ids) of one denoising call, and the decoding call at the same z."""
     xs, ids = [], []
-    for b in range(rows):
-        z0, x_prev, t = arrays["fwd_z"][b : b + 1], arrays["fwd_x_prev"][b : b + 1], float(arrays["fwd_t"][b])
-        params = SamplingParams(sc_cfg=float(arrays["fwd_sc"][b]))
-        xs.append(model.sample(z0=z0, x_prev=x_prev, params=params, table=single_call(t)).latents)
+    for b in range(len(call.z)):
+        z0, params = call.z[b : b + 1], SamplingParams(sc_cfg=float(call.s[b]))
+        once = model.sample(z0=z0, x_prev=call.x_prev[b : b + 1], params=params, table=single_call(float(call.t[b])))
+        xs.append(once.latents)
         ids.append(model.sample(z0=z0, params=params, table=DECODE_ALONE, latents=False).ids)
-    return np.concatenate(xs), np.concatenate(ids), arrays["fwd_x"], want_ids
+    return np.concatenate(xs), np.concatenate(ids), call.x, call.ids
 
 
 def single_call(t: float) -> Table:
@@ -146,26 +157,3 @@ def single_call(t: float) -> Table:
 
 
 DECODE_ALONE = Table(np.array([0.0, 1.0]), np.array([[1.0, 0, 0, 0, 0]] * 2), np.zeros((2, 1)), (MAIN,))
-
-
-def _parse_spec(text: str) -> SamplingParams:
-    """The official sampler, whatever the bundle's presets are."""
-    spec = dict(line.split(": ", 1) for line in text.strip().splitlines())
-    return SamplingParams(
-        sampler=spec["method"],
-        steps=int(spec["steps"]),
-        schedule=spec["schedule"],
-        gamma=float(spec.get("gamma", 0.0)),
-        guidance_scale=float(spec.get("cfg", 1.0)),
-        sc_cfg=float(spec.get("sc", 1.0)),
-    )
-
-
-def _read(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except FileNotFoundError:
-        raise BundleError(f"no replay at {path}") from None
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:  # TypeError: a single array
-        raise InputError(f"{path} is no replay file (.npz of arrays): {type(error).__name__}") from None

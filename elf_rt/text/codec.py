@@ -1,45 +1,21 @@
 """Text to source latents, token ids to text."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from elf_rt.bundle import Bundle
-from elf_rt.errors import BackendError, InputError, first_line, warn
+from elf_rt.errors import BackendError, BundleError, InputError, warn
 from elf_rt.text.encoder import open_encoder
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-PAD_ID = 0
-EOS_ID = 1
+from elf_rt.text.tokenizer import TextTokenizer
 
 
-def load_tokenizer(path: Path) -> "Tokenizer":
-    """A tokenizer.json without the padding and cutting that it may carry from its training.
-
-    Raises:
-        InputError: the file is no tokenizer.
-    """
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        raise InputError(f"{path} is not a tokenizer.json: {first_line(error)}") from None
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
-
-
-def read_positions(ids: np.ndarray, source: np.ndarray | None = None, eos_id: int = EOS_ID) -> np.ndarray:
+def read_positions(ids: np.ndarray, source: np.ndarray | None, *, pad_id: int, eos_id: int) -> np.ndarray:
     """Which of the ids (B, L) are read: neither the source, where `source` (B, L) is true, nor padding, nor what comes
     after the first EOS."""
     free = np.ones(ids.shape, bool) if source is None else ~source
     ends = (ids == eos_id) & free
-    return free & (ids != PAD_ID) & (np.cumsum(ends, axis=1) - ends == 0)
+    return free & ((ids != pad_id) | ends) & (np.cumsum(ends, axis=1) - ends == 0)
 
 
 def _closed(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -51,14 +27,19 @@ class TextCodec:
 
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
         self.config = bundle.config
-        self.eos_id = int(bundle.tokenizer.get("eos_id", EOS_ID))
-        self.pad_id = int(bundle.tokenizer.get("pad_id", PAD_ID))
-        self.append_eos = bool(bundle.tokenizer.get("append_eos", True))
-        self.ends_at_eos = bool(bundle.tokenizer.get("ends_at_eos", True))
-        self.tokenizer = None
-        if "file" in bundle.tokenizer:
-            self.tokenizer = load_tokenizer(bundle.path(bundle.tokenizer["file"]))
+        self.eos_id, self.pad_id = bundle.tokenizer.eos_id, bundle.tokenizer.pad_id
+        self.append_eos = bundle.tokenizer.append_eos
+        self.ends_at_eos = bundle.tokenizer.ends_at_eos
+        self.tokenizer: TextTokenizer | None = None
+        if bundle.tokenizer.file is not None:
+            self.tokenizer = TextTokenizer(bundle.path(bundle.tokenizer.file))
+            known = bundle.encoder.vocab_size if bundle.encoder else bundle.config.vocab_size
+            if self.tokenizer.size > known:
+                raise BundleError(
+                    f"{self.tokenizer.path} has {self.tokenizer.size} tokens, the model knows {known}: export again"
+                )
         self._encode = open_encoder(bundle, threads)
+        self._encoded_ids = bundle.encoder.vocab_size if bundle.encoder is not None else 0
 
     def close(self) -> None:
         """Free the encoder, which refuses to be called from now on."""
@@ -69,7 +50,7 @@ class TextCodec:
         """(L,) token ids -> text without padding and special tokens; None for a bundle without a tokenizer."""
         if self.tokenizer is None:
             return None
-        return str(self.tokenizer.decode([int(i) for i in ids if i != self.pad_id], skip_special_tokens=True)).strip()
+        return self.tokenizer.decode([int(i) for i in ids if i != self.pad_id]).strip()
 
     def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
         """Source token ids of each prompt: no special tokens but the EOS that the model was trained with, cut to
@@ -89,7 +70,7 @@ class TextCodec:
                 prompt.encode("utf-8")
             except (AttributeError, UnicodeEncodeError):
                 raise InputError(f"prompt {index + 1} is not a text in UTF-8: {prompt!r}") from None
-            ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids
+            ids, _ = self.tokenizer.encode(prompt)
             if not ids or not prompt.strip():
                 raise InputError(f"prompt {index + 1} has no token in it: {prompt!r}")
             if self.append_eos:
@@ -127,6 +108,8 @@ class TextCodec:
         """
         if self._encode is None:
             raise InputError("this bundle has no text encoder: export the checkpoint again with --encoder")
+        if ids.max(initial=0) >= self._encoded_ids:
+            raise InputError(f"the text encoder knows ids up to {self._encoded_ids - 1}, got {ids.max()}")
         return (self._encode(ids, mask) - np.float32(self.config.latent_mean)) / np.float32(self.config.latent_std)
 
     def room(self, length: int, *, sourced: bool) -> int:

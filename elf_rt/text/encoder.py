@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from elf_rt.arrays import open_table
 from elf_rt.bundle import Bundle
 from elf_rt.errors import BackendError, first_line
 from elf_rt.libraries import import_library, why_absent
@@ -18,8 +19,9 @@ def open_encoder(bundle: Bundle, threads: int | None = None) -> Encoder | None:
     """The bundle's encoder, None where it has none. Its latents are not normalised. Safe to share between threads."""
     if bundle.encoder is None:
         return None
-    if bundle.encoder["kind"] == "embedding":
-        table = np.load(bundle.path(bundle.encoder["file"]), mmap_mode="r")  # (V, C)
+    if bundle.encoder.kind == "embedding":
+        shape = (bundle.encoder.vocab_size, bundle.config.latent_dim)
+        table = open_table(bundle.part(bundle.encoder.files)["table"], shape)
         return lambda ids, mask: np.asarray(table[ids], np.float32)
     return NetworkEncoder(bundle, threads or cores())
 
@@ -39,7 +41,7 @@ class NetworkEncoder:
     def __call__(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         with self._lock:
             if self._run is None:
-                self._run = _open(self._bundle.path("encoder.onnx"), self._threads)
+                self._run = _open(self._bundle.encoder_graph(), self._threads)
         return self._run(ids, mask)
 
 

@@ -8,15 +8,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import numpy as np
 
 from elf_rt.errors import InputError
 from elf_rt.text.encoder import Encoder
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+from elf_rt.text.tokenizer import TextTokenizer
 
 BLANK = re.compile(r"\s*\[(\d+)\]")  # white space before a blank is the blank's: a word carries its leading space
 MAX_DIGITS = 9  # of a blank's length: no canvas is near it
@@ -43,7 +41,7 @@ class Pinned:
 
     @classmethod
     def from_tokens(
-        cls, tokens: Mapping[int, int | str], tokenizer: "Tokenizer | None", vocab_size: int, room: int
+        cls, tokens: Mapping[int, int | str], tokenizer: TextTokenizer | None, vocab_size: int, room: int
     ) -> Self:
         """Pins of {position: token}; a token is an id, or a text that is one token.
 
@@ -66,7 +64,7 @@ class Pinned:
         return cls(ids, mask)
 
     @classmethod
-    def from_template(cls, template: str, tokenizer: "Tokenizer", eos_id: int | None, room: int) -> Self:
+    def from_template(cls, template: str, tokenizer: TextTokenizer, eos_id: int | None, room: int) -> Self:
         """Pins of a template: ``[n]`` is a blank of n tokens, everything else is pinned.
 
         Args:
@@ -87,11 +85,10 @@ class Pinned:
         fillers = [i for i, char in enumerate(text) if char == FILLER]
         if len(fillers) != len(blanks):
             raise InputError(f"a template must not have the character U+E000: {template!r}")
-        encoding = tokenizer.encode(text, add_special_tokens=False)
         ids: list[int] = []
         mask: list[bool] = []
         seen: set[int] = set()
-        for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+        for token, (start, end) in zip(*tokenizer.encode(text), strict=True):
             covered = [i for i in fillers if start <= i < end]
             if not covered:
                 ids.append(token)
@@ -137,10 +134,10 @@ class Pinned:
         return ids
 
 
-def _token_id(text: str, tokenizer: "Tokenizer | None") -> int:
+def _token_id(text: str, tokenizer: TextTokenizer | None) -> int:
     if tokenizer is None:
         raise InputError("this bundle has no tokenizer: pin token ids instead of texts")
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    ids, _ = tokenizer.encode(text)
     if len(ids) != 1:
         raise InputError(f"{text!r} is {len(ids)} tokens, not one: pin each at its own position, or use a template")
     return int(ids[0])

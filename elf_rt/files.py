@@ -1,0 +1,200 @@
+"""Files: written whole or not at all, known by their sha256, and what lies in the place of one that was not fetched."""
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+
+from elf_rt.errors import BundleError
+from elf_rt.machine import user_cache
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+UNFINISHED = ".unfinished-"
+ABANDONED_AFTER_SECONDS = 24 * 3600  # where a folder cannot be locked, so that only its age tells
+REMEMBERED_FROM_BYTES = 1 << 24  # smaller files are hashed in 10 ms
+SETTLED_SECONDS = 2  # the coarsest clock of a file system: a file younger than that may change and keep its time
+SEAL, SEAL_BYTES = "seal", 32
+
+
+def sha256(path: Path) -> str:
+    """Hex sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remembered_sha256(path: Path) -> str:
+    """The same, but a large file is read once: its digest is kept in the user's cache for as long as size, both times
+    and inode stay. Bits that rot on the disk change none of these, so whoever checks for that calls ``sha256``."""
+    status = path.stat()
+    if status.st_size < REMEMBERED_FROM_BYTES:
+        return sha256(path)
+    known = user_cache() / "sha256" / hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
+    identity = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev]
+    with contextlib.suppress(OSError, ValueError):
+        *remembered, digest = json.loads(known.read_text(encoding="ascii"))
+        if remembered == identity:
+            return str(digest)
+    digest = sha256(path)
+    age = time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns)
+    if age > SETTLED_SECONDS * 1e9:
+        with contextlib.suppress(OSError, BundleError):  # a cache that cannot be written costs the next start a second
+            known.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(known) as work:
+                work.write_text(json.dumps([*identity, digest]), encoding="ascii")
+    return digest
+
+
+def is_inside(name: str) -> bool:
+    """Whether a name can only be that of a file below the folder it is joined to, on every system. Links may lead out
+    of it, as they do in the Hub's cache: what they lead to is known by its sha256."""
+    parts = PurePosixPath(name).parts
+    plain = not any(char in name for char in "\\:\0")
+    return plain and bool(parts) and not name.startswith("/") and ".." not in parts
+
+
+def why_not_here(path: Path) -> str | None:
+    """What stands where a file should be, and how to fetch the file; None: nothing that is known to stand for one."""
+    try:
+        start = path.open("rb").read(256).lstrip().lower()
+    except FileNotFoundError:
+        if path.with_name(f"{path.name}.dvc").is_file():
+            return "is missing, but DVC knows it: run dvc pull"
+        if not path.is_symlink():
+            return "is missing"
+        annexed = "annex" in Path(os.readlink(path)).parts
+        return "is a link to a file that is not here: " + ("run git annex get" if annexed else "download it again")
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    if start.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the file itself: run git lfs install, then git lfs pull"
+    if start.startswith((b"/annex/objects/", b"../.git/annex/")):
+        return "is a git-annex pointer, not the file itself: run git annex get"
+    if start.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")) and path.suffix != ".xml":
+        return "is a web page, not the file itself (a login or an error was answered): download it again"
+    return None
+
+
+def read_sealed(path: Path) -> bytes | None:
+    """What ``write_sealed`` wrote; None when the file is gone, or is not what was written."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    seal, content = content[:SEAL_BYTES], content[SEAL_BYTES:]
+    return content if hashlib.sha256(content).digest() == seal else None
+
+
+def write_sealed(path: Path, content: bytes) -> None:
+    """Keep bytes in a cache, with their checksum before them. Raises OSError or BundleError when it cannot."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as work:
+        work.write_bytes(hashlib.sha256(content).digest() + content)
+
+
+@contextlib.contextmanager
+def sealed_folder(folder: Path, digest: Callable[[Path], str]) -> Iterator[None]:
+    """A cache folder of a library that trusts what it finds there. What is not as the last such block left it is
+    deleted before the block; one process at a time is in it.
+
+    Args:
+        digest: the sha256 of a file.
+
+    Raises:
+        OSError: the folder cannot be made, held or cleaned.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        known: dict[str, str] = json.loads(read_sealed(folder / SEAL) or b"{}")
+        for path in folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != SEAL and known.get(path.name) != digest(path):
+                known.pop(path.name, None)
+                path.unlink()
+        yield
+        now = {path.name: known.get(path.name) or sha256(path) for path in folder.iterdir() if path.name != SEAL}
+        if now != known:
+            with contextlib.suppress(OSError, BundleError):  # the next block will not know the new files
+                write_sealed(folder / SEAL, json.dumps(now).encode())
+
+
+@contextlib.contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """A temporary path beside ``target`` that takes its name when the block succeeds.
+
+    A file that is there keeps its mode and the links to it; a device or a pipe is written to directly.
+    """
+    if target.is_dir():
+        raise BundleError(f"{target} is a folder: name a file")
+    if target.exists() and not target.is_file():  # asked first: /dev/stdout may lead to a pipe, which has no path
+        yield target
+        return
+    target = target.resolve()
+    if not target.parent.is_dir():
+        raise BundleError(f"the folder {target.parent} does not exist")
+    if not os.access(target.parent, os.W_OK):
+        raise BundleError(f"cannot write in {target.parent}")
+    work = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    os.close(os.open(work, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    try:
+        if target.exists():
+            work.chmod(stat.S_IMODE(target.stat().st_mode))
+        yield work
+        os.replace(work, target)
+    finally:
+        work.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def unfinished_folder(parent: Path, prefix: str = UNFINISHED) -> Iterator[Path]:
+    """A new hidden folder in ``parent``, locked while the block runs and gone after it, unless the block moved it.
+
+    What a killed process left under the same prefix is removed first.
+    """
+    with contextlib.ExitStack() as held:
+        with locked(parent):  # no other process may take the new folder for an abandoned one before it is locked
+            remove_abandoned(parent, prefix)
+            work = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+            held.callback(shutil.rmtree, work, ignore_errors=True)
+            held.enter_context(locked(work))
+        yield work
+
+
+def remove_abandoned(parent: Path, prefix: str = UNFINISHED) -> None:
+    """Delete unfinished folders that no process holds: those that made them were killed."""
+    for work in parent.iterdir():
+        if not work.name.startswith(prefix) or not work.is_dir():
+            continue
+        if fcntl is None and time.time() - work.stat().st_mtime < ABANDONED_AFTER_SECONDS:
+            continue
+        with contextlib.suppress(OSError), locked(work, wait=False):  # BlockingIOError: it is held
+            shutil.rmtree(work)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold a folder against other processes that lock it too; the system lets go when this process ends.
+
+    Raises:
+        BlockingIOError: another process holds it, and ``wait`` is false.
+    """
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    finally:
+        os.close(handle)
