@@ -175,8 +175,8 @@ def _record(result: Any) -> dict[str, Any]:
         record["ids"] = result.ids.tolist()
     timings = result.timings
     record["ms"] = {
-        "batch": timings.batch,
         "total": round(timings.total_ms, 3),
+        "waited": round(timings.waited_ms, 3),
         "network": round(timings.network_ms, 3),
     }
     return record

@@ -247,7 +247,8 @@ class HostEngine:
         """The next pass of these slots, into the inputs of their call; and of those that wait, before it."""
         left = [slot for slot in self._called if slot not in set(slots)]
         z, x_prev = arrays["z"], arrays.get("x_prev")
-        steps = [slot.step() for slot in left]
+        integrator.step([slot.step() for slot in left])  # apart from the others, as their length may be another
+        steps = []
         for slot, rows, place in zip(slots, packed, places, strict=True):
             steps.append(slot.step(rows, z[place], None if x_prev is None else x_prev[place]))
         integrator.step(steps)
