@@ -62,7 +62,7 @@ class StagedArrays:
         self._host.close()
         self._device.close()
 
-    def _view(self, name: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    def _view(self, name: str, shape: tuple[int, ...], dtype: type | np.dtype) -> np.ndarray:
         size = math.prod(shape) * np.dtype(dtype).itemsize
         view: np.ndarray = self._host.array[self._offsets[name] :][:size].view(dtype).reshape(shape)
         view[...] = 0

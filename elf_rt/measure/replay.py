@@ -129,7 +129,7 @@ def _run(path: Path, config: ModelConfig, arrays: Mapping[str, np.ndarray], pref
         grid = schedule.check_grid(run["t"])
     except InputError as error:
         raise InputError(f"{path}: {prefix}t: {error}") from None
-    noisy = schedule.make_table(params, config, grid, conditional="cond" in run).noisy_steps
+    noisy = max(schedule.make_table(params, config, row, conditional="cond" in run).noisy_steps for row in grid)
     if grid.shape[1] != params.steps + 1 or len(run["eps"]) < noisy:
         raise InputError(f"{path}: {prefix}t and {prefix}eps are not those of {params.steps} steps")
     return Run(
