@@ -80,7 +80,7 @@ def integrator_bandwidth(texts: int, length: int, width: int, *, noise: bool = T
             engine.enqueue(slots)
             engine.collect()
         cuda, stream, bucket = engine._cuda, engine._stream, engine._calls.bucket(texts, length)
-        copied = [cuda.allocate(num_bytes // 2) for _ in range(2)]  # a copy reads as much as it writes
+        copied = [DeviceMemory(num_bytes // 2) for _ in range(2)]  # a copy reads as much as it writes
         for memory in copied:
             stack.callback(memory.close)
 
@@ -90,7 +90,7 @@ def integrator_bandwidth(texts: int, length: int, width: int, *, noise: bool = T
 
         def copy() -> None:
             for _ in range(STEPS):
-                stream.copy_on_device(copied[1].pointer, copied[0].pointer, num_bytes // 2)
+                stream.copy(copied[1].pointer, copied[0].pointer, num_bytes // 2)
 
         graphs = [cuda.capture(stream.handle, body) for body in (integrate, copy)]
         for graph in graphs:

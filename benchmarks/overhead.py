@@ -3,7 +3,7 @@
     python benchmarks/overhead.py [--model ELF-B] [--steps 32] [--backend openvino] [--repeats 3] [--json FILE]
 
 Writes one text of random weights at full length, as `generate` does, and prints the share of its wall time that the
-integrator (noise, guidance, the update of z), the loop around it and the text side took. One text warms everything up.
+integrator (noise, guidance, the update of z), the driver around it and the text side took. One text warms all up.
 """
 
 import argparse

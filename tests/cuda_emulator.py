@@ -54,12 +54,7 @@ def load() -> Emulator:
         unit, library = Path(folder, "unit.cpp"), Path(folder, "emulator.so")
         unit.write_text(f'#include "cuda_host_shim.h"\n#include "integrator.cu"\nEMULATE({NAME})\n', encoding="utf-8")
         includes = ["-I", str(Path(__file__).parent), "-I", str(resources.files("elf_rt._csrc"))]
-        flags = [
-            "-O2",
-            "-ffp-contract=off",
-            "-fno-math-errno",
-            "-Wno-unknown-pragmas",
-        ]
+        flags = ["-O2", "-ffp-contract=off", "-fno-math-errno", "-Wno-unknown-pragmas"]
         compile_library(unit, library, *flags, *includes)
         return Emulator(ctypes.CDLL(str(library)))
 
@@ -76,11 +71,6 @@ def compile_library(source: Path, library: Path, *options: str) -> None:
 def argument_bytes(arguments: Sequence[object]) -> list[bytes]:
     """What cuda.core makes of the arguments of a launch."""
     return [bytes(_convert(argument)) for argument in arguments]
-
-
-def address(array: np.ndarray | None) -> int:
-    """The "device" address of an array, 0 for None."""
-    return 0 if array is None else array.ctypes.data
 
 
 def _convert(argument: object) -> ctypes._SimpleCData:

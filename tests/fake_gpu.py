@@ -27,7 +27,7 @@ from elf_rt.bundle import Bundle
 from elf_rt.device import kernels
 from elf_rt.device.cudart import DeviceMemory
 from elf_rt.errors import BackendError
-from elf_rt.network import Capture, Enqueued, Graph, Launchable, tensor_shapes
+from elf_rt.network import Capture, Graph, Launchable, tensor_shapes
 
 ADDRESS_BYTES = 8
 OK = cudaError_t.cudaSuccess
@@ -105,9 +105,6 @@ class FakeGpu(fake_cuda.FakeCuda):
 
     def cudaGetLastError(self) -> tuple[int]:
         return (OK,)
-
-    def cudaMemGetInfo(self) -> tuple[int, int, int]:
-        return OK, self._free - self.allocated(), self._free
 
     def cudaDeviceSynchronize(self) -> tuple[int]:
         if error := self.forbidden(anywhere=True):
@@ -239,12 +236,10 @@ class FakeBackend(OrtBackend):
     def __init__(self, bundle: Bundle, gpu: FakeGpu, most: dict[int, int] | None = None) -> None:
         super().__init__(bundle, "fp32", 2)
         self.gpu, self.most = gpu, most
-        self.bound: list[FakeGraph] = []
 
     def bind(self, graph: Graph, rows: int, length: int, stream: int) -> "FakeGraph":
         self.max_rows(length, rows)
-        self.bound.append(FakeGraph(self, graph, rows, length, stream))
-        return self.bound[-1]
+        return FakeGraph(self, graph, rows, length, stream)
 
     def max_rows(self, length: int, needed: int = 1) -> int | None:
         if self.most is None:
@@ -255,13 +250,6 @@ class FakeBackend(OrtBackend):
 
     def capture(self, plain: Capture, stream: int, body: Callable[[], None]) -> Launchable:
         return plain(stream, body)
-
-
-class UncapturedBackend(FakeBackend):
-    """As ONNX Runtime on a GPU."""
-
-    def capture(self, plain: Capture, stream: int, body: Callable[[], None]) -> Launchable:
-        return Enqueued(body)
 
 
 class FakeGraph:

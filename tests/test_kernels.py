@@ -58,14 +58,14 @@ class OnGpu:
 
     def __init__(self) -> None:
         self._cuda = _cuda()
-        self._stream = self._cuda.stream()
+        self._stream = cudart.Stream()
         self._memory: list[cudart.DeviceMemory] = []
 
     def put(self, array: np.ndarray | None, shift: int = 0) -> int:
         if array is None:
             return 0
         data = np.ascontiguousarray(array)
-        memory = self._cuda.allocate(data.nbytes + shift)
+        memory = cudart.DeviceMemory(data.nbytes + shift)
         self._memory.append(memory)
         cudart.call("cudaMemcpy", memory.pointer + shift, data.ctypes.data, data.nbytes, _copy("HostToDevice"))
         cudart.synchronize(0)
@@ -222,7 +222,7 @@ def test_numpys_bits(
 @pytest.mark.parametrize("padding", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1), (7, 16), (67, 257)])
 def test_texts_of_different_states_in_one_launch(device: Device, shape: tuple[int, int], padding: bool) -> None:
-    """Guided, drafting, decoding, waiting, without outputs or x_prev; entries without z leave everything alone."""
+    """Guided, drafting, without outputs, decoding, waiting, without x_prev; entries without z change nothing."""
     slots = mixed(shape) + mixed(shape, seed=10)
     call = assert_numpys_bits(device, slots, padding=padding)
     flat = [(number, row) for number, slot in enumerate(slots) for row in slot.rows]

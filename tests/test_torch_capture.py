@@ -234,19 +234,19 @@ def test_what_torch_refuses_is_a_backend_error(model: Model, monkeypatch: pytest
 
 
 def test_out_of_memory_shrinks_the_calls(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory for calls of two rows: forty texts are written all the same, and a warning says so."""
+    """Memory for calls of two rows: sixteen texts are written all the same, and a warning says so."""
 
-    def forty(memory: int, max_rows: int | None) -> tuple[np.ndarray, int]:
+    def sixteen(memory: int, max_rows: int | None) -> tuple[np.ndarray, int]:
         gpu, backend = install_gpu(monkeypatch, memory=memory), TorchBackend(bundle, "fp32", "cpu")
         with monkeypatch.context() as patch:
             FakeTorchCuda(gpu, patch)
             backend.device = "cuda"
             with Model(bundle, lambda: (backend, "test"), max_rows=max_rows) as model:
-                return write(model, count=40), gpu.allocated()
+                return write(model, count=16), gpu.allocated()
 
-    expected, room = forty(2**30, 2)
+    expected, room = sixteen(2**30, 2)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        ids, _ = forty(room + 4096, None)
+        ids, _ = sixteen(room + 4096, None)
     np.testing.assert_array_equal(ids, expected)
     assert caught and all("rows from now on" in str(each.message) for each in caught)

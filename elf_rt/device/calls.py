@@ -104,18 +104,12 @@ class Calls:
         """Whether anything was made for other lengths."""
         return any(at != length for _, at in (*self._buckets, *self._heads))
 
-    def free_others(self, length: int) -> None:
-        """Free it. The stream must be idle."""
-        for key in [key for key in self._buckets if key[1] != length]:
+    def free(self, but: int | None = None) -> None:
+        """Free everything, or what was made for other lengths than this one. The stream must be idle."""
+        for key in [key for key in self._buckets if key[1] != but]:
             self._buckets.pop(key).close()
-        for key in [key for key in self._heads if key[1] != length]:
+        for key in [key for key in self._heads if key[1] != but]:
             self._heads.pop(key).close()
-
-    def close(self) -> None:
-        for bound in (*self._heads.values(), *self._buckets.values()):
-            bound.close()
-        self._heads.clear()
-        self._buckets.clear()
 
     def _size(self, rows: int, length: int) -> int:
         return max(rows, min(round_up(rows), self.most(length)))

@@ -1,21 +1,18 @@
-"""The CUDA calls of the device engine: memory, kernel launches, graph capture.
+"""The GPU as the device engine sees it: launches of its kernel, and graph capture.
 
 Kernels are launched through cuda.core. Graphs are captured through the CUDA runtime's own functions, not cuda.core's
 GraphBuilder: a capture that an engine broke has to be ended and its error cleared before the stream works again, and
 only the plain functions say which of these steps failed.
 """
 
-import ctypes
 import functools
 import importlib
-import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from elf_rt.device import cudart
-from elf_rt.device.cudart import DeviceMemory, PinnedMemory, Stream
 from elf_rt.device.kernels import BLOCK, load_kernel
 from elf_rt.errors import BackendError, first_line
 
@@ -34,19 +31,6 @@ class Graph:
         executable, self._executable = self._executable, None
         if executable is not None:
             cudart.call("cudaGraphExecDestroy", executable)
-
-
-class PinnedArray:
-    """An array in page-locked host memory; freed by ``close``, after which ``array`` must not be touched."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: np.dtype | type) -> None:
-        self._memory = PinnedMemory(math.prod(shape) * np.dtype(dtype).itemsize)
-        raw = (ctypes.c_byte * self._memory.num_bytes).from_address(self._memory.pointer)
-        self.array: np.ndarray = np.frombuffer(memoryview(raw), dtype).reshape(shape)
-        self.pointer = self._memory.pointer
-
-    def close(self) -> None:
-        self._memory.close()
 
 
 class Cuda:
@@ -71,18 +55,6 @@ class Cuda:
     def activate(self) -> None:
         """Make the GPU current in the calling thread; each thread that uses it needs this once."""
         self._core.Device(0).set_current()
-
-    def stream(self) -> Stream:
-        return Stream()
-
-    def allocate(self, num_bytes: int) -> DeviceMemory:
-        return DeviceMemory(num_bytes)
-
-    def pinned(self, shape: tuple[int, ...], dtype: np.dtype | type) -> PinnedArray:
-        return PinnedArray(shape, dtype)
-
-    def free_bytes(self) -> int:
-        return int(cudart.call("cudaMemGetInfo"))
 
     def step(self, stream: int, grid: tuple[int, int, int], *arguments: int | np.int32) -> None:
         """Enqueue the integrator's kernel: Python integers pass as 64 bits, np.int32 as 32.

@@ -1,13 +1,17 @@
-"""The few CUDA runtime calls that the TensorRT backends need, each checked; and which GPU this machine has.
+"""The few CUDA runtime calls that GPU backends and the device engine need, each checked; and which GPU there is.
 
 ``cuda.bindings`` is imported at the first call. Its functions return (error, result, ...) and never raise, also
 without a driver, so ``find_gpu`` is safe everywhere.
 """
 
+import ctypes
 import importlib
+import math
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
+
+import numpy as np
 
 from elf_rt.errors import BackendError, GpuMemoryError
 from elf_rt.libraries import why_absent
@@ -80,15 +84,19 @@ class DeviceMemory:
             call("cudaFree", pointer)
 
 
-class PinnedMemory:
-    """Page-locked host memory, which the GPU copies from and to at full speed; freed by ``close``."""
+class PinnedArray:
+    """A zeroed array in page-locked host memory, which the GPU copies from and to at full speed; freed by ``close``,
+    after which ``array`` must not be touched."""
 
-    def __init__(self, num_bytes: int) -> None:
-        self.num_bytes = num_bytes
-        self.pointer = int(call("cudaMallocHost", max(1, num_bytes)))
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype | type) -> None:
+        num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+        self._pointer = int(call("cudaMallocHost", num_bytes))
+        ctypes.memset(self._pointer, 0, num_bytes)
+        raw = (ctypes.c_byte * num_bytes).from_address(self._pointer)
+        self.array: np.ndarray = np.frombuffer(memoryview(raw), dtype).reshape(shape)
 
     def close(self) -> None:
-        pointer, self.pointer = self.pointer, 0
+        pointer, self._pointer = self._pointer, 0
         if pointer:
             call("cudaFreeHost", pointer)
 
@@ -101,17 +109,17 @@ class Stream:
         self._stream = call("cudaStreamCreateWithFlags", cudart.cudaStreamNonBlocking)
         self.handle = int(self._stream)
 
-    def copy_to_device(self, device: int, host: int, num_bytes: int) -> None:
-        kind = _module().cudaMemcpyKind.cudaMemcpyHostToDevice
-        call("cudaMemcpyAsync", device, host, num_bytes, kind, self._stream)
+    def upload(self, device: int, host: np.ndarray) -> None:
+        """A page-locked array, which must stay as it is until the copy is made, to a device address."""
+        self._copy(device, host.ctypes.data, host.nbytes, "HostToDevice")
 
-    def copy_to_host(self, host: int, device: int, num_bytes: int) -> None:
-        kind = _module().cudaMemcpyKind.cudaMemcpyDeviceToHost
-        call("cudaMemcpyAsync", host, device, num_bytes, kind, self._stream)
+    def download(self, host: np.ndarray, device: int) -> None:
+        """The other way."""
+        self._copy(host.ctypes.data, device, host.nbytes, "DeviceToHost")
 
-    def copy_on_device(self, target: int, source: int, num_bytes: int) -> None:
-        kind = _module().cudaMemcpyKind.cudaMemcpyDeviceToDevice
-        call("cudaMemcpyAsync", target, source, num_bytes, kind, self._stream)
+    def copy(self, target: int, source: int, num_bytes: int) -> None:
+        """On the device."""
+        self._copy(target, source, num_bytes, "DeviceToDevice")
 
     def zero(self, device: int, num_bytes: int) -> None:
         call("cudaMemsetAsync", device, 0, num_bytes, self._stream)
@@ -123,6 +131,10 @@ class Stream:
         stream, self._stream = self._stream, None
         if stream is not None:
             call("cudaStreamDestroy", stream)
+
+    def _copy(self, target: int, source: int, num_bytes: int, direction: str) -> None:
+        kind = getattr(_module().cudaMemcpyKind, f"cudaMemcpy{direction}")
+        call("cudaMemcpyAsync", target, source, num_bytes, kind, self._stream)
 
 
 class Event:

@@ -19,7 +19,7 @@ import numpy as np
 from elf_rt.device import setup_lock
 from elf_rt.device.calls import MAX_ENTRIES, Bucket, Calls
 from elf_rt.device.cuda import Cuda
-from elf_rt.device.cudart import Event
+from elf_rt.device.cudart import DeviceMemory, Event, PinnedArray, Stream
 from elf_rt.device.kernels import SLOT_STEP, grid, row_flags
 from elf_rt.device.memory import Fields, StagedArrays
 from elf_rt.errors import GpuMemoryError
@@ -85,7 +85,7 @@ class DeviceEngine:
         self.cost = CallCost()
         self._backend, self._width, self._hidden = backend, config.latent_dim, config.hidden_size
         self._cuda = Cuda()
-        self._stream = self._cuda.stream()
+        self._stream = Stream()
         self._slots: dict[DeviceSlot, None] = {}
         self._idle: dict[int, list[DeviceSlot]] = {}  # by length
         self._called: list[DeviceSlot] = []  # those of the last call, whose outputs are still to be read
@@ -99,8 +99,8 @@ class DeviceEngine:
 
             own(self._stream)
             # Graphs read the entries of a call at one address; the host writes them anew for each call under way.
-            self._entries = own(self._cuda.allocate(2 * MAX_ENTRIES * SLOT_STEP.itemsize))
-            self._written = [own(self._cuda.pinned((2, MAX_ENTRIES), SLOT_STEP)) for _ in range(DEPTH + 1)]
+            self._entries = own(DeviceMemory(2 * MAX_ENTRIES * SLOT_STEP.itemsize))
+            self._written = [own(PinnedArray((2, MAX_ENTRIES), SLOT_STEP)) for _ in range(DEPTH + 1)]
             self._events = [(own(Event()), own(Event())) for _ in range(DEPTH + 1)]
             self._calls = Calls(backend, self._cuda, self._stream, self._integrate_call, self._make_room, max_rows)
             self._resources = stack.pop_all()
@@ -119,7 +119,13 @@ class DeviceEngine:
         self._backend.max_rows(program.length, program.max_rows)
         self._calls.bucket(program.max_rows, program.length)  # first, or slots could leave no memory for any call
         with setup_lock:
-            slot = self._take(program)
+            try:
+                slot = self._take(program)
+            except GpuMemoryError:
+                if not self._make_room(program.length):
+                    raise
+                slot = self._take(program)
+        self._slots[slot] = None
         arrays, stream = slot.arrays, self._stream
         stream.zero(arrays.address("x_last"), arrays["x_last"].nbytes)
         stream.zero(arrays.address("not_finite"), arrays["not_finite"].nbytes)
@@ -127,14 +133,14 @@ class DeviceEngine:
         for name, array in given.items():
             if array is not None:
                 arrays[name][...] = array
-                arrays.upload(stream, name)
+                stream.upload(arrays.address(name), arrays[name])
         if slot.noise is not None and program.eps is not None:
             slot.noise["noise"][...] = program.eps
-            slot.noise.upload(stream, "noise")
+            stream.upload(slot.noise.address("noise"), slot.noise["noise"])
         if program.z0 is None:
             arrays["entry"][...] = np.zeros((), SLOT_STEP)  # of the text that had the slot before
             self._write(arrays["entry"], 0, slot, 0)
-            arrays.upload(stream, "entry")
+            stream.upload(arrays.address("entry"), arrays["entry"])
             self._integrate(arrays.address("entry"), 1, program.length)
         slot.sent.record(stream)
         return slot
@@ -188,7 +194,7 @@ class DeviceEngine:
         with setup_lock, self._resources as stack:
             for slot in (*self._slots, *chain.from_iterable(self._idle.values())):
                 stack.callback(slot.close)
-            stack.callback(self._calls.close)
+            stack.callback(self._calls.free)
             stack.callback(self._stream.synchronize)
 
     # Entries: what the kernel is told.
@@ -225,17 +231,15 @@ class DeviceEngine:
         bucket: Bucket,
         turn: int,
     ) -> None:
-        entries, buffers = self._written[turn].array[0], bucket.network.buffers
-        entries[: bucket.rows] = np.zeros((), SLOT_STEP)
+        entries, buffers = self._written[turn].array[0, : bucket.rows], bucket.network.buffers
+        entries[...] = np.zeros((), SLOT_STEP)
         for index, (slot, mine, place) in enumerate(zip(slots, packed, places, strict=True)):
             self._write(entries, index, slot, slot.j, mine, place.start)
             offset = 4 * place.start * slot.program.length * self._width
             entries[index]["next_z"] = buffers["z"] + offset
             if "x_prev" in buffers:
                 entries[index]["next_x_prev"] = buffers["x_prev"] + offset
-        self._stream.copy_to_device(
-            self._entries.pointer, self._written[turn].pointer, bucket.rows * SLOT_STEP.itemsize
-        )
+        self._stream.upload(self._entries.pointer, entries)
 
     def _advance_left(self, chosen: set[DeviceSlot], turn: int) -> None:
         """The pass of texts that were in the last call and wait now, before their outputs are overwritten."""
@@ -243,15 +247,14 @@ class DeviceEngine:
         self._called = []
         if not left:
             return
-        entries, half = self._written[turn].array[1], MAX_ENTRIES * SLOT_STEP.itemsize
-        entries[: len(left)] = np.zeros((), SLOT_STEP)
+        entries = self._written[turn].array[1, : len(left)]
+        second_half = self._entries.pointer + MAX_ENTRIES * SLOT_STEP.itemsize
+        entries[...] = np.zeros((), SLOT_STEP)
         for index, slot in enumerate(left):
             self._write(entries, index, slot, slot.j)
             slot.advanced, slot.outputs = True, (0, 0)
-        self._stream.copy_to_device(
-            self._entries.pointer + half, self._written[turn].pointer + half, len(left) * SLOT_STEP.itemsize
-        )
-        self._integrate(self._entries.pointer + half, len(left), left[0].program.length)
+        self._stream.upload(second_half, entries)
+        self._integrate(second_half, len(left), left[0].program.length)
 
     def _integrate_call(self, rows: int, length: int, buffers: Mapping[str, int]) -> None:
         """The pass of a call's texts, whose entries are padded to its rows."""
@@ -278,19 +281,19 @@ class DeviceEngine:
             piece = decoding[start : start + most]
             for first, count in _runs(piece):
                 source = network.buffers["hidden"] + piece[first] * row_bytes
-                self._stream.copy_on_device(head.buffers["hidden"] + first * row_bytes, source, count * row_bytes)
+                self._stream.copy(head.buffers["hidden"] + first * row_bytes, source, count * row_bytes)
             head.enqueue()
             for index, row in enumerate(piece):
                 self._fetch(ends[row], head.buffers["ids"] + index * 8 * length, turn)
 
     def _fetch(self, slot: DeviceSlot, ids: int, turn: int) -> None:
         """A text's ids, and behind its last call what else is told of it, on the way to the host."""
-        arrays, num_bytes = slot.arrays, 8 * slot.program.length
-        self._stream.copy_to_host(arrays.host_address("ids") + turn * num_bytes, ids, num_bytes)
-        if slot.j == slot.program.last:
-            arrays.download(self._stream, "not_finite")
-            if slot.program.latents:
-                arrays.download(self._stream, "z")
+        arrays, program = slot.arrays, slot.program
+        self._stream.download(arrays["ids"][turn], ids)
+        if slot.j == program.last:
+            self._stream.download(arrays["not_finite"], arrays.address("not_finite"))
+            if program.latents:
+                self._stream.download(arrays["z"], arrays.address("z"))
 
     def _progress(self, slot: DeviceSlot, j: int, rows: Sequence[Row], turn: int) -> Progress:
         program, arrays = slot.program, slot.arrays
@@ -305,31 +308,23 @@ class DeviceEngine:
         return done
 
     def _take(self, program: Program) -> DeviceSlot:
-        """An idle slot, or a new one."""
-        length, idle = program.length, self._idle.get(program.length)
-        while True:
-            with ExitStack() as made:
-                try:
-                    noise = None
-                    if program.eps is not None:
-                        noise = StagedArrays(self._cuda, {"noise": (program.eps.shape, np.float32)})
-                        made.callback(noise.close)
-                    if idle:
-                        arrays, sent = idle[-1].arrays, idle[-1].sent
-                        sent.wait()  # until then its host memory may be on the way
-                        idle.pop()
-                    else:
-                        arrays = StagedArrays(self._cuda, _slot_fields(length, self._width))
-                        made.callback(arrays.close)
-                        sent = Event()
-                except GpuMemoryError:
-                    if not self._make_room(length):
-                        raise
-                    continue
-                made.pop_all()
-            slot = DeviceSlot(program, arrays, noise, sent)
-            self._slots[slot] = None
-            return slot
+        """An idle slot, or a new one; and memory for given noise."""
+        idle = self._idle.get(program.length)
+        with ExitStack() as made:
+            noise = None
+            if program.eps is not None:
+                noise = StagedArrays({"noise": (program.eps.shape, np.float32)})
+                made.callback(noise.close)
+            if idle:
+                arrays, sent = idle[-1].arrays, idle[-1].sent
+                sent.wait()  # until then its host memory may be on the way
+                idle.pop()
+            else:
+                arrays = StagedArrays(_slot_fields(program.length, self._width))
+                made.callback(arrays.close)
+                sent = Event()
+            made.pop_all()
+        return DeviceSlot(program, arrays, noise, sent)
 
     def _make_room(self, length: int) -> bool:
         """Free what was made for other lengths; False where there is nothing."""
@@ -338,7 +333,7 @@ class DeviceEngine:
             return False
         self._advance_left(set(), self._number % (DEPTH + 1))  # the outputs of the last call may go with its bucket
         self._stream.synchronize()
-        self._calls.free_others(length)
+        self._calls.free(but=length)
         for slot in idle:
             self._idle[slot.program.length].remove(slot)
             slot.close()
