@@ -66,7 +66,8 @@ def is_inside(name: str) -> bool:
 def why_not_here(path: Path) -> str | None:
     """What stands where a file should be, and how to fetch the file; None: nothing that is known to stand for one."""
     try:
-        start = path.open("rb").read(256).lstrip().lower()
+        with path.open("rb") as file:
+            start = file.read(256).lstrip().lower()
     except FileNotFoundError:
         if path.with_name(f"{path.name}.dvc").is_file():
             return "is missing, but DVC knows it: run dvc pull"
