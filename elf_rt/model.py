@@ -11,9 +11,10 @@ import numpy as np
 from elf_rt.backends import open_backend
 from elf_rt.bundle import Bundle
 from elf_rt.errors import BackendError, InputError
+from elf_rt.machine import check_threads
 from elf_rt.params import SamplingParams
 from elf_rt.request import HOST_TOKENS_PER_BATCH, TOKENS_PER_BATCH, Batch, Pins, Request, check_length, is_whole
-from elf_rt.sampling import schedule
+from elf_rt.sampling import integrator, schedule
 from elf_rt.sampling.engine import HostSampler, Job, Outcome, StepDone
 from elf_rt.text.codec import TextCodec
 
@@ -61,7 +62,8 @@ def load(
         path: the folder ``name.elfrt`` that ``elf-rt export`` wrote.
         backend: "auto", or a name that ``elf-rt doctor`` lists.
         precision: "auto", fp32, bf16, fp16 or int8, as the backend allows.
-        threads: CPU threads, from 1 to 4 for each core; one for each core by default.
+        threads: CPU threads, from 1 to 4 for each core; one for each core by default. Of the integrator, all models of
+            the process have as many as the last one that was loaded.
         check: verify the sha256 of every file now, not only of those that are used.
 
     Raises:
@@ -89,6 +91,7 @@ class Model:
         self._sampler: Any = _make_sampler(backend, bundle)
         self._closed = False
         self._threads, self._folder = threads, bundle.folder.resolve()
+        integrator.set_threads(check_threads(threads))
 
     def params(self, preset: str = "default", **overrides: Any) -> SamplingParams:
         """The bundle's preset with some values changed (None keeps the preset's)."""

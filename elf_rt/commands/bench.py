@@ -191,7 +191,7 @@ def _module(backend: str) -> ModuleType:
 
 def _contender(bundle: Bundle, backend: str, precision: str, threads: int | None) -> Contender:
     def make() -> Model:
-        return Model(bundle, *open_backend(bundle, backend, precision, threads))
+        return Model(bundle, *open_backend(bundle, backend, precision, threads), threads)
 
     return Contender(f"{backend} {precision}", make)
 
@@ -217,7 +217,7 @@ def _torch_contenders(bundle: Bundle, state: Any, options: dict[str, Any]) -> li
         bf16 = compiled and machine.has_bf16()
         backend = TorchBackend(bundle.config, state, compiled=compiled, bf16=bf16, threads=threads)
         backend.encode = CpuEncoder(bundle)
-        return Model(bundle, backend, "asked for")
+        return Model(bundle, backend, "asked for", threads)
 
     return [Contender(name, partial(load, name)) for name in options["vs"]]
 

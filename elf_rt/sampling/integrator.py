@@ -80,8 +80,18 @@ except ImportError:  # no compiler when elf-rt was installed
 else:
     step = _integrator.step
     IMPLEMENTATION = "c++"
-    # One step moves a few MB: more threads than this wait for memory, and for each other.
-    _integrator.set_num_threads(min(8, cores()))
+
+
+def set_threads(threads: int) -> None:
+    """The most threads that a step may use, the calling one included: for all models of the process.
+
+    One step moves a few MB: more than 8 threads wait for memory, and for each other.
+    """
+    if IMPLEMENTATION == "c++":
+        _integrator.set_num_threads(min(8, threads))
+
+
+set_threads(cores())
 
 
 def to_float32(values: np.ndarray) -> np.ndarray:
