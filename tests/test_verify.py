@@ -186,10 +186,14 @@ def test_the_failing_path_of_the_command(bundle, tmp_path, run_cli):
 
 def test_the_call_in_any_number_of_rows(bundle):
     with elf_rt.load(bundle("uncond"), "onnxruntime", precision="fp32") as model:
-        report = verify_rows(model, [1, 3, 8])
+        report = verify_rows(model.backend, model.bundle, [1, 3, 8])
         assert report.passed and [check.name.split()[-2] for check in report.checks] == ["1", "3", "8"]
         model.backend.bind = lambda rows, length, bind=model.backend.bind: Spoiled(bind(rows, length))
-        assert [check.passed for check in verify_rows(model, [1, 3, 8]).checks] == [True, True, False]
+        assert [check.passed for check in verify_rows(model.backend, model.bundle, [1, 3, 8]).checks] == [
+            True,
+            True,
+            False,
+        ]
 
 
 class Spoiled:

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from elf_rt.bundle import MIN_AGREEMENT
+from elf_rt.backends.base import Backend
+from elf_rt.bundle import MIN_AGREEMENT, Bundle
 from elf_rt.errors import InputError
 from elf_rt.measure.evaluation import edit_distance
 from elf_rt.measure.replay import Call, Run, read_replay
@@ -66,26 +67,26 @@ def verify(model: Model, replay: Path | None = None) -> Report:
     else:  # of the official code, for example
         needed = []
     call, runs = read_replay(replay, model.config, needed)
-    checks = [] if call is None else [_check(model, "network call", *_call(model, call))]
+    checks = [] if call is None else [_check(model.backend, "network call", *_call(model.backend, call))]
     for run in runs:
         checks += _run(model, run)
     return Report(model.backend.precision, model.backend.name, tuple(checks))
 
 
-def verify_rows(model: Model, rows: Sequence[int]) -> Report:
+def verify_rows(backend: Backend, bundle: Bundle, rows: Sequence[int]) -> Report:
     """Repeat the recorded network call in calls of these numbers of rows.
 
     Raises:
         InputError: the bundle's replay is damaged, or has no such call.
     """
-    call, _ = read_replay(model.bundle.path(REPLAY), model.config, ["call"])
+    call, _ = read_replay(bundle.path(REPLAY), bundle.config, ["call"])
     assert call is not None
     checks = []
     for count in rows:
         index = np.arange(count) % len(call.z)
         repeated = Call(call.z[index], call.x_prev[index], call.t[index], call.s[index], call.x[index], call.ids[index])
-        checks.append(_check(model, f"network call of {count} rows", *_call(model, repeated)))
-    return Report(model.backend.precision, model.backend.name, tuple(checks))
+        checks.append(_check(backend, f"network call of {count} rows", *_call(backend, repeated)))
+    return Report(backend.precision, backend.name, tuple(checks))
 
 
 def verify_folder(
@@ -106,12 +107,12 @@ def verify_folder(
 
 
 def _check(
-    model: Model, name: str, latents: np.ndarray, ids: np.ndarray, want_latents: np.ndarray, want_ids: np.ndarray
+    backend: Backend, name: str, latents: np.ndarray, ids: np.ndarray, want_latents: np.ndarray, want_ids: np.ndarray
 ) -> Check:
     error = float(np.linalg.norm(latents - want_latents) / (np.linalg.norm(want_latents) + TINY))
     agreement = float(np.mean(ids == want_ids))
     distance = float(np.mean([edit_distance(a, b) for a, b in zip(ids, want_ids, strict=True)]))
-    if model.backend.precision == "fp32":
+    if backend.precision == "fp32":
         passed = error < MAX_LATENT_ERROR and agreement == 1.0
     else:
         passed = agreement >= MIN_AGREEMENT and distance <= MAX_EDIT_DISTANCE
@@ -123,12 +124,12 @@ def _run(model: Model, run: Run) -> Iterator[Check]:
     outcome = model.sample(z0=run.z0, grid=run.grid, eps=run.eps, source=run.source, mask=run.mask, params=run.params)
     guidance = f", w = {run.params.guidance_scale:g}" if run.source is not None else ""
     name = f"{run.params.sampler} {run.params.steps} steps, s = {run.params.sc_cfg:g}{guidance}"
-    yield _check(model, name, outcome.latents, outcome.ids, run.latents, run.ids)
+    yield _check(model.backend, name, outcome.latents, outcome.ids, run.latents, run.ids)
     final = model.codec.finish(outcome.ids, None if run.mask is None else run.mask.sum(1))
     if run.final_ids is not None:
         if run.final_ids.shape != final.shape:
             raise InputError(f"the replay's final ids have shape {run.final_ids.shape}, the model's {final.shape}")
-        yield _check(model, f"{name}, final ids", outcome.latents, final, run.latents, run.final_ids)
+        yield _check(model.backend, f"{name}, final ids", outcome.latents, final, run.latents, run.final_ids)
     if run.texts is not None and model.codec.tokenizer is not None:
         recorded = final if run.final_ids is None else run.final_ids
         texts = [model.codec.decode(row) for row in recorded]
@@ -136,10 +137,10 @@ def _run(model: Model, run: Run) -> Iterator[Check]:
         yield Check(f"{name}, texts", 0.0, same, 1.0 - same, same == 1.0)
 
 
-def _call(model: Model, call: Call) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _call(backend: Backend, call: Call) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(x, ids, expected x, expected ids) of one denoising call, and the decoding call at the same z."""
     rows, length, _ = call.z.shape
-    network = model.backend.bind(rows, length)
+    network = backend.bind(rows, length)
     try:
         network.z[:], network.t[:] = call.z, call.t
         for buffer, value in ((network.x_prev, call.x_prev), (network.s, call.s), (network.mode, np.zeros(rows))):
