@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from elf_rt.bundle import Bundle
-from elf_rt.console import note, progress
+from elf_rt.console import is_verbose, note, progress
 from elf_rt.errors import BackendError, BundleError
 from elf_rt.libraries import needs
 
@@ -43,7 +43,6 @@ def _precisions(ctx: click.Context, param: click.Parameter, value: str | None) -
     help=f"Graphs to write: {', '.join(PRECISIONS)}.  [default: fp32, and fp16 where it is proven]",
 )
 @click.option("--keep-unproven", is_flag=True, help="Keep graphs that --precision names although their text differs.")
-@click.option("-v", "--verbose", is_flag=True, help="Tell also which fields of the config are ignored.")
 @click.option("--dry-run", is_flag=True, help="Say what was found and what would be written, and write nothing.")
 @click.option(
     "--opset",
@@ -65,7 +64,6 @@ def command(
     append_eos: bool | None,
     precision: tuple[str, ...],
     keep_unproven: bool,
-    verbose: bool,
     dry_run: bool,
     opset: str,
     prompts: Path | None,
@@ -96,7 +94,7 @@ def command(
         precisions=precision or DEFAULT_PRECISIONS,
         required=precision,
         keep_unproven=keep_unproven,
-        verbose=verbose,
+        verbose=is_verbose(),
         opset=int(opset),
         prompts=[record["input"] for record in read_jsonl(prompts)] if prompts else (),
         presets=read_presets(presets) if presets else {},
