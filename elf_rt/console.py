@@ -87,6 +87,10 @@ def set_verbosity(level: int) -> None:
     _verbosity = level
 
 
+def is_verbose() -> bool:
+    return _verbosity >= VERBOSE
+
+
 def note(text: str) -> None:
     """One line for people, on stderr, unless they want none."""
     if _verbosity >= NORMAL:

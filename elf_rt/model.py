@@ -16,8 +16,9 @@ import numpy as np
 from elf_rt.backends import open_backend
 from elf_rt.bundle import Bundle
 from elf_rt.errors import BackendError, InputError
+from elf_rt.machine import check_threads
 from elf_rt.network import Backend
-from elf_rt.params import SamplingParams
+from elf_rt.params import ModelConfig, SamplingParams
 from elf_rt.pending import Pending, Run
 from elf_rt.request import (
     Checked,
@@ -34,6 +35,7 @@ from elf_rt.request import (
     preset_of,
 )
 from elf_rt.results import Draft, Outcome, Result, Timings
+from elf_rt.sampling import integrator
 from elf_rt.sampling.driver import CLOSED, Driver, Stats
 from elf_rt.sampling.engine import Engine, HostEngine
 from elf_rt.sampling.given import make_programs
@@ -98,10 +100,11 @@ class Model:
         _models.add(self)
 
     def _start(self) -> None:
-        bundle, max_rows, threads = self.bundle, self._max_rows, self._threads
+        bundle, max_rows = self.bundle, self._max_rows
+        integrator.set_threads(check_threads(self._threads))
         self.backend, self.backend_reason = backend, _ = self._open()
         self.codec = TextCodec(bundle, self._threads)
-        self._driver = Driver(lambda: _open_engine(backend, bundle, max_rows, threads), bundle.config.max_length)
+        self._driver = Driver(lambda: open_engine(backend, bundle.config, max_rows), bundle.config.max_length)
         self._finalizer = weakref.finalize(self, _close, self._driver, backend)
 
     def params(self, preset: str = "default", **overrides: Any) -> SamplingParams:
@@ -241,11 +244,13 @@ class Model:
             table=table,
             latents=latents,
         )
-        written: dict[int, Written] = {}
-        for index, event in Run(self._open_driver, iter([programs])):
-            if isinstance(event, Written):
-                written[index] = event
-        return _outcome([written[i] for i in range(batch)])
+        return _outcome(self.run(programs))
+
+    def run(self, programs: Sequence[Program]) -> list[Written]:
+        """Programs of the engine, side by side: below text and arrays."""
+        run = Run(self._open_driver, iter([programs]))
+        written = {index: event for index, event in run if isinstance(event, Written)}
+        return [written[index] for index in range(len(programs))]
 
     def stats(self) -> Stats:
         """What the model is doing now, and what its calls cost."""
@@ -349,12 +354,13 @@ class Model:
         return self.codec.decode(prepared.finish(self.codec, ids))
 
 
-def _open_engine(backend: Backend, bundle: Bundle, max_rows: int | None, threads: int | None) -> Engine[Any]:
+def open_engine(backend: Backend, config: ModelConfig, max_rows: int | None = None) -> Engine[Any]:
+    """The engine of rows for a backend, to be used by the thread that opens it."""
     if backend.device == "cuda":
         from elf_rt.device.engine import DeviceEngine
 
-        return DeviceEngine(backend, bundle.config, max_rows)
-    return HostEngine(backend, bundle.config.latent_dim, max_rows, threads)
+        return DeviceEngine(backend, config, max_rows)
+    return HostEngine(backend, config.latent_dim, max_rows)
 
 
 def _close(driver: Driver, backend: Backend) -> None:

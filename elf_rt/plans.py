@@ -22,7 +22,7 @@ from typing import Any, Self
 from elf_rt.bundle import Bundle
 from elf_rt.device.cudart import Gpu, find_gpu
 from elf_rt.errors import BackendError
-from elf_rt.files import sha256
+from elf_rt.files import atomic_file, sha256
 from elf_rt.libraries import import_library, why_absent
 
 RECORD = "plan.json"
@@ -165,7 +165,10 @@ class Engine:
 
 @dataclass(frozen=True)
 class Record:
-    """What plan.json holds. All but ``engines`` went into ``key``."""
+    """What plan.json holds. ``key`` was made of all before ``engines``.
+
+    replayed: rows of the calls that repeated the reference model's on a GPU. not_replayed: why there are none.
+    """
 
     key: str
     library: str
@@ -178,6 +181,8 @@ class Record:
     graphs: dict[str, str]  # sha256 of denoiser, discretizer and weights
     settings: dict[str, Any]
     engines: dict[str, Engine]
+    replayed: tuple[int, ...] = ()
+    not_replayed: str = "it was built by an older elf-rt"
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -196,6 +201,7 @@ class Record:
                         Profile(Range(**profile["rows"]), Range(**profile["length"])) for profile in values["profiles"]
                     ),
                     "engines": {name: Engine(**engine) for name, engine in values["engines"].items()},
+                    "replayed": tuple(values.get("replayed", ())),
                 }
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -203,7 +209,21 @@ class Record:
 
     def write(self, folder: Path) -> None:
         values = {"format": FORMAT, "schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
-        (folder / RECORD).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        with atomic_file(folder / RECORD) as work:
+            work.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+    def proof(self) -> str:
+        """What is known of the texts that the plan writes, in one line."""
+        if not self.replayed:
+            return f"not replayed: {self.not_replayed}"
+        return f"replayed in calls of {', '.join(map(str, self.replayed))} rows: the reference model's tokens"
+
+    def call_sizes(self, length: int) -> list[int]:
+        """The rows of calls that the profiles are tried with: the ends, what each is tuned for, and powers of two."""
+        rows = [profile.rows for profile in self.profiles if length in profile.length]
+        powers = {1 << k for k in range(max((r.most for r in rows), default=0).bit_length())}
+        sizes = {size for r in rows for size in (r.least, r.best, r.most)}
+        return sorted(sizes | {size for size in powers if any(size in r for r in rows)})
 
     def mismatch(self, machine: Machine, version: str) -> str | None:
         """Why this machine cannot run the plan, as "built for ...; this machine is ...", or None if it can."""
@@ -265,6 +285,7 @@ def describe_plans(
         shapes = ", ".join(f"{profile.rows} rows of {profile.length} tokens" for profile in record.profiles)
         stale = record.precision not in bundle.variants or record.graphs != graph_hashes(bundle, record.precision)
         lines.append(("plan", f"{folder.name}: {record.precision}, {shapes}{', of other weights' if stale else ''}"))
+        lines.append(("", record.proof()))
         lines += [("", f"{name}: {engine.summary(record.precision)}") for name, engine in record.engines.items()]
         if built := inspect(folder, record):
             share = f"{built.get(record.precision, 0)} of {sum(built.values())}"

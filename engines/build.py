@@ -94,12 +94,18 @@ def plan_spec(bundle: Bundle, recipe: Recipe, machine: Machine, request: Request
     return Spec(request, recipe, version, machine.os, made_from["gpu"], graphs, hashes, settings, key, target)
 
 
-def build(spec: Spec, timing_cache: Path | None = None, on_graph: Callable[[str], None] = lambda name: None) -> Record:
+def build(
+    spec: Spec,
+    timing_cache: Path | None = None,
+    on_graph: Callable[[str], None] = lambda name: None,
+    prove: Callable[[Path, Record], Record] = lambda folder, record: record,
+) -> Record:
     """Build both engines and store them under ``spec.target``.
 
     Args:
         timing_cache: a file of kernel timings, read if it exists and written afterwards (TensorRT only).
         on_graph: called with the name of each graph when its build starts.
+        prove: given the finished folder before it is published; returns the record with what it found, or raises.
 
     Raises:
         BackendError: the library refused; its own reasons are in the message.
@@ -122,10 +128,13 @@ def build(spec: Spec, timing_cache: Path | None = None, on_graph: Callable[[str]
         graphs=spec.hashes,
         settings=spec.settings,
         engines=engines,
+        not_replayed="nobody asked for it",
     )
     with new_plan(spec.target, spec.key) as folder:
         for name, plan in plans.items():
             (folder / engines[name].file).write_bytes(plan)
+        record.write(folder)
+        record = prove(folder, record)
         record.write(folder)
     return find_built(spec.target, spec.key) or record
 

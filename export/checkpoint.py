@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from elf_rt.errors import CheckpointError, warn
-from elf_rt.export.config import Shape, active_depth, expected_shapes, make_config, read_sizes
+from elf_rt.export.config import USED, Shape, active_depth, expected_shapes, make_config, read_sizes
 from elf_rt.export.foreign import AGAIN, few, printable
 from elf_rt.export.layouts import read_stored, step_of
 from elf_rt.export.settings import Settings, find_settings
@@ -40,6 +40,11 @@ class Checkpoint:
     settings_from: Path | None  # the YAML
     statistics: np.ndarray | None  # (2, P, C) of the latents, per channel; None: config has one mean and deviation
     state: dict[str, torch.Tensor]
+
+    @property
+    def ignored(self) -> list[str]:
+        """Fields of the config that have no meaning here."""
+        return [printable(name) for name in self.settings if name not in USED]
 
     @property
     def folder(self) -> Path:

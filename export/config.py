@@ -35,6 +35,12 @@ _RANGES: dict[str, tuple[float, float]] = {
     "latent_mean": (-1e6, 1e6),
     "latent_std": (1e-9, 1e6),
 }
+USED = {  # fields of a config that are read, here or for the encoder and the presets
+    *(*_KEYS.values(), *_PRESET_SIZES, LENGTH, "max_input_length", "self_cond_prob", "active_depth", "pad_token"),
+    *("num_time_tokens", "num_self_cond_cfg_tokens", "num_model_mode_tokens", "decoder_head_norm"),
+    *("encoder_model_name", "encoder_family", "encoder", "objective", "task", "model", "seq_len", "mean", "std"),
+    *("sampling_configs", "sampling_configs_path"),
+}
 MOST_TOKENS = 1 << 16  # of a text; attention over more would take 17 GB a head
 
 

@@ -42,6 +42,7 @@ class ExportOptions:
     opset: of ONNX; 20 for engines older than its operators Attention and RMSNormalization, such as TensorRT 10.3.
     precisions: to be tried; float32 is always written. required: of these, what must be proven; others are left out
     where they are not. keep_unproven: required ones stay even then, and are marked.
+    verbose: tell also which fields of the config are ignored.
     prompts: texts to record the replay and measure activations with, for conditional models.
     presets: named sampling parameters that replace the official ones.
     """
@@ -54,6 +55,7 @@ class ExportOptions:
     precisions: Sequence[str] = ("fp32", "fp16")
     required: Sequence[str] = ()
     keep_unproven: bool = False
+    verbose: bool = False
     opset: int = FUSED_OPSET
     prompts: Sequence[str] = ()
     presets: dict[str, SamplingParams] = field(default_factory=dict)
@@ -127,7 +129,10 @@ def export_bundle(
             say=say,
         )
         writer.write(options.precisions)
-    return writer.notes
+    ignored = (
+        [f"ignored in the config: {', '.join(checkpoint.ignored)}"] if options.verbose and checkpoint.ignored else []
+    )
+    return [f"read: {checkpoint.summary}", *ignored, *writer.notes]
 
 
 def _describe(checkpoint: Checkpoint, options: ExportOptions, presets: dict[str, SamplingParams]) -> dict[str, Any]:

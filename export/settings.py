@@ -44,6 +44,7 @@ class Settings:
 
     def _resolve(self, key: str, value: Any) -> Any:
         """What `${section.name}` stands for, as in OmegaConf; resolvers such as `${oc.env:X}` run nothing here."""
+        said = value
         for _ in range(_MOST_STEPS):
             match = _INTERPOLATION.fullmatch(value.strip()) if isinstance(value, str) and len(value) < 500 else None
             if match is None:
@@ -53,7 +54,9 @@ class Settings:
             value = self.values
             for part in match[1].strip().split("."):
                 value = value.get(part) if isinstance(value, Mapping) else None
-        raise CheckpointError(f"{self.where}: {key} is {shown(value)}, which stands for nothing here: write its value")
+            if value is None:
+                break
+        raise CheckpointError(f"{self.where}: {key} is {shown(said)}, which stands for nothing here: write its value")
 
     def integer(self, key: str, least: int, most: int) -> int:
         """A whole number; `least` where the key is absent or null. Raises CheckpointError: it is out of range."""

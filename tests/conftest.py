@@ -35,6 +35,12 @@ def export(
     return output
 
 
+@pytest.fixture(autouse=True)
+def reachable_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test asks the Hub: those that need one replace its download."""
+    monkeypatch.setattr("elf_rt.export.hub.answers", lambda repo: True)
+
+
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The float32 bundle of a golden case ("cond") or of a demo model ("spoken-to-written"); not to be changed."""

@@ -1,17 +1,21 @@
 """``elf-rt build-engine`` as a user meets it: what it prints, what it refuses, what it leaves."""
 
+import ctypes
 import dataclasses
+import math
 import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from fake_cuda import install_cuda
+from fake_gpu import install_gpu
 from fake_tensorrt import install_tensorrt
 from golden_cases import golden
 from plan_bundles import golden_bundle
 
 from elf_rt import plans
+from elf_rt.backends.trt_graph import TrtGraph
 from elf_rt.bundle import Bundle
 from elf_rt.cli import main
 from elf_rt.commands.build_engine import _default_batch
@@ -37,9 +41,10 @@ def folder(original: Path, tmp_path: Path) -> Path:
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     """What a run prints."""
-    main(["build-engine", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        main(["build-engine", *map(str, arguments)])
     captured = capsys.readouterr()
-    assert captured.err == ""
+    assert stopped.value.code == 0 and captured.err == ""
     return captured.out
 
 
@@ -73,8 +78,9 @@ def test_turing_gets_a_plan_of_its_own(folder: Path, capsys: pytest.CaptureFixtu
     assert sorted(record.sms for record in built) == [(75,), (86, 89)]
     assert {str(record.profiles[0].rows) for record in built} == {"1:2:4"}
     text = describe_plans(Bundle.open(folder))
-    assert [name for name, _ in text] == ["plan", "", ""] * 2
-    assert "fp16, 1:2:4 rows of 16 tokens" in text[0][1] and "in FP16" in text[1][1]
+    assert [name for name, _ in text] == ["plan", "", "", ""] * 2
+    assert "fp16, 1:2:4 rows of 16 tokens" in text[0][1] and "in FP16" in text[2][1]
+    assert text[1][1] == "not replayed: no GPU here (no NVIDIA driver)"
 
 
 def test_the_default_is_every_gpu_that_shares_a_plan(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,3 +154,47 @@ def test_other_weights_make_another_plan_and_the_old_one_is_called_stale(
     assert run(capsys, other, "--sm", "89").startswith("built ")
     texts = [text for name, text in describe_plans(Bundle.open(other)) if name]
     assert sorted("of other weights" in text for text in texts) == [False, True]
+
+
+@pytest.fixture
+def gpu(bundle, tmp_path, monkeypatch):
+    """A bundle with a replay, on a machine with a (pretended) GPU and TensorRT."""
+    made = Path(shutil.copytree(bundle("uncond"), tmp_path / "replayed.elfrt"))
+    cuda = install_gpu(monkeypatch)
+    monkeypatch.setattr(plans, "find_gpu", lambda: Gpu("NVIDIA L4", 89))
+    install_tensorrt(monkeypatch, "11.4.0.106", cuda)
+    return made, cuda
+
+
+def test_a_plan_is_replayed_at_every_size_of_a_call(gpu, capsys):
+    folder, _ = gpu
+    told = run(capsys, folder, "--fp32", "--batch", "1,3:5:9")
+    assert "replayed in calls of 1, 3, 4, 5, 8, 9 rows: the reference model's tokens" in told
+    (place,) = (folder / "plans").iterdir()
+    assert Record.read(place).replayed == (1, 3, 4, 5, 8, 9)
+
+
+def test_a_plan_that_is_wrong_at_one_size_is_not_kept(gpu, capsys, monkeypatch):
+    """As a library that was right for one text and wrong for a batch."""
+    folder, cuda = gpu
+    enqueue = TrtGraph.enqueue
+
+    def spoiled(self) -> None:
+        enqueue(self)
+        if self.shapes.get("x", ())[:1] == (4,):
+            size = math.prod(self.shapes["x"])
+            x = np.ctypeslib.as_array((ctypes.c_float * size).from_address(self.buffers["x"])).reshape(self.shapes["x"])
+            cuda.enqueue(self._stream, lambda: np.add(x[3], 1.0, out=x[3]))
+
+    monkeypatch.setattr(TrtGraph, "enqueue", spoiled)
+    assert "writes other text (network call of 4 rows" in refused(capsys, folder, "--fp32", "--batch", "1:1:4")
+    assert not list((folder / "plans").iterdir())
+
+
+def test_a_plan_built_without_a_gpu_is_replayed_when_there_is_one(gpu, capsys, monkeypatch):
+    folder, _ = gpu
+    run(capsys, folder, "--fp32", "--batch", "2")
+    (place,) = (folder / "plans").iterdir()
+    dataclasses.replace(Record.read(place), replayed=(), not_replayed="no GPU here").write(place)
+    assert "already built" in (told := run(capsys, folder, "--fp32", "--batch", "2"))
+    assert "replayed in calls of 2 rows" in told and Record.read(place).replayed == (2,)

@@ -1,10 +1,15 @@
 """Checkpoints: every layout gives the same tensors bit for bit, and every bad file one clear line and nothing else."""
 
 import argparse
+import contextlib
 import hashlib
 import os
 import pickle
 import shutil
+import socket
+import subprocess
+import sys
+import threading
 import zipfile
 from pathlib import Path
 
@@ -178,6 +183,30 @@ def test_hub_out_of_reach_or_unknown(monkeypatch, tmp_path):
         load_checkpoint(tmp_path / "absent")
     with pytest.raises(CheckpointError, match="no such file or folder"):
         load_checkpoint("absent.pt")
+
+
+def test_a_silent_hub_is_one_line_in_seconds(monkeypatch, tmp_path):
+    """A server that takes the connection and never answers."""
+    server = socket.create_server(("127.0.0.1", 0))
+    address = f"http://127.0.0.1:{server.getsockname()[1]}"
+
+    def accept():
+        kept = []
+        with contextlib.suppress(OSError):
+            while True:
+                kept.append(server.accept())
+
+    script = (
+        "import elf_rt.export.hub as hub, elf_rt.errors as errors\n"
+        "hub.ANSWER_SECONDS = 0.5\n"
+        "try: hub.download('org/model')\n"
+        "except errors.CheckpointError as error: print(error)\n"
+    )
+    env = os.environ | {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+    threading.Thread(target=accept, daemon=True).start()
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=90)
+    server.close()
+    assert "cannot be reached" in done.stdout and done.stdout.count("\n") == 1, done.stderr
 
 
 class Payload:

@@ -11,7 +11,7 @@ import yaml
 from elf_rt.errors import CheckpointError
 from elf_rt.export.checkpoint import load_checkpoint
 from elf_rt.export.config import expected_shapes, make_config, read_sizes
-from elf_rt.export.settings import Settings
+from elf_rt.export.settings import Settings, find_settings
 from elf_rt.params import RELEASED
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
@@ -154,3 +154,107 @@ def test_values_that_a_config_lacks_are_told(tmp_path):
     (tmp_path / "short.yml").write_text("max_length: 24\nt_eps: 0.05\n")
     with pytest.warns(UserWarning, match="lacks denoiser_noise_scale, denoiser_p_mean, .* ELF-B's values are taken"):
         load_checkpoint(GOLDEN / "cond", config=tmp_path / "short.yml")
+
+
+def settings(text, tmp_path):
+    (tmp_path / "config.yml").write_text(text)
+    return find_settings([tmp_path], [], Settings({}, tmp_path), None)
+
+
+def test_interpolations_and_sections(tmp_path):
+    """OmegaConf's `${section.key}`, and keys where Hydra users put them."""
+    text = "max_length: ${data.length}\ndata: {length: '${sizes.all}'}\nsizes: {all: 24}\nmodel: {latent_std: 2e-1}\n"
+    found = settings(text, tmp_path)
+    assert found.integer("max_length", 1, 100) == 24
+    assert found.number("latent_std", 0, 1) == 0.2
+    for value in ("${oc.env:HOME}", "${a.b}", "${a}", "???", "x${data.length}"):
+        bad = settings(f"max_length: 3\na: ${{a}}\nt_eps: {value!r}\n", tmp_path)
+        with pytest.raises(CheckpointError, match=r"t_eps is .*write its value"):
+            bad.number("t_eps", 0, 1)
+    with pytest.raises(CheckpointError, match="several sections"):
+        settings("max_length: 3\nmodel: {t_eps: 1}\ndata: {t_eps: 2}\n", tmp_path).get("t_eps")
+
+
+@pytest.mark.parametrize("value", [10**9, 10**20, -1, "1e3x", "9" * 400, 65537, [16], {"a": 1}, "1_6", float("inf")])
+def test_lengths_have_a_range(tmp_path, value):
+    shutil.copy(OFFICIAL, tmp_path)
+    (tmp_path / "config.yml").write_text(yaml.safe_dump({"max_length": value}))
+    with pytest.raises(CheckpointError, match="max_length must be a whole number from 1 to 65536") as caught:
+        load_checkpoint(tmp_path)
+    assert len(str(caught.value)) < 400
+
+
+def test_numbers_that_yaml_reads_as_text(tmp_path):
+    shutil.copy(OFFICIAL, tmp_path)
+    (tmp_path / "config.yml").write_text(CONFIG.read_text() + "\nmax_length: '16'\nt_eps: 5e-2\nstarted: 2024-02-30\n")
+    assert load_checkpoint(tmp_path).config == load_checkpoint(GOLDEN / "uncond").config
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "max_length: 16\na0: &a0 [1, 1]\n" + "".join(f"a{i + 1}: &a{i + 1} [*a{i}, *a{i}]\n" for i in range(60)),
+        "max_length: 16\nx: !!python/object/apply:os.system ['false']\ny: !!python/tuple [1]\n",
+        "max_length: 16\nx: &x [*x]\n",
+    ],
+)
+def test_yaml_that_would_grow_or_run(tmp_path, text):
+    shutil.copy(OFFICIAL, tmp_path)
+    (tmp_path / "config.yml").write_text(text)
+    assert load_checkpoint(tmp_path).config.max_length == 16
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("max_length: 16\nx: " + "[" * 20_000, "nested too deep"),
+        ("max_length: 16\nx: &x 1\ny: [" + "*x, " * 2000 + "]", "more than 1000 aliases"),
+        ("max_length: " + "9" * 6000, "4300 digits"),
+        ("version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        ("<html></html>", "web page"),
+        ("x" * (5 << 20), "longer than 4 MB"),
+    ],
+)
+def test_yaml_that_costs_too_much(tmp_path, text, message):
+    shutil.copy(OFFICIAL, tmp_path)
+    (tmp_path / "config.yml").write_text(text)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_checkpoint(tmp_path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_active_depth(tmp_path):
+    """Only the first blocks run."""
+    shutil.copy(OFFICIAL, tmp_path)
+    (tmp_path / "config.yml").write_text(CONFIG.read_text() + "\nactive_depth: 1\ndepth: 2\n")
+    with pytest.warns(UserWarning, match="active_depth 1: blocks 1 to 1 are left out"):
+        checkpoint = load_checkpoint(tmp_path)
+    assert checkpoint.config.depth == 1 and not any(name.startswith("blocks.1.") for name in checkpoint.state)
+    (tmp_path / "config.yml").write_text(CONFIG.read_text() + "\nactive_depth: 3\n")
+    with pytest.raises(CheckpointError, match="active_depth must be a whole number from 1 to 2, got 3"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_conditional_model_that_was_padded_with_pad(tmp_path):
+    shutil.copy(GOLDEN / "cond" / "checkpoint_10", tmp_path)
+    text = (GOLDEN / "cond" / "config.yml").read_text()
+    (tmp_path / "config.yml").write_text(text.replace("pad_token: eos", "pad_token: pad"))
+    with pytest.warns(UserWarning, match="never learns to end its texts"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("names", [["unembed_bias", "unembed_kernel"], ["text_proj.proj1.weight"]])
+def test_sizes_of_zero(tmp_path, ema, names):
+    empty = {
+        name: tensor[..., :0] if "unembed" in name else tensor[:0] for name, tensor in ema.items() if name in names
+    }
+    torch.save(ema | {name: tensor.clone() for name, tensor in empty.items()}, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match="mis-shaped"):
+        load_checkpoint(tmp_path / "model.pt", config=CONFIG)
+
+
+def test_a_block_of_5000_digits(tmp_path, ema):
+    torch.save(ema | {f"blocks.{'9' * 5000}.norm1.weight": torch.ones(48)}, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match=r"unexpected|nested without end") as caught:
+        load_checkpoint(tmp_path / "model.pt", config=CONFIG)
+    assert len(str(caught.value)) < 700

@@ -230,7 +230,7 @@ def test_threads_are_within_reason(bundle, threads):
 
 
 def test_threads_have_no_meaning_on_a_gpu(bundle, monkeypatch):
-    gpu = SimpleNamespace(name="tensorrt", device="cuda")
+    gpu = SimpleNamespace(name="tensorrt", device="cuda", precision="fp32")
     monkeypatch.setattr(backends, "_open_best", lambda *_: (gpu, "why"))
     with pytest.warns(UserWarning, match="threads=1 has no meaning for tensorrt"):
         backends.open_backend(Bundle.open(bundle("uncond")), threads=1)

@@ -59,7 +59,7 @@ def test_what_nobody_asked_for_is_left_out_and_told(without_fp16):
     bundle.check()
     assert list(bundle.variants) == ["fp32"] and not (output / "fp16").exists()
     assert bundle.left_out == {"fp16": "token agreement 0.9750"}
-    assert [note.split(":")[0] for note in notes] == ["proven", "warning"] and "0.9750" in notes[1]
+    assert [note.split(":")[0] for note in notes] == ["read", "proven", "warning"] and "0.9750" in notes[2]
     assert tried[0] == 0 and tried == sorted(set(tried)) and len(tried) > 2  # each attempt keeps more in float32
 
 
@@ -87,7 +87,9 @@ def test_by_name_it_is_an_error(tmp_path, no_time):
 
 def test_by_name_it_may_be_kept_and_is_marked(tmp_path, no_time):
     prove, _ = judge()
-    notes = export(tmp_path / "x.elfrt", prove, required=("fp32", "fp16"), keep_unproven=True)
+    notes = export(tmp_path / "x.elfrt", prove, required=("fp32", "fp16"), keep_unproven=True, verbose=True)
+    assert notes[0].startswith("read: official PyTorch, EMA weights, step 10, sha256 ")
+    assert notes[1] == "ignored in the config: time_schedule"
     assert "fp16 is kept unproven" in notes[-1]
     bundle = Bundle.open(tmp_path / "x.elfrt")
     assert list(bundle.variants) == ["fp32", "fp16"] and list(bundle.unproven) == ["fp16"]
@@ -98,7 +100,7 @@ def test_by_name_it_may_be_kept_and_is_marked(tmp_path, no_time):
 def test_more_operations_stay_float32_until_it_holds(tmp_path):
     prove, tried = judge(until=4)
     notes = export(tmp_path / "x.elfrt", prove)
-    assert [note.split(":")[0] for note in notes] == ["proven", "proven"]
+    assert [note.split(":")[0] for note in notes] == ["read", "proven", "proven"]
     assert tried[-1] >= 4 > tried[-2]
     report = verify_folder(tmp_path / "x.elfrt", backend="onnxruntime", precision="fp16")
     assert report.passed
@@ -121,7 +123,7 @@ def test_untrained_models_export_by_default(tmp_path, case):
     )
     bundle = Bundle.open(tmp_path / "x.elfrt")
     assert "fp32" in bundle.variants and ("fp16" in bundle.variants) != ("fp16" in bundle.left_out)
-    assert len(notes) == 2
+    assert len(notes) == 3
 
 
 def test_dry_run_writes_nothing(tmp_path, run_cli):

@@ -287,3 +287,36 @@ def test_nohup_is_respected(bundle, tmp_path):
         running.send_signal(signal.SIGHUP)
         time.sleep(0.05)
     assert running.returncode == 0 and len(records(tmp_path / "out.jsonl")) == 20
+
+
+ONE_THREAD = """
+import os, sys
+import numpy as np
+import elf_rt
+from elf_rt.sampling import integrator
+tasks = lambda: len(os.listdir("/proc/self/task"))
+before = tasks()
+with elf_rt.load(sys.argv[1], "onnxruntime", threads=int(sys.argv[2])) as model:
+    model.generate("a la", n=4, seed=0, steps=1)
+    z = np.zeros((8, 512, 64), np.float32)
+    coef = np.ones((8, 5), np.float32)
+    integrator.step(z, z.copy(), coef=coef)
+    print(tasks() - before)
+print(tasks() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads")
+def test_threads_are_those_asked_for(bundle, tmp_path):
+    """Of engine, encoder and integrator, whose workers outlive the model; one more at most hands texts to them."""
+    env = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+    def started(threads: int) -> list[int]:
+        command = [sys.executable, "-c", ONE_THREAD, str(bundle("t5")), str(threads)]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+        return [int(line) for line in done.stdout.splitlines()]
+
+    during, after = started(1)
+    assert during <= 1 and after == 0
+    during, after = started(3)
+    assert during >= 4 and after == 2

@@ -78,6 +78,18 @@ def test_the_clock_takes_the_least_of_replays_in_turn(monkeypatch: pytest.Monkey
     assert cuda.cleared >= 3  # no workspace of cuBLAS stays in a graph's memory
 
 
+def test_out_of_memory_is_no_slowness(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is of this moment, and not to be kept as what this machine can do."""
+    cuda = FakeCuda(monkeypatch)
+
+    def scarce() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        gpu_clock([cuda.way(1.0), scarce], calls=1)
+    assert cuda.cleared >= 2
+
+
 @pytest.mark.parametrize("changed", ["gpu", "torch", "cudnn", "triton"])
 def test_the_cache_is_named_by_what_measurements_hold_for(
     changed: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

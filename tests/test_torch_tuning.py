@@ -150,6 +150,11 @@ def test_torchs_products_where_they_are_faster(backend: TorchBackend, tmp_path: 
     here.prepare(2, 8)
     assert backend.network.choices[2, 8] == Choice(SLOW)
     assert "Triton kernels: 2 ms a call of 2 x 8, torch 1" in here.describe()["passed over"]
+    backend.network.choices.clear()
+    clock = Clock()
+    again = tuner(backend, tmp_path, clock)
+    again.prepare(2, 8)
+    assert clock.timed == 0 and again.passed_over[KERNELS] == "2 ms a call of 2 x 8, torch 1"
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"made_with": 1}', "null", "[" * 10**5, None, "entry", "tiles"])

@@ -86,14 +86,17 @@ class Tuner:
         size = config.num_prefix_tokens + length
         attentions, absent = self.usable(self.precision, (rows, config.num_heads, size, width))
         self.passed_over |= absent
-        key = f"{self.precision} {config.depth}x{config.hidden_size} {config.num_heads}x{width} {rows}x{length}"
+        widths = f"{config.depth}x{config.hidden_size} {config.num_heads}x{width} {config.mlp_dim}"
+        ways = "both" if self.network.fused is not None else "torch"
+        key = f"{self.precision} {widths} {rows}x{length} {ways}"
         choice = self._stored(self.cache.get(key), attentions) if self.tune else Choice(attentions[0])
         if choice is None:
             try:
                 with torch.inference_mode(), own_settings(torch):
                     choice = self._measured(rows, length, attentions)
                 tiles = choice.tiles and [list(astuple(tile)) for tile in vars(choice.tiles).values()]
-                self.cache.put(key, {"attention": choice.attention.name, "tiles": tiles})
+                why = None if tiles else self.passed_over.get(KERNELS)
+                self.cache.put(key, {"attention": choice.attention.name, "tiles": tiles, "why": why})
             except torch.OutOfMemoryError:  # measuring takes more than running
                 choice = Choice(attentions[0])
                 self.passed_over[KERNELS] = f"no GPU memory to measure {rows} rows of {length} tokens"
@@ -113,9 +116,10 @@ class Tuner:
             return None
         attention = next((a for a in attentions if a.name == entry.get("attention")), None)
         tiles = entry.get("tiles")
-        if attention is None or tiles is None:
-            return None if attention is None else Choice(attention)
-        if self.network.fused is None or not isinstance(tiles, list):
+        if attention is not None and tiles is None:
+            self.passed_over |= {KERNELS: str(entry["why"])} if entry.get("why") else {}
+            return Choice(attention)
+        if attention is None or self.network.fused is None or not isinstance(tiles, list):
             return None
         possible = tiles_of(self.network.fused, self.sm)
         found = [
@@ -212,6 +216,8 @@ class Call:
         expected = self.x.clone()
         try:
             self.run(choice)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # Triton's and the driver's have no common base
             return first_line(error)
         difference = float((self.x - expected).norm() / expected.norm())
@@ -280,6 +286,8 @@ def captured(way: Callable[[], object], calls: int) -> "torch.cuda.CUDAGraph | s
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 for _ in range(calls):
                     way()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # torch's, Triton's and the driver's have no common base
         return first_line(error)
     finally:

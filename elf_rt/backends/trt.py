@@ -5,7 +5,7 @@ execution contexts, inputs, outputs, scratch memory) is allocated and bound once
 call is one enqueue on the caller's stream, with no synchronisation, so that a whole sample can be one CUDA graph.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,7 +45,10 @@ class TrtBackend:
 
     device: Literal["cuda"] = "cuda"
 
-    def __init__(self, bundle: Bundle, precision: str, library: Library) -> None:
+    def __init__(
+        self, bundle: Bundle, precision: str, library: Library, plans: Sequence[tuple[Path, Record]] | None = None
+    ) -> None:
+        """``plans``: those to run, where it is not all that fit."""
         if reason := why_unavailable(library):
             raise BackendError(f"{library.name}: {reason}")
         self.name = library.name
@@ -54,7 +57,7 @@ class TrtBackend:
         self._trt = library.load()
         self._machine = this_machine()
         self._bundle = bundle
-        self._plans = find_plans(bundle, precision, library, self._trt.__version__, self._machine)
+        self._plans = list(plans or find_plans(bundle, precision, library, self._trt.__version__, self._machine))
         self._log = make_log(self._trt)
         self._runtime: Any = self._trt.Runtime(self._log)
         self._loaded: dict[Path, dict[str, LoadedEngine]] = {}

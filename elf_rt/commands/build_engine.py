@@ -1,5 +1,7 @@
 """``elf-rt build-engine``: TensorRT plans from a bundle."""
 
+import contextlib
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,7 +95,7 @@ def command(
         if dry_run:
             _show_plan(opened, spec)
         else:
-            _build(opened, spec, timing_cache)
+            _build(opened, spec, timing_cache, machine)
 
 
 def _recipe(target: str, sms: tuple[int, ...], machine: "Machine") -> "Recipe":
@@ -127,11 +129,14 @@ def _default_batch(bundle: Bundle) -> str:
     return f"{len(rows)},1:{most}:{most}"
 
 
-def _build(bundle: Bundle, spec: "Spec", timing_cache: Path | None) -> None:
+def _build(bundle: Bundle, spec: "Spec", timing_cache: Path | None, machine: "Machine") -> None:
     from elf_rt.engines.build import build, find_built
 
     record = find_built(spec.target, spec.key)
     if record is not None:
+        if not record.replayed:  # as of a plan that was built where there is no GPU
+            record = _replay(bundle, machine, spec.target, record)
+            record.write(spec.target)
         click.echo(f"already built {_place(bundle, spec)}")
     else:
         with progress(f"{spec.recipe.library.title} {spec.version}") as ticker:
@@ -139,14 +144,51 @@ def _build(bundle: Bundle, spec: "Spec", timing_cache: Path | None) -> None:
             def on_graph(name: str) -> None:
                 ticker.describe(f"{spec.recipe.library.title} {spec.version} builds the {name} for {_where(spec)}")
 
-            record = build(spec, timing_cache, on_graph)
+            def prove(folder: Path, record: "Record") -> "Record":
+                ticker.describe(f"replaying the plan for {_where(spec)}")
+                return _replay(bundle, machine, folder, record)
+
+            record = build(spec, timing_cache, on_graph, prove)
         click.echo(f"built {_place(bundle, spec)}")
     _show_record(record)
+
+
+def _replay(bundle: Bundle, machine: "Machine", folder: Path, record: "Record") -> "Record":
+    """Run the plan in calls of every size that it is for, against what the reference model gave: a library may give
+    right numbers for one size and wrong ones for another (https://github.com/NVIDIA/TensorRT/issues/4853).
+
+    Raises:
+        BackendError: it writes other text.
+    """
+    from elf_rt.backends.trt import TrtBackend, why_unavailable
+    from elf_rt.measure.verify import REPLAY, verify_rows
+    from elf_rt.plans import LIBRARIES
+
+    library, sizes = LIBRARIES[record.library], record.call_sizes(bundle.config.max_length)
+    why_not = (
+        (None if machine.gpu else f"no GPU here ({machine.no_gpu})")
+        or record.mismatch(machine, record.version)
+        or why_unavailable(library)
+        or (None if REPLAY in bundle.manifest.files else "the bundle has no replay")
+        or (None if sizes else f"no profile takes the replay's {bundle.config.max_length} tokens")
+    )
+    if why_not:
+        return dataclasses.replace(record, not_replayed=why_not)
+    backend = TrtBackend(bundle, record.precision, library, [(folder, record)])
+    with contextlib.closing(backend):
+        report = verify_rows(backend, bundle, sizes)
+    if wrong := [check for check in report.checks if not check.passed]:
+        raise BackendError(
+            f"{library.title} {record.version} built a plan that writes other text ({wrong[0].name}: token agreement "
+            f"{wrong[0].token_agreement:.4f}): build with --fp32, another --opt-level or another version"
+        )
+    return dataclasses.replace(record, replayed=tuple(sizes), not_replayed="")
 
 
 def _show_record(record: "Record") -> None:
     for name, engine in record.engines.items():
         click.echo(f"  {name:12} {engine.summary(record.precision)}, built in {engine.seconds:.1f} s")
+    click.echo(f"  {'proof':12} {record.proof()}")
     opened = record.engines["denoiser"].attention.get("open", 0)
     if opened and record.precision != "fp32":
         note(f"warning: {opened} attention layers have no fused kernel and need L x L scratch memory")

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from elf_rt.bundle import Bundle
-from elf_rt.console import note, progress
+from elf_rt.console import is_verbose, note, progress
 from elf_rt.errors import BackendError, BundleError
 from elf_rt.libraries import needs
 
@@ -94,6 +94,7 @@ def command(
         precisions=precision or DEFAULT_PRECISIONS,
         required=precision,
         keep_unproven=keep_unproven,
+        verbose=is_verbose(),
         opset=int(opset),
         prompts=[record["input"] for record in read_jsonl(prompts)] if prompts else (),
         presets=read_presets(presets) if presets else {},

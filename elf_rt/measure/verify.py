@@ -1,19 +1,24 @@
 """Replay recorded runs of the reference model through a backend, and compare."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from elf_rt.bundle import MIN_AGREEMENT
+from elf_rt.bundle import MIN_AGREEMENT, Bundle
 from elf_rt.errors import InputError
 from elf_rt.measure.evaluation import edit_distance
 from elf_rt.measure.replay import Call, Run, read_replay
-from elf_rt.model import Model, load
-from elf_rt.params import SamplingParams
+from elf_rt.model import Model, load, open_engine
+from elf_rt.network import Backend
+from elf_rt.sampling.engine import Engine
+from elf_rt.sampling.program import Program, Written
 from elf_rt.sampling.schedule import MAIN, A, B, Table, X
+
+Write = Callable[[Sequence[Program]], list[Written]]
 
 MAX_LATENT_ERROR = 5e-5  # relative, float32
 MAX_EDIT_DISTANCE = 0.01
@@ -68,26 +73,30 @@ def verify(model: Model, replay: Path | None = None) -> Report:
     else:  # of the official code, for example
         needed = []
     call, runs = read_replay(replay, model.config, needed)
-    checks = [] if call is None else [_check(model, "network call", *_call(model, call))]
+    checks = [] if call is None else [_check(model.backend, "network call", *_call(model.run, call))]
     for run in runs:
         checks += _run(model, run)
     return Report(model.backend.precision, model.backend.name, tuple(checks))
 
 
-def verify_rows(model: Model, rows: Sequence[int]) -> Report:
+def verify_rows(backend: Backend, bundle: Bundle, rows: Sequence[int]) -> Report:
     """Repeat the recorded network call in calls of these numbers of rows.
 
     Raises:
         InputError: the bundle's replay is damaged, or has no such call.
     """
-    call, _ = read_replay(model.bundle.path(REPLAY), model.config, ["call"])
+    call, _ = read_replay(bundle.path(REPLAY), bundle.config, ["call"])
     assert call is not None
-    checks = []
-    for count in rows:
-        index = np.arange(count) % len(call.z)
-        repeated = Call(call.z[index], call.x_prev[index], call.t[index], call.s[index], call.x[index], call.ids[index])
-        checks.append(_check(model, f"network call of {count} rows", *_call(model, repeated)))
-    return Report(model.backend.precision, model.backend.name, tuple(checks))
+    checks, engine = [], open_engine(backend, bundle.config)
+    try:
+        for count in rows:
+            index = np.arange(count) % len(call.z)
+            repeated = Call(*(getattr(call, field.name)[index] for field in fields(Call)))
+            compared = _call(partial(_in_one_call, engine), repeated)
+            checks.append(_check(backend, f"network call of {count} rows", *compared))
+    finally:
+        engine.close()
+    return Report(backend.precision, backend.name, tuple(checks))
 
 
 def verify_folder(
@@ -108,12 +117,12 @@ def verify_folder(
 
 
 def _check(
-    model: Model, name: str, latents: np.ndarray, ids: np.ndarray, want_latents: np.ndarray, want_ids: np.ndarray
+    backend: Backend, name: str, latents: np.ndarray, ids: np.ndarray, want_latents: np.ndarray, want_ids: np.ndarray
 ) -> Check:
     error = float(np.linalg.norm(latents - want_latents) / (np.linalg.norm(want_latents) + TINY))
     agreement = float(np.mean(ids == want_ids))
     distance = float(np.mean([edit_distance(a, b) for a, b in zip(ids, want_ids, strict=True)]))
-    if model.backend.precision == "fp32":
+    if backend.precision == "fp32":
         passed = error < MAX_LATENT_ERROR and agreement == 1.0
     else:
         passed = agreement >= MIN_AGREEMENT and distance <= MAX_EDIT_DISTANCE
@@ -125,12 +134,12 @@ def _run(model: Model, run: Run) -> Iterator[Check]:
     outcome = model.sample(z0=run.z0, grid=run.grid, eps=run.eps, source=run.source, mask=run.mask, params=run.params)
     guidance = f", w = {run.params.guidance_scale:g}" if run.source is not None else ""
     name = f"{run.params.sampler} {run.params.steps} steps, s = {run.params.sc_cfg:g}{guidance}"
-    yield _check(model, name, outcome.latents, outcome.ids, run.latents, run.ids)
+    yield _check(model.backend, name, outcome.latents, outcome.ids, run.latents, run.ids)
     final = model.codec.finish(outcome.ids, None if run.mask is None else run.mask.sum(1))
     if run.final_ids is not None:
         if run.final_ids.shape != final.shape:
             raise InputError(f"the replay's final ids have shape {run.final_ids.shape}, the model's {final.shape}")
-        yield _check(model, f"{name}, final ids", outcome.latents, final, run.latents, run.final_ids)
+        yield _check(model.backend, f"{name}, final ids", outcome.latents, final, run.latents, run.final_ids)
     if run.texts is not None and model.codec.tokenizer is not None:
         recorded = final if run.final_ids is None else run.final_ids
         texts = [model.codec.decode(row) for row in recorded]
@@ -138,15 +147,27 @@ def _run(model: Model, run: Run) -> Iterator[Check]:
         yield Check(f"{name}, texts", 0.0, same, 1.0 - same, same == 1.0)
 
 
-def _call(model: Model, call: Call) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _call(write: Write, call: Call) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(x, ids, expected x, expected ids) of one denoising call, and the decoding call at the same z."""
-    xs, ids = [], []
-    for b in range(len(call.z)):
-        z0, params = call.z[b : b + 1], SamplingParams(sc_cfg=float(call.s[b]))
-        once = model.sample(z0=z0, x_prev=call.x_prev[b : b + 1], params=params, table=single_call(float(call.t[b])))
-        xs.append(once.latents)
-        ids.append(model.sample(z0=z0, params=params, table=DECODE_ALONE, latents=False).ids)
-    return np.concatenate(xs), np.concatenate(ids), call.x, call.ids
+    length, rows = call.z.shape[1], list(zip(call.z, call.x_prev, call.t, call.s, strict=True))
+    once = [
+        Program(single_call(float(t)), length, 0, float(s), z0=z, x_prev=x_prev, latents=True)
+        for z, x_prev, t, s in rows
+    ]
+    decoded = [Program(DECODE_ALONE, length, 0, float(s), z0=z) for z, _, _, s in rows]
+    x = [each.latents for each in write(once) if each.latents is not None]
+    return np.stack(x), np.stack([each.ids for each in write(decoded)]), call.x, call.ids
+
+
+def _in_one_call(engine: Engine[Any], programs: Sequence[Program]) -> list[Written]:
+    """All rows of the programs together in each call, as many as they are."""
+    slots = [engine.open(program) for program in programs]
+    for _ in range(programs[0].last):
+        engine.enqueue(slots)
+        done = engine.collect()
+    for slot in slots:
+        engine.free(slot)
+    return [Written(each.ids, each.latents) for each in done.progress if each.ids is not None]
 
 
 def single_call(t: float) -> Table:

@@ -165,10 +165,7 @@ class HostEngine:
     depth = 1
     captures = 0
 
-    def __init__(
-        self, backend: HostBackend, latent_dim: int, max_rows: int | None = None, threads: int | None = None
-    ) -> None:
-        integrator.set_threads(threads)
+    def __init__(self, backend: HostBackend, latent_dim: int, max_rows: int | None = None) -> None:
         self.cost = CallCost()
         self._backend, self._latent_dim, self._limit = backend, latent_dim, max_rows
         self._bound: OrderedDict[tuple[Graph, int, int], BoundGraph] = OrderedDict()

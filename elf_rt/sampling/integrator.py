@@ -70,14 +70,16 @@ else:
     IMPLEMENTATION = "c++"
 
 
-def set_threads(threads: int | None) -> None:
-    """How many threads a step may use, in the whole process; None: one for each core. One step moves a few MB: more
-    than eight wait for memory, and for each other."""
+def set_threads(threads: int) -> None:
+    """The most threads that a step may use, the calling one included: for all models of the process.
+
+    One step moves a few MB: more than 8 threads wait for memory, and for each other.
+    """
     if IMPLEMENTATION == "c++":
-        _integrator.set_num_threads(min(8, threads or cores()))
+        _integrator.set_num_threads(min(8, threads))
 
 
-set_threads(None)
+set_threads(cores())
 
 
 def _advance(slot: SlotStep) -> None:
