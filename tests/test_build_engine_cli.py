@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_cuda import install_cuda
 from fake_gpu import install_gpu
 from fake_tensorrt import install_tensorrt
 from golden_cases import golden
