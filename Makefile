@@ -41,7 +41,7 @@ types: $(VENV)/.test
 pytest: $(VENV)/.test
 	$(BIN)/pytest -n 2
 
-# Full-size engines for every GPU: minutes, so not in `make test`. With a GPU: pytest -m gpu.
+# Full-size engines for every GPU, and 3,000 bad inputs: minutes, so not in `make test`. With a GPU: pytest -m gpu.
 slow: $(VENV)/.test
 	$(BIN)/pytest -m slow
 

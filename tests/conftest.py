@@ -9,6 +9,9 @@ from filelock import FileLock
 
 from elf_rt.device.cudart import Gpu, find_gpu
 
+# Before anything imports torch: tiny products gain nothing from threads, which on a busy machine wait for each other a
+# hundred times as long as they compute.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 HAS_GPU = isinstance(find_gpu(), Gpu)
 if not HAS_GPU:  # before anything imports Triton
     os.environ["TRITON_INTERPRET"] = "1"

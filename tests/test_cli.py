@@ -134,6 +134,11 @@ def test_bad_jsonl(run_cli, spoken, tmp_path, content, words):
     assert (tmp_path / "out.jsonl").read_text(encoding="utf-8") == "kept"
 
 
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs /dev/zero")
+def test_a_file_without_end(run_cli, spoken):
+    run_cli("generate", "--input", "/dev/zero").assert_clear_error("/dev/zero line 1 is longer than 64 MB")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

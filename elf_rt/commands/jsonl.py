@@ -5,12 +5,14 @@ import os
 import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from elf_rt.errors import BundleError, InputError
 
+MAX_LINE = 1 << 26  # bytes; /dev/zero has no end of line
 MAX_DEPTH = 100  # lists and objects inside each other; Python's own limit depends on what calls it
 
 
@@ -21,33 +23,35 @@ def read_jsonl(path: Path, field: str = "input") -> list[dict[str, Any]]:
         InputError: the file cannot be read, or a line is not such a record, or could not be written as JSON again.
     """
     name = "standard input" if str(path) == "-" else str(path)
+    records = []
     try:
-        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
-        lines = data.decode("utf-8-sig").split("\n")  # splitlines also cuts at U+2028, which JSON may contain
-    except UnicodeDecodeError as error:
-        raise InputError(f"{name} is not UTF-8 (byte {error.start})") from None
+        with nullcontext(sys.stdin.buffer) if str(path) == "-" else path.open("rb") as file:
+            # Only "\n" ends a line: JSON may contain U+2028.
+            for number, line in enumerate(iter(partial(file.readline, MAX_LINE + 1), b""), 1):
+                try:
+                    if line.strip():
+                        records.append(_record(line, field))
+                except InputError as error:
+                    raise InputError(f"{name} line {number} {error}") from None
     except OSError as error:
         raise InputError(f"cannot read {name}: {error.strerror}") from None
-    records = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                records.append(_record(line, field))
-            except InputError as error:
-                raise InputError(f"{name} line {number} {error}") from None
     if not records:
         raise InputError(f"{name} has no line in it")
     return records
 
 
-def _record(line: str, field: str) -> dict[str, Any]:
+def _record(line: bytes, field: str) -> dict[str, Any]:
     """A line's record. Raises InputError with what is wrong with the line."""
+    if len(line) > MAX_LINE:
+        raise InputError(f"is longer than {MAX_LINE >> 20} MB")
     try:
-        record = json.loads(line, parse_constant=_refuse)
+        record = json.loads(line.decode("utf-8-sig"), parse_constant=_refuse)
         if _depth(record) > MAX_DEPTH:
             raise RecursionError
     except RecursionError:
         raise InputError(f"is nested more than {MAX_DEPTH} deep") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"is not UTF-8 (byte {error.start})") from None
     except InputError:
         raise
     except ValueError:
