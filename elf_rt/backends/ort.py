@@ -10,7 +10,7 @@ import numpy as np
 from elf_rt.backends.base import check_widths, token_slices
 from elf_rt.backends.rounding import rounded_graph
 from elf_rt.bundle import Bundle
-from elf_rt.errors import BackendError
+from elf_rt.errors import BackendError, first_line
 from elf_rt.libraries import import_library, why_absent
 from elf_rt.machine import cores
 
@@ -68,7 +68,7 @@ class OrtBackend:
         try:
             return self._ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own errors have no common base
-            raise BackendError(f"{NAME} cannot load {path}: {str(error).splitlines()[0]}") from error
+            raise BackendError(f"{NAME} cannot load {path}: {first_line(error)}") from error
 
     def bind(self, rows: int, length: int) -> "OrtNetwork":
         return OrtNetwork(self, rows, length)
