@@ -20,7 +20,7 @@ from elf_rt.console import (
     plain_warnings,
     set_verbosity,
 )
-from elf_rt.errors import ElfError
+from elf_rt.errors import ElfError, first_line
 
 # SIGHUP: the terminal, or the connection to it, is gone.
 STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -139,7 +139,7 @@ def _report(error: ElfError | OSError | MemoryError) -> int:
     elif isinstance(error, OSError):
         reason = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
     elif isinstance(error, MemoryError):
-        reason = "memory ran out: ask for fewer texts at once or a shorter --length, or use a machine with more"
+        reason = first_line(error)
     else:
         reason = str(error)
     if not isinstance(error, BrokenPipeError):

@@ -28,10 +28,18 @@ class InputError(ElfError, ValueError):
     """A value given by the caller is out of range; the message names the valid ones."""
 
 
+# How C++ libraries say that the machine has no memory left. What a GPU lacks is GpuMemoryError's.
+_NO_MEMORY = ("bad_alloc", "bad allocation", "failed to allocate memory", "cannot allocate memory", "not enough memory")
+LESS_MEMORY = "ask for fewer texts at once or a shorter length, or use a machine with more"
+
+
 def first_line(error: BaseException) -> str:
-    """What a library's error says, in one line."""
+    """What a library's error says, in one line; with what helps, where memory ran out."""
     lines = str(error).splitlines() or [type(error).__name__]
-    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+    line = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+    if isinstance(error, MemoryError) or any(words in str(error).lower() for words in _NO_MEMORY):
+        return f"memory ran out ({line}): {LESS_MEMORY}"
+    return line
 
 
 def warn(message: str) -> None:

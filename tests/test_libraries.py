@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from elf_rt.errors import first_line
 from elf_rt.libraries import ORT_TELEMETRY, import_library, needs, why_absent
 
 ROOT = Path(__file__).parents[1]
@@ -54,6 +55,26 @@ def test_absent_libraries_and_parts():
         "export cannot import a library that is installed (libtorch.so: undefined symbol: x): "
         "pip install 'elf-rt[export]'"
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (RuntimeError("one\ntwo"), "one"),
+        (RuntimeError("in a node:\nthe reason\nmore"), "in a node: the reason"),
+        (ValueError(), "ValueError"),
+        (MemoryError("Unable to allocate 3 GiB"), "memory ran out (Unable to allocate 3 GiB): ask for fewer"),
+        (MemoryError(), "memory ran out (MemoryError): ask for fewer"),
+        (RuntimeError("std::bad_alloc"), "memory ran out (std::bad_alloc): ask for fewer"),
+        (
+            RuntimeError("[ONNXRuntimeError] : 6 : Failed to allocate memory for requested buffer of size 9"),
+            "memory ran out ([ONNXRuntimeError] : 6 : Failed to allocate memory for requested buffer of size 9): ask",
+        ),
+    ],
+)
+def test_what_a_library_says_in_one_line(error, line):
+    told = first_line(error)
+    assert told.startswith(line) and "\n" not in told and (told == line or "memory" in line)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 
 from elf_rt.backends.rounding import rounded_graph
 from elf_rt.bundle import Bundle
-from elf_rt.errors import BackendError
+from elf_rt.errors import BackendError, first_line
 from elf_rt.libraries import import_library, why_absent
 from elf_rt.machine import cores
 from elf_rt.network import Graph, check_widths, tensor_shapes
@@ -70,7 +70,7 @@ class OrtBackend:
         try:
             return self._ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own errors have no common base
-            raise BackendError(f"{NAME} cannot load {path}: {str(error).splitlines()[0]}") from error
+            raise BackendError(f"{NAME} cannot load {path}: {first_line(error)}") from error
 
     def bind(self, graph: Graph, rows: int, length: int) -> "OrtGraph":
         """int8 products take the range of their whole input: a call for each row keeps one text from changing another.

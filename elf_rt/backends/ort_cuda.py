@@ -79,7 +79,7 @@ class OrtCudaBackend:
         try:
             session = self._ort.InferenceSession(path, options, providers=providers)
         except Exception as error:  # onnxruntime's own errors have no common base
-            raise BackendError(f"{NAME} cannot load {path}: {str(error).splitlines()[0]}") from error
+            raise BackendError(f"{NAME} cannot load {path}: {first_line(error)}") from error
         if session.get_providers()[0] != PROVIDER:  # it falls back to the CPU in silence
             raise BackendError(f"{NAME}: CUDA or cuDNN could not be loaded: pip install 'onnxruntime-gpu[cuda,cudnn]'")
         return session

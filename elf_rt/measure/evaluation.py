@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from elf_rt.errors import InputError
+from elf_rt.errors import InputError, first_line
 from elf_rt.libraries import import_library, why_absent
 
 Tokens = Sequence[Hashable]  # the tokens of one text: ids, or words
@@ -211,7 +211,7 @@ class LanguageModel:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.path, local_files_only=True)
             model = transformers.AutoModelForCausalLM.from_pretrained(self.path, local_files_only=True)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise InputError(f"cannot open the language model at {path}: {reason}") from None
         self._device = "cuda" if self._torch.cuda.is_available() else "cpu"
         self._model = model.to(self._device).eval()
