@@ -4,13 +4,10 @@ An input is a folder to work in, a command, and what may come of it (`Case`). A 
 folder, generator) -> Case; KINDS lists them.
 """
 
-import io
 import json
 import random
 import shutil
 import struct
-import warnings
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -19,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import yaml
+from fuzz_breaks import break_archive, break_array, break_bytes, break_file, break_tree, write_json
+from fuzz_options import OPTIONS, PATHS, SHORT
 
 PROMPT = "a la"
 GENERATE = ["generate", "b.elfrt", "--prompt", PROMPT, "--steps", "2", "--seed", "0", "--json"]
@@ -44,87 +43,6 @@ class Case:
     same: bool = False
     leaves: tuple[str, ...] = ()
     env: Mapping[str, str | None] = field(default_factory=dict)
-
-
-# Bytes
-
-
-def break_bytes(data: bytes, rng: random.Random) -> tuple[bytes, str]:
-    at = rng.randrange(max(1, len(data)))
-    other = rng.choice(
-        [
-            b"",
-            b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 9\n",
-            b"<!doctype html><html><body>Sign in</body></html>",
-            bytes(rng.randrange(256) for _ in range(200)),
-            b"\x80\x04\x95",
-            b"PK\x03\x04",
-            b"{" * 50_000,
-        ]
-    )
-    page = data[:at] + bytes(min(4096, len(data) - at)) + data[at + 4096 :]
-    flipped = data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :] if data else data
-    way = rng.randrange(7)
-    return [
-        (flipped, f"one bit of byte {at} is other"),
-        (data[:at], f"cut to {at} bytes"),
-        (page, f"4096 zeros at {at}"),
-        (other, f"something else altogether: {other[:20]!r}"),
-        (data + data[:at], f"{at} bytes too many"),
-        (data[:at] + bytes(rng.randrange(256) for _ in range(64)) + data[at:], f"64 random bytes put in at {at}"),
-        (data[: at // 2] + data[at // 2 + 1 :], f"byte {at // 2} left out"),
-    ][way]
-
-
-def break_file(path: Path, rng: random.Random) -> str:
-    data, what = break_bytes(path.read_bytes(), rng)
-    path.write_bytes(data)
-    return f"{path.name}: {what}"
-
-
-# Trees of JSON, YAML, tokenizers
-
-ODD: list[Any] = [
-    None, True, 0, -1, 1, 2, 7, 10**6, 10**9, 10**20, 10**400, 0.0, -0.5, 1e-300, 1e308, float("nan"), float("inf"),
-    "", "x", "-1", "0x10", "\ud800", "\0", "a" * 5000, "../../etc/passwd", "/dev/zero", "é🙂", [], {}, [[]], [0] * 100,
-    {"a": 1}, [None], [1, "a"], {"": {}},
-]  # fmt: skip
-
-
-def places(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The path of every value in a tree but the root."""
-    keys = list(tree) if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else []
-    return [found for key in keys for found in [(*path, key), *places(tree[key], (*path, key))]]
-
-
-def break_tree(tree: Any, rng: random.Random) -> tuple[Any, str]:
-    """A tree with one value, or two, gone, replaced, renamed or nested."""
-    tree = json.loads(json.dumps(tree))
-    done = []
-    for _ in range(rng.choice((1, 1, 1, 2))):
-        shallow = sorted(places(tree), key=len)
-        if not shallow:
-            break
-        *path, key = shallow[min(rng.randrange(len(shallow)), rng.randrange(len(shallow)))]  # rather the outer ones
-        inner = tree
-        for step in path:
-            inner = inner[step]
-        value = rng.choice(ODD)
-        way = rng.choice(("gone", "odd", "odd", "odd", "renamed", "nested"))
-        if way == "gone":
-            del inner[key]
-        elif way == "renamed" and isinstance(inner, dict):
-            inner[f"{key}_"] = inner.pop(key)
-        elif way == "nested":
-            inner[key] = {"a": inner[key]} if rng.random() < 0.5 else [inner[key]]
-        else:
-            way, inner[key] = f"= {value!r}"[:60], value
-        done.append(f"{'.'.join(map(str, [*path, key]))} {way}")
-    return tree, ", ".join(done)
-
-
-def write_json(path: Path, tree: Any) -> None:
-    path.write_text(json.dumps(tree), encoding="utf-8")
 
 
 # Checkpoints
@@ -317,9 +235,9 @@ def bundle_contents(sources: Sources, folder: Path, rng: random.Random) -> Case:
     made = _bundle(sources, folder, rng)
     path = rng.choice(sorted(p for p in made.iterdir() if p.name != "manifest.json"))
     if path.suffix == ".npy" and rng.random() < 0.8:
-        what = _break_array(path, rng)
+        what = break_array(path, rng)
     elif path.suffix == ".npz" and rng.random() < 0.8:
-        what = _break_archive(path, rng)
+        what = break_archive(path, rng)
     elif path.name == "weights.bin" and rng.random() < 0.5:
         values = np.fromfile(path, np.uint8)
         odd = rng.choice((float("nan"), float("inf"), 1e38, 1e30))
@@ -334,65 +252,6 @@ def bundle_contents(sources: Sources, folder: Path, rng: random.Random) -> Case:
         what = break_file(path, rng)
     _rehash(made)
     return Case(_read(path, rng), f"{path.name} (sha256 computed again): {what}")
-
-
-def _arrays(good: np.ndarray) -> dict[str, Callable[[], np.ndarray]]:
-    """Other arrays than a good one."""
-    return {
-        "empty": lambda: good[:0],
-        "flat": lambda: good.reshape(-1),
-        "of one more axis": lambda: good[None],
-        "without axes": lambda: good.reshape(-1)[0],
-        "short": lambda: good[: max(1, len(good) // 2)] if good.ndim else good,
-        "narrow": lambda: good[..., : max(1, good.shape[-1] // 2)] if good.ndim else good,
-        "int64": lambda: np.nan_to_num(good).astype(np.int64),
-        "complex": lambda: good.astype(np.complex64),
-        "objects": lambda: np.array([None, {}], object),
-        "text": lambda: good.astype("U8"),
-        "float64": lambda: good.astype(np.float64),
-        "NaN": lambda: np.full_like(good, np.nan, np.float32),
-        "infinite": lambda: np.full_like(good, np.inf, np.float32),
-        "negative": lambda: -np.abs(good) - 1,
-        "big-endian": lambda: good.astype(good.dtype.newbyteorder(">")),
-    }
-
-
-def _huge(rng: random.Random) -> bytes:
-    """The header of an array that claims 10^10 .. 10^14 elements, and a little of it."""
-    stream = io.BytesIO()
-    shape = (10 ** rng.randrange(5, 8), 10 ** rng.randrange(5, 8))
-    np.lib.format.write_array_header_1_0(stream, {"descr": "<f4", "fortran_order": False, "shape": shape})
-    return stream.getvalue() + bytes(4096)
-
-
-def _break_array(path: Path, rng: random.Random) -> str:
-    if rng.random() < 0.2:
-        path.write_bytes(_huge(rng))
-        return "claims to be huge"
-    arrays = _arrays(np.load(path))
-    way = rng.choice(sorted(arrays))
-    np.save(path, arrays[way](), allow_pickle=True)
-    return way
-
-
-def _break_archive(path: Path, rng: random.Random) -> str:
-    with np.load(path) as archive:
-        content = {name: archive[name] for name in archive.files}
-    name = rng.choice(sorted(content))
-    if rng.random() < 0.15:
-        with warnings.catch_warnings(), zipfile.ZipFile(path, "a") as archive:
-            warnings.simplefilter("ignore")  # that it is there twice
-            archive.writestr(f"{name}.npy", _huge(rng))
-        return f"{name} twice, once huge"
-    if rng.random() < 0.15:
-        del content[name]
-        np.savez(path, **content)
-        return f"{name} is gone"
-    arrays = _arrays(content[name] if content[name].dtype.kind in "iufb" else np.zeros(3, np.float32))
-    way = rng.choice(sorted(arrays))
-    content[name] = arrays[way]()
-    np.savez(path, **content)
-    return f"{name} is {way}"
 
 
 # What a caller gives
@@ -438,97 +297,6 @@ def jsonl(sources: Sources, folder: Path, rng: random.Random) -> Case:
     args = ["generate", "b.elfrt", "--input", "in.jsonl", "--steps", "1", "--seed", "0", "--backend", "onnxruntime"]
     output = rng.choice(([], ["--json"], ["--output", "out.jsonl"], ["--output", "-"]))
     return Case(args + output, f"JSONL: {what}", leaves=("out.jsonl",))
-
-
-NUMBERS = [
-    "0",
-    "1",
-    "2",
-    "3",
-    "-1",
-    "1e3",
-    "1.5",
-    "nan",
-    "inf",
-    "-inf",
-    "99999999999999999999",
-    "999999999999",
-    "4000000000",
-    "x",
-    "0x1",
-    "١",
-    "1_0",
-    "1,2",
-]
-NUMBERS += ["", " "]
-TEXTS = ["", " ", "\t", "a la", "x" * 20_000, "a [2] b", "é🙂", "日本語", "\u202e", "\ufeff", "a\nb"]
-TEXTS += ["[2]", "[0]", "[99999999999]", "[", "]", "<pad>", "</s>", "-", "--"]
-PATHS = [
-    "-",
-    ".",
-    "..",
-    "/",
-    "/dev/null",
-    "/dev/full",
-    "/dev/zero",
-    "/proc/self/mem",
-    "missing",
-    "no/where",
-    "b.elfrt",
-    "~",
-    "$HOME",
-    "in.jsonl",
-]
-PATHS += ["", "x" * 300, "b.elfrt/manifest.json"]
-SAMPLING = [
-    "--guidance-scale",
-    "--sc-cfg",
-    "--gamma",
-    "--temperature",
-    "--gamma-power",
-    "--grid-mean",
-    "--grid-std",
-    "--x-prev-scale",
-]
-SAMPLING += ["--guidance-from", "--guidance-until", "--steps"]
-SHAPES = [*NUMBERS, "1:2", "1:2:3", "3:2:1"]
-OPTIONS: dict[str, dict[str, list[str]]] = {
-    "generate": {
-        **dict.fromkeys(["-n", "--seed", "--length", "--threads", *SAMPLING], NUMBERS),
-        **dict.fromkeys(["--prompt", "--template"], TEXTS),
-        **dict.fromkeys(["--input", "--output"], PATHS),
-        "--sampler": ["ode", "sde", "ab2", "euler", ""],
-        "--schedule": ["uniform", "quantile", "logit_normal", "cosine"],
-        "--preset": ["default", "fast", ""],
-        "--backend": ["auto", "openvino", "onnxruntime", "tensorrt", "torch", "jax"],
-        "--precision": ["auto", "fp32", "bf16", "fp16", "int8", "fp4"],
-    },
-    "bench": {
-        **dict.fromkeys(["--steps", "--batch", "--repeats", "--length", "--seed", "--threads"], NUMBERS),
-        **dict.fromkeys(["--input", "--plot", "--checkpoint"], PATHS),
-        "--backends": ["onnxruntime", "onnxruntime:fp32", "onnxruntime:fp4", "jax", "", ",", ":", "openvino:int8"],
-        "--vs": ["torch-eager", "jax", "", ","],
-        "--random": ["tiny", "ELF-X"],
-    },
-    "eval": {
-        **dict.fromkeys(["-n", "--seed", "--seeds", "--steps", "--threads"], NUMBERS),
-        **dict.fromkeys(["--input", "--references", "--against", "--lm", "--tokenizer"], PATHS),
-        "--metric": ["fluency", "accuracy", "agreement", "self-bleu", "bleu"],
-    },
-    "verify": {"--replay": PATHS, "--threads": NUMBERS, "--backend": ["auto", "tensorrt", "onnxruntime"]},
-    "build-engine": {
-        **dict.fromkeys(["--batch", "--seq-len", "--opt-level", "--sm"], SHAPES),
-        "--timing-cache": PATHS,
-        "--target": ["auto", "tensorrt", "tensorrt-rtx", "x"],
-    },
-    "info": {},
-    "export": {
-        **dict.fromkeys(["--config", "--tokenizer", "--encoder", "--prompts", "--presets"], PATHS),
-        "--precision": ["fp32", "fp4", "", ",", "fp32,fp32"],
-        "--opset": ["20", "23", "24", "x"],
-    },
-}  # fmt: skip
-SHORT = {"generate": ["--steps", "1"], "bench": ["--steps", "1", "--repeats", "1"], "eval": ["--steps", "1"]}
 
 
 def options(sources: Sources, folder: Path, rng: random.Random) -> Case:

@@ -104,7 +104,11 @@ def test_every_field_of_the_manifest_is_checked(copy, other):
                 assert place[-1] in str(error)
         else:
             optional = place in (("exporter",), ("encoder", "source"), ("tokenizer", "file"), ("agreement", "bf16"))
-            optional |= place in (("variants", "fp32"), ("encoder",)) or place[0] == "files" or other is not ...
+            optional |= (
+                place in (("variants", "fp32"), ("encoder",), ("source", "layout"), ("source", "step"))
+                or place[0] == "files"
+                or other is not ...
+            )
             assert optional, place
             if "fp32" in opened.variants:
                 opened.variant("fp32")
