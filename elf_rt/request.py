@@ -11,6 +11,7 @@ import numpy as np
 from elf_rt.errors import InputError, warn
 from elf_rt.params import ModelConfig, SamplingParams
 from elf_rt.sampling import schedule
+from elf_rt.sampling.outlook import Load
 from elf_rt.sampling.program import Program
 from elf_rt.text.codec import TextCodec
 from elf_rt.text.pins import Pinned
@@ -88,6 +89,19 @@ def check(codec: TextCodec, presets: Mapping[str, SamplingParams], text: Text) -
     source = None if text.prompt is None else tuple(codec.tokenize([text.prompt])[0])
     pins = None if text.pinned is None else _pins(codec, text.pinned, codec.room(length, sourced=source is not None))
     return Checked(text.params or preset_of(presets, text.preset), seed, length, text.prompt, source, pins)
+
+
+def load_of(codec: TextCodec, presets: Mapping[str, SamplingParams], text: Text, drafts_every: int) -> Load:
+    """What a text asks of the engine; a guidance interval counts as if it were the whole way.
+
+    Raises:
+        InputError: see ``check``.
+    """
+    checked = check(codec, presets, text)
+    rows = len(schedule.guidance_rows(checked.params, codec.config, conditional=bool(checked.source or checked.pins)))
+    steps = checked.params.steps
+    drafts = (steps - 1) // drafts_every if drafts_every else 0
+    return Load(steps + 1, (steps * rows + drafts + 1) / (steps + 1), checked.length)
 
 
 def check_many(

@@ -1,6 +1,7 @@
 """A text as the engine sees it: the rows of its own table, and what happened to it on the way."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -39,6 +40,11 @@ class Program:
     def max_rows(self) -> int:
         """The most rows that this text takes in one call."""
         return len(self.table.rows) + (0 < self.drafts_every < self.table.num_steps)
+
+    @cached_property
+    def mean_rows(self) -> float:
+        """Rows of a call, on average."""
+        return sum(len(self.rows(j)) for j in range(1, self.last + 1)) / self.last
 
     def rows(self, j: int) -> tuple[Row, ...]:
         """The rows of the call after pass j. A draft reads the estimate of step j - 1."""
