@@ -19,6 +19,8 @@ from elf_rt.serve.metrics import Metrics
 MAX_BODY = 1 << 20  # bytes
 BODY_SECONDS = 20.0  # in which a body must be there
 
+PROBES = ("/health", "/ready", "/metrics")  # asked every few seconds, so not in the log
+
 log = logging.getLogger("elf_rt.serve")
 
 
@@ -59,7 +61,8 @@ class Boundary:
         finally:
             self._metrics.requests.labels(str(status or 499)).inc()
             about = {"request": number, "status": status or 499, "ms": round(1e3 * (time.perf_counter() - begun), 1)}
-            log.info("%s %s", scope["method"], scope["path"].encode("unicode_escape").decode()[:200], extra=about)
+            level = logging.DEBUG if scope["path"].endswith(PROBES) else logging.INFO
+            log.log(level, "%s %s", scope["method"], scope["path"].encode("unicode_escape").decode()[:200], extra=about)
 
     def _check_key(self, scope: Scope) -> None:
         if not self._keys or "/v1/" not in scope["path"]:
