@@ -45,10 +45,10 @@ class Server(uvicorn.Server):
 
 
 def warm_up(model: Model) -> None:
-    """Write texts, one, then twice as many, … so that calls of all sizes were made and their cost is known; not longer
-    than ``WARM_SECONDS`` where that is in our hands."""
+    """Write texts, one, then twice as many, … until larger calls do not pay: so the cost of all sizes is known. Not much
+    longer than ``WARM_SECONDS``, unless one text takes longer."""
     texts, last = 1, 0.0
-    while texts <= WARM_TEXTS and 2 * last < WARM_SECONDS:
+    while texts <= min(WARM_TEXTS, 2 * model.stats().max_rows) and 2 * last < WARM_SECONDS:
         params = model.params(steps=WARM_STEPS)
         prompt = "a" if model.config.max_input_length else None
         results = model.write([Text(prompt, seed, params=params) for seed in range(texts)])
