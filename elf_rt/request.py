@@ -12,7 +12,7 @@ from elf_rt.errors import InputError, warn
 from elf_rt.params import ModelConfig, SamplingParams
 from elf_rt.sampling import schedule
 from elf_rt.sampling.outlook import Load
-from elf_rt.sampling.program import Program
+from elf_rt.sampling.program import Program, mean_rows
 from elf_rt.text.codec import TextCodec
 from elf_rt.text.pins import Pinned
 
@@ -92,16 +92,15 @@ def check(codec: TextCodec, presets: Mapping[str, SamplingParams], text: Text) -
 
 
 def load_of(codec: TextCodec, presets: Mapping[str, SamplingParams], text: Text, drafts_every: int) -> Load:
-    """What a text asks of the engine; a guidance interval counts as if it were the whole way.
+    """What a text asks of the engine.
 
     Raises:
         InputError: see ``check``.
     """
     checked = check(codec, presets, text)
-    rows = len(schedule.guidance_rows(checked.params, codec.config, conditional=bool(checked.source or checked.pins)))
+    rows = schedule.guidance_rows(checked.params, codec.config, conditional=bool(checked.source or checked.pins))
     steps = checked.params.steps
-    drafts = (steps - 1) // drafts_every if drafts_every else 0
-    return Load(steps + 1, (steps * rows + drafts + 1) / (steps + 1), checked.length)
+    return Load(steps + 1, mean_rows(steps, len(rows), drafts_every), checked.length)
 
 
 def check_many(

@@ -27,7 +27,11 @@ class Served:
         self.url, self.service, self.server, self.thread = url, service, server, thread
 
     def metrics(self) -> dict[str, float]:
-        lines = [line for line in httpx.get(f"{self.url}/metrics").text.splitlines() if not line.startswith("#")]
+        lines = [
+            line
+            for line in httpx.get(f"{self.url}/metrics", timeout=SECONDS).text.splitlines()
+            if not line.startswith("#")
+        ]
         return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
 
     def until(self, **wanted: float) -> None:
@@ -52,7 +56,7 @@ def served(model: Model, max_waiting: int = 64, **options: Any) -> Iterator[Serv
         thread.start()
         url = f"http://127.0.0.1:{bound.getsockname()[1]}"
         try:
-            wait_for(lambda: httpx.get(f"{url}/ready").status_code == 200, "ready")
+            wait_for(lambda: httpx.get(f"{url}/ready", timeout=SECONDS).status_code == 200, "ready")
             yield Served(url, service, server, thread)
         finally:
             server.should_exit = server.force_exit = True
@@ -73,7 +77,7 @@ def served_process(bundle: Path, *options: str) -> Iterator[tuple[subprocess.Pop
             assert line, "it ended before it listened"
             found = re.search(r"http://[\d.:]+", line)
             url = found[0] if found else ""
-        wait_for(lambda: httpx.get(f"{url}/ready").status_code == 200, "ready")
+        wait_for(lambda: httpx.get(f"{url}/ready", timeout=SECONDS).status_code == 200, "ready")
         yield process, url
     finally:
         process.kill()

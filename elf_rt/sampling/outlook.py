@@ -50,7 +50,7 @@ class Outlook:
         """Seconds until each text is over: those of the outlook, then the new ones, which come now.
 
         Args:
-            expected: texts that will come, by the seconds until then, in this order; may go on for ever.
+            expected: texts that will come, by the seconds until then, in this order.
         """
         ours = [*self.texts, *new]
         ends, coming = [0.0] * len(ours), iter(expected)

@@ -15,6 +15,7 @@ from elf_rt.serve.errors import ApiError
 from elf_rt.serve.metrics import Metrics
 
 WINDOW = 5.0  # seconds in which arrivals are counted
+EXPECTED = 4 * MAX_SLOTS  # the most texts that are assumed to come
 ENOUGH = 8  # written texts that say how far predictions are from what happened
 
 
@@ -105,8 +106,6 @@ class Gate:
 
 
 def _repeated(recent: Sequence[Load]) -> Iterator[tuple[float, Load]]:
-    """Texts like those that came in the window, spread evenly, for ever."""
-    if not recent:
-        return
-    for number, load in enumerate(itertools.cycle(recent), 1):
+    """Texts like those that came in the window, spread evenly; not for ever, so that a prediction is soon made."""
+    for number, load in enumerate(itertools.islice(itertools.cycle(recent), EXPECTED), 1):
         yield number * WINDOW / len(recent), load

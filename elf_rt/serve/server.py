@@ -45,8 +45,10 @@ class Server(uvicorn.Server):
 
 
 def warm_up(model: Model) -> None:
-    """Write texts, one, then twice as many, … until larger calls do not pay: so the cost of all sizes is known. Not much
-    longer than ``WARM_SECONDS``, unless one text takes longer."""
+    """Write texts, one, then twice as many, … until larger calls do not pay, so that the cost of all sizes is known.
+
+    Not much longer than ``WARM_SECONDS``, unless one text takes longer.
+    """
     texts, last = 1, 0.0
     while texts <= min(WARM_TEXTS, 2 * model.stats().max_rows) and 2 * last < WARM_SECONDS:
         params = model.params(steps=WARM_STEPS)
