@@ -1,4 +1,5 @@
 # make demo   exports the two small models and writes text with them
+# make serve  serves spoken-to-written, with a page at http://127.0.0.1:8000/
 # make test   lints, builds the wheel, checks its types and runs the tests against it
 # Both set everything up by themselves in .venv; they need Python 3.11+, a C++ compiler and make.
 
@@ -9,7 +10,7 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell find elf_rt export engines cpp_ext -type f -not -path '*/__pycache__/*' -not -name '*.so')
 OUT     := out
 
-.PHONY: demo test lint types pytest slow dev clean
+.PHONY: demo serve test lint types pytest slow dev clean
 
 demo: $(VENV)/.demo
 	mkdir -p $(OUT)
@@ -22,6 +23,10 @@ demo: $(VENV)/.demo
 	@echo; echo "== Spoken English, written down"
 	head -n 5 examples/spoken-to-written/test.jsonl | \
 	    $(BIN)/elf-rt generate $(OUT)/spoken-to-written.elfrt --input - --seed 0
+
+serve: $(VENV)/.demo
+	test -d $(OUT)/spoken-to-written.elfrt || $(MAKE) demo
+	$(BIN)/elf-rt serve $(OUT)/spoken-to-written.elfrt
 
 test: lint types pytest
 
@@ -52,7 +57,7 @@ $(BIN)/python:
 
 $(VENV)/.demo: $(SOURCES) pyproject.toml setup.py constraints.txt | $(BIN)/python
 	$(PIP) install -q -c constraints.txt "setuptools>=77" "pybind11>=2.13"
-	$(PIP) install -q -c constraints.txt --no-build-isolation ".[cpu,export]"
+	$(PIP) install -q -c constraints.txt --no-build-isolation ".[cpu,export,serve]"
 	touch $@
 
 $(VENV)/.test-packages: pyproject.toml constraints.txt | $(BIN)/python

@@ -1,6 +1,12 @@
-"""The page, in a real browser: it writes, streams, runs back, compares, cancels, and asks nobody but its server."""
+"""The page, in a real browser: it writes, streams, runs back, compares, cancels, and asks nobody but its server.
 
+ELF_RT_PICTURES=docs pytest tests/test_serve_page.py  takes the pictures of the docs anew.
+"""
+
+import contextlib
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +19,8 @@ import elf_rt
 from elf_rt.params import SamplingParams
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-SHOTS = Path(__file__).parents[1] / "docs"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+PROMPT = "please call noah at five twenty in the afternoon on saturday"
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
 
@@ -22,6 +29,15 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-
 def server(bundle):
     with elf_rt.load(bundle("spoken-to-written"), "onnxruntime", threads=1, max_rows=4) as model:
         model.bundle.presets["fast"] = SamplingParams(steps=4, sampler="ode", guidance_scale=1.0, sc_cfg=1.0)
+        with served(model) as server:
+            yield server
+
+
+@pytest.fixture(scope="module")
+def shakespeare(bundle):
+    with elf_rt.load(bundle("shakespeare"), "onnxruntime", threads=1, max_rows=4) as model:
+        presets = json.loads((EXAMPLES / "shakespeare" / "presets.json").read_text(encoding="utf-8"))
+        model.bundle.presets |= {name: SamplingParams(**values) for name, values in presets.items()}
         with served(model) as server:
             yield server
 
@@ -36,10 +52,10 @@ def browser():
         browser.close()
 
 
-@pytest.fixture
-def page(browser, server):
+@contextlib.contextmanager
+def opened(browser, server):
     """The page when it has the model's names. Whatever it complains of, or asks elsewhere, is a failure."""
-    context = browser.new_context(viewport={"width": 1280, "height": 860})
+    context = browser.new_context(viewport={"width": 1280, "height": 720})
     context.set_default_timeout(1e3 * SECONDS)
     page, complaints = context.new_page(), []
     page.on("console", lambda message: complaints.append(message.text) if is_wrong(message) else None)
@@ -52,6 +68,13 @@ def page(browser, server):
     assert not complaints
 
 
+@pytest.fixture
+def page(browser, server):
+    with opened(browser, server) as page:
+        page.get_by_label("Prompt").fill(PROMPT)
+        yield page
+
+
 def is_own(url, server):
     return url.startswith((f"{server.url}/", "data:,"))
 
@@ -62,7 +85,7 @@ def is_wrong(message):
 
 def write(page, **fields):
     for label, value in fields.items():
-        page.get_by_label(label.capitalize(), exact=True).first.fill(str(value))
+        page.get_by_role("spinbutton", name=label.capitalize()).first.fill(str(value))
     page.get_by_role("button", name="Write").click()
 
 
@@ -104,16 +127,16 @@ def test_a_template_and_the_keyboard(page):
 def test_two_settings_side_by_side(page, server):
     page.get_by_label("Two settings").check()
     write(page, steps=8)
-    model, prompt = server.service.model, "the meeting starts at quarter past three"
-    texts = [model.generate(prompt, seed=0, **each)[0].text for each in ({"steps": 8}, {"preset": "fast"})]
+    model = server.service.model
+    texts = [model.generate(PROMPT, seed=0, **each)[0].text for each in ({"steps": 8}, {"preset": "fast"})]
     assert written(page, 2) == texts
-    assert page.locator("article h2").all_inner_texts() == ["A · default, 8 steps, ode", "B · fast, 4 steps, ode"]
+    assert page.locator("legend").all_inner_texts() == ["Setting A", "Setting B"]
     assert page.locator("dd.calls").all_inner_texts() == ["16", "8"]  # steps, drafts, and the last one
 
 
 def test_cancel_stops_the_text(page, server):
     write(page, steps=10_000)
-    page.locator("mark").first.wait_for()
+    page.get_by_text(re.compile(r"Step \d+ of 10000")).wait_for()
     page.keyboard.press("Escape")
     page.get_by_role("status").filter(has_text="cancelled").wait_for()
     server.until(texts_running=0)
@@ -138,6 +161,7 @@ def test_what_is_copied_runs(page, server, tmp_path):
     for button, command in (("Copy as curl", ["sh", "-c"]), ("Copy as Python", [sys.executable, "-c"])):
         page.get_by_role("button", name=button).click()
         page.get_by_role("button", name="Copied").wait_for()
+        page.get_by_role("button", name=button).wait_for()  # its name comes back
         code = page.evaluate("navigator.clipboard.readText()")
         done = subprocess.run([*command, code], capture_output=True, text=True, timeout=SECONDS, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
@@ -146,18 +170,20 @@ def test_what_is_copied_runs(page, server, tmp_path):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_screenshots(page, scheme, tmp_path):
-    """The pictures of the docs: a text half formed beside one that is written in a few steps."""
-    page.emulate_media(color_scheme=scheme)
-    page.get_by_label("Two settings").check()
-    page.get_by_label("Prompt").fill("tina paid nine thousand three hundred and fifty dollars for the chair")
-    write(page, steps=32, seed=4)
-    written(page, 2)
-    slider = page.get_by_role("slider").first
-    slider.fill("9")
-    page.screenshot(path=tmp_path / f"serve-{scheme}.png")
-    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+def test_screenshots(shakespeare, browser, scheme, tmp_path):
+    """The pictures of the docs: a text that is half formed beside one that is written in few steps."""
+    with opened(browser, shakespeare) as page:
+        page.emulate_media(color_scheme=scheme)
+        page.get_by_label("Two settings").check()
+        write(page, seed=4)
+        slow, fast = written(page, 2)
+        assert len(slow) > 50 and len(fast) > 50
+        slider = page.get_by_role("slider").first
+        slider.fill("7")
+        page.mouse.click(5, 5)
+        assert 0 < page.locator("mark").count() < len(slow.split())
+        page.screenshot(path=tmp_path / f"serve-{scheme}.png")
+        background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert background == ("rgb(246, 244, 239)" if scheme == "light" else "rgb(20, 22, 26)")
-    assert (tmp_path / f"serve-{scheme}.png").stat().st_size > 20_000
-    if SHOTS.is_dir() and not any(SHOTS.glob(f"serve-{scheme}.png")):
-        shutil.copy(tmp_path / f"serve-{scheme}.png", SHOTS)
+    if folder := os.environ.get("ELF_RT_PICTURES"):
+        shutil.copy(tmp_path / f"serve-{scheme}.png", folder)

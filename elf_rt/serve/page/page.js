@@ -2,9 +2,10 @@
 
 const $ = (id) => document.getElementById(id);
 const NAMES = ["A", "B"];
+const SLIDER = "input[type=range]";
 let card = null; // of the model
 let running = null; // an AbortController while texts are being written
-let sides = []; // of each setting: its fieldset, its output, the drafts it has seen
+let sides = []; // of each setting: its card, and the drafts it has seen
 
 async function start() {
   try {
@@ -19,7 +20,6 @@ async function start() {
   document.title = `${card.id} · elf-rt`;
   $("model").textContent = `${card.id} · ${card.engine} · ${card.max_length} tokens`;
   $("prompt-row").hidden = !card.conditional;
-  $("prompt").value = card.conditional ? "the meeting starts at quarter past three" : "";
   $("status").textContent = "ready";
   arrange();
 }
@@ -32,31 +32,24 @@ function headers() {
 // One or two settings, and as many texts.
 function arrange() {
   const count = $("compare").checked ? 2 : 1;
-  while (sides.length > count) {
-    const side = sides.pop();
-    side.fields.remove();
-    side.output.remove();
-  }
+  while (sides.length > count) sides.pop().output.remove();
   while (sides.length < count) sides.push(makeSide(NAMES[sides.length]));
-  sides.forEach((side) => {
-    side.fields.querySelector("legend").textContent = count > 1 ? `Setting ${side.name}` : "Setting";
-    title(side);
-  });
+  for (const side of sides) {
+    side.output.querySelector("legend").textContent = count > 1 ? `Setting ${side.name}` : "Setting";
+  }
 }
 
 function makeSide(name) {
-  const fields = $("setting").content.firstElementChild.cloneNode(true);
-  const output = $("output").content.firstElementChild.cloneNode(true);
-  const side = { name, fields, output, drafts: [], field: (key) => fields.elements[key] };
+  const output = $("side").content.firstElementChild.cloneNode(true);
+  const { elements } = output.querySelector("fieldset");
+  const side = { name, output, drafts: [], field: (key) => elements[key] };
   options(side.field("preset"), Object.keys(card.presets));
   options(side.field("sampler"), card.samplers);
   const presets = Object.keys(card.presets);
   side.field("preset").value = name === "B" && presets.includes("fast") ? "fast" : presets[0];
   side.field("preset").addEventListener("change", () => fill(side));
-  fields.addEventListener("input", () => title(side));
-  output.querySelector("input").addEventListener("input", (event) => show(side, Number(event.target.value)));
+  output.querySelector(SLIDER).addEventListener("input", (event) => show(side, Number(event.target.value)));
   fill(side);
-  $("settings").append(fields);
   $("outputs").append(output);
   return side;
 }
@@ -68,13 +61,6 @@ function options(select, values) {
 function fill(side) {
   const preset = card.presets[side.field("preset").value];
   for (const key of ["steps", "sampler", "guidance_scale"]) side.field(key).value = preset[key];
-  title(side);
-}
-
-function title(side) {
-  const { preset, steps, sampler } = side.fields.elements;
-  const name = sides.length > 1 ? `${side.name} · ` : "";
-  side.output.querySelector("h2").textContent = `${name}${preset.value}, ${steps.value} steps, ${sampler.value}`;
 }
 
 // What is asked for a setting, without what is the preset's own.
@@ -152,7 +138,7 @@ function clear(side) {
   side.output.querySelector(".text").replaceChildren();
   side.output.querySelector(".problem").hidden = true;
   side.output.querySelector(".step").textContent = "No steps yet";
-  side.output.querySelector("input").disabled = true;
+  side.output.querySelector(SLIDER).disabled = true;
   for (const dd of side.output.querySelectorAll("dd")) dd.textContent = "–";
 }
 
@@ -160,7 +146,7 @@ function take(side, event) {
   const [choice] = event.choices;
   const steps = event.steps ?? Number(side.field("steps").value);
   const name = event.diffusing ? `Step ${event.step} of ${steps}, t = ${event.t.toFixed(3)}` : `Written in ${steps} steps`;
-  const slider = side.output.querySelector("input");
+  const slider = side.output.querySelector(SLIDER);
   const follows = Number(slider.value) >= side.drafts.length - 1;
   side.drafts.push({ text: choice.text, name });
   slider.max = side.drafts.length - 1;
@@ -181,7 +167,7 @@ function milliseconds(ms) {
 
 // A draft, with what changed since the one before it marked.
 function show(side, index) {
-  const slider = side.output.querySelector("input");
+  const slider = side.output.querySelector(SLIDER);
   const { text, name } = side.drafts[index];
   const before = index ? words(side.drafts[index - 1].text) : [];
   const now = words(text);
