@@ -13,6 +13,7 @@ import json
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,7 +82,7 @@ async def asked(url: str, bodies: Sequence[dict[str, Any]], clients: int) -> dic
 
 
 def measure(bundle: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """A bundle behind ``elf-rt serve``, then the same texts by ``write`` in a process that has the machine to itself."""
+    """The texts by ``write``, then from ``elf-rt serve``, each while it has the machine to itself."""
     command = [sys.executable, "-m", "elf_rt", "serve", str(bundle), "--port", "0", "--backend", options.backend]
     with load(bundle, options.backend) as model:
         bodies = make_bodies(model, options.texts)
@@ -92,13 +93,14 @@ def measure(bundle: Path, options: argparse.Namespace) -> dict[str, Any]:
         assert server.stderr is not None
         try:
             url = next(word for line in server.stderr for word in line.split() if word.startswith("http://"))
+            threading.Thread(target=server.stderr.read, daemon=True).start()  # so that its log does not hold it up
             deadline = time.monotonic() + SECONDS
             while httpx.get(f"{url}ready").status_code != 200 and time.monotonic() < deadline:
                 time.sleep(0.1)
             loads = [asyncio.run(asked(f"{url}v1/completions", bodies, clients)) for clients in options.clients]
         finally:
             server.terminate()
-            server.communicate()
+            server.wait(SECONDS)
     return {"bundle": bundle.name, "engine": engine, "write_texts_per_second": alone, "loads": loads}
 
 

@@ -1,5 +1,6 @@
 """``elf-rt serve``: a model behind HTTP."""
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
@@ -48,8 +49,9 @@ def command(
     from elf_rt.model import load
 
     keys = _read_keys(api_key_file)
-    options = {"precision": precision, "threads": threads, "max_rows": max_rows}
-    with listen(host, port) as bound, load(bundle, backend, **options) as model:
+    with ExitStack() as stack:
+        bound = stack.enter_context(listen(host, port))
+        model = stack.enter_context(load(bundle, backend, precision=precision, threads=threads, max_rows=max_rows))
         log_to_stderr(log_json)
         service = Service(model, max_waiting=max_waiting, log_prompts=log_prompts)
         app = create_app(service, keys=keys, origins=origins, root_path=root_path)

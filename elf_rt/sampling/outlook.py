@@ -68,9 +68,9 @@ class Outlook:
                     ring.join(None, arrival[1])
                 arrival = next(coming, None)
                 continue
-            now, index = end, ring.leave()
-            if index is not None:
-                ends[index], left = now, left - 1
+            now, over = end, ring.leave()
+            if over is not None:
+                ends[over], left = now, left - 1
             _join_next(ring, waiting)
         return ends
 

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import hashlib
+import json
 import time
 from collections.abc import AsyncIterator, Sequence
 from importlib import resources
@@ -104,9 +105,9 @@ async def _lines(job: Job) -> AsyncIterator[str]:
             yield f"data: {event.line()}\n\n"
         yield "data: [DONE]\n\n"
     except ApiError as error:
-        yield f"data: {error.response().body.decode()}\n\n"
+        yield f"data: {json.dumps(error.body())}\n\n"
     except BackendError as error:
-        yield f"data: {_backend_failure(error).response().body.decode()}\n\n"
+        yield f"data: {json.dumps(_backend_failure(error).body())}\n\n"
     except asyncio.CancelledError:
         if not job.gone:
             raise

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from anyio import to_thread
 from starlette.requests import Request
@@ -217,7 +217,7 @@ class Job:
         codec, timings, limit = self._service.model.codec, result.timings, self._asked.max_tokens
         ids = result.ids if limit is None else result.ids[:limit]
         text = result.text if limit is None else codec.decode(ids)
-        reason = "stop" if ids[-1] == codec.pad_id else "length"
+        reason: Literal["stop", "length"] = "stop" if ids[-1] == codec.pad_id else "length"
         tokens = int((ids != codec.pad_id).sum())
         self._tokens += tokens
         self._service.metrics.written(reason, timings, tokens, writing.predicted_ms)
