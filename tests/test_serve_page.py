@@ -55,7 +55,7 @@ def browser():
 @contextlib.contextmanager
 def opened(browser, server):
     """The page when it has the model's names. Whatever it complains of, or asks elsewhere, is a failure."""
-    context = browser.new_context(viewport={"width": 1280, "height": 720})
+    context = browser.new_context(viewport={"width": 1280, "height": 840})
     context.set_default_timeout(1e3 * SECONDS)
     page, complaints = context.new_page(), []
     page.on("console", lambda message: complaints.append(message.text) if is_wrong(message) else None)

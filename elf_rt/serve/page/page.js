@@ -148,7 +148,7 @@ function take(side, event) {
   const name = event.diffusing ? `Step ${event.step} of ${steps}, t = ${event.t.toFixed(3)}` : `Written in ${steps} steps`;
   const slider = side.output.querySelector(SLIDER);
   const follows = Number(slider.value) >= side.drafts.length - 1;
-  side.drafts.push({ text: choice.text, name });
+  side.drafts.push({ text: choice.text, name, final: !event.diffusing });
   slider.max = side.drafts.length - 1;
   slider.disabled = side.drafts.length < 2;
   if (follows) show(side, side.drafts.length - 1);
@@ -168,12 +168,12 @@ function milliseconds(ms) {
 // A draft, with what changed since the one before it marked.
 function show(side, index) {
   const slider = side.output.querySelector(SLIDER);
-  const { text, name } = side.drafts[index];
+  const { text, name, final } = side.drafts[index];
   const before = index ? words(side.drafts[index - 1].text) : [];
   const now = words(text);
   const kept = common(before, now);
   const nodes = now.map((word, i) => {
-    if (!index || kept.has(i) || !word.trim()) return document.createTextNode(word);
+    if (!index || final || kept.has(i) || !word.trim()) return document.createTextNode(word);
     const mark = document.createElement("mark");
     mark.textContent = word;
     return mark;
