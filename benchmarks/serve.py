@@ -10,6 +10,7 @@ error of what each was told it would take.
 import argparse
 import asyncio
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -84,7 +85,9 @@ async def asked(url: str, bodies: Sequence[dict[str, Any]], clients: int) -> dic
 def measure(bundle: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The texts by ``write``, then from ``elf-rt serve``, each while it has the machine to itself."""
     command = [sys.executable, "-m", "elf_rt", "serve", str(bundle), "--port", "0", "--backend", options.backend]
-    with load(bundle, options.backend) as model:
+    if options.max_rows:
+        command += ["--max-rows", str(options.max_rows)]
+    with load(bundle, options.backend, max_rows=options.max_rows) as model:
         bodies = make_bodies(model, options.texts)
         direct(model, bodies)  # finds out how many rows pay
         alone = direct(model, bodies)
@@ -145,10 +148,12 @@ def main() -> None:
     parser.add_argument("--clients", type=lambda text: [int(part) for part in text.split(",")], default=[1, 8, 64])
     parser.add_argument("--texts", type=int, default=256, help="for each number of clients")
     parser.add_argument("--backend", default="auto")
+    parser.add_argument("--max-rows", type=int, help="of one network call; by default as many as pay")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no server is left behind
     here = describe_machine()
     records = [measure(bundle, options) for bundle in options.bundles]
     for record in records:

@@ -1,7 +1,6 @@
 """The API, as clients meet it."""
 
 import json
-import threading
 
 import httpx
 import openai
@@ -211,10 +210,10 @@ def test_the_page_asks_its_own_server_only(server):
 
 
 def test_short_texts_pass_long_ones(server, model):
-    """A text of 4 steps returns before any of 32 texts of 200 steps that came before it."""
-    long = threading.Thread(target=ask, args=(server,), kwargs={"prompt": "a", "steps": 200, "n": 32})
-    long.start()
-    wait_for(lambda: model.stats().slots == 32, "texts in flight")
-    assert ask(server, prompt="a", steps=4).status_code == 200
-    assert model.stats().slots == 32  # none of them is written yet
-    long.join(SECONDS)
+    """A text of 4 steps returns before any of 32 texts of 1000 steps that came before it."""
+    body = {"prompt": "a", "steps": 1000, "n": 32, "stream": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=SECONDS):
+        wait_for(lambda: model.stats().slots == 32, "texts in flight")
+        assert ask(server, prompt="a", steps=4).status_code == 200
+        assert model.stats().slots == 32  # none of them is written yet
+    server.until(texts_running=0)
