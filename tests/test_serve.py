@@ -202,6 +202,14 @@ def test_api_keys(model):
         assert httpx.get(f"{server.url}/health").status_code == httpx.get(f"{server.url}/").status_code == 200
 
 
+def test_other_origins_may_ask_only_where_they_are_named(model, server):
+    preflight = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+    with served(model, keys=["first"], origins=["https://a.example"]) as named:
+        for each, wanted in ((named, "https://a.example"), (server, None)):
+            answer = httpx.options(f"{each.url}/v1/completions", headers=preflight)
+            assert answer.headers.get("access-control-allow-origin") == wanted
+
+
 def test_the_page_asks_its_own_server_only(server):
     answer = httpx.get(server.url)
     policy = answer.headers["content-security-policy"]
