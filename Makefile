@@ -1,4 +1,5 @@
 # make demo   exports the two small models and writes text with them
+# make serve  serves spoken-to-written, with a page at http://127.0.0.1:8000/
 # make test   lints, builds the wheel, checks its types and runs the tests against it
 # Both set everything up by themselves in .venv; they need Python 3.11+, a C++ compiler and make.
 
@@ -13,7 +14,7 @@ GPU_VENV  := .venv-gpu
 GPU_PIP   := $(GPU_VENV)/bin/python -m pip --disable-pip-version-check
 GPU_TESTS := tests/test_gpu.py tests/test_trt_gpu.py tests/test_torch_kernels.py
 
-.PHONY: demo test lint types pytest slow gpu dev clean
+.PHONY: demo serve test lint types pytest slow gpu dev clean
 
 demo: $(VENV)/.demo
 	mkdir -p $(OUT)
@@ -26,6 +27,10 @@ demo: $(VENV)/.demo
 	@echo; echo "== Spoken English, written down"
 	head -n 5 examples/spoken-to-written/test.jsonl | \
 	    $(BIN)/elf-rt generate $(OUT)/spoken-to-written.elfrt --input - --seed 0
+
+serve: $(VENV)/.demo
+	test -d $(OUT)/spoken-to-written.elfrt || $(MAKE) demo
+	$(BIN)/elf-rt serve $(OUT)/spoken-to-written.elfrt
 
 test: lint types pytest
 
@@ -69,7 +74,7 @@ $(GPU_VENV)/.done: $(SOURCES) pyproject.toml setup.py
 
 $(VENV)/.demo: $(SOURCES) pyproject.toml setup.py constraints.txt | $(BIN)/python
 	$(PIP) install -q -c constraints.txt "setuptools>=77" "pybind11>=2.13"
-	$(PIP) install -q -c constraints.txt --no-build-isolation ".[cpu,export]"
+	$(PIP) install -q -c constraints.txt --no-build-isolation ".[cpu,export,serve]"
 	touch $@
 
 $(VENV)/.test-packages: pyproject.toml constraints.txt | $(BIN)/python

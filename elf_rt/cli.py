@@ -29,6 +29,7 @@ COMMANDS = {  # name -> (module in elf_rt.commands, one line for --help)
     "export": ("export", "Turn a trained checkpoint into a bundle."),
     "build-engine": ("build_engine", "Compile a bundle's graphs into TensorRT engines."),
     "generate": ("generate", "Write text from a bundle."),
+    "serve": ("serve", "Serve a bundle over HTTP, with a page that shows text forming."),
     "eval": ("evaluate", "Measure how good the text is."),
     "bench": ("bench", "Measure how fast the engines are here, and whether their text is the same."),
     "verify": ("verify", "Prove that a bundle writes what the reference model writes."),

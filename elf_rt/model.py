@@ -31,6 +31,7 @@ from elf_rt.request import (
     check_many,
     check_seeds,
     is_whole,
+    load_of,
     prepare,
     preset_of,
 )
@@ -39,6 +40,7 @@ from elf_rt.sampling import integrator
 from elf_rt.sampling.driver import CLOSED, Driver, Stats
 from elf_rt.sampling.engine import Engine, HostEngine
 from elf_rt.sampling.given import make_programs
+from elf_rt.sampling.outlook import Load, Outlook
 from elf_rt.sampling.program import Event, Program, StepDone, Written
 from elf_rt.sampling.schedule import Table, guidance_rows
 from elf_rt.text.codec import TextCodec
@@ -255,6 +257,15 @@ class Model:
     def stats(self) -> Stats:
         """What the model is doing now, and what its calls cost."""
         return self._open_driver.stats()
+
+    def outlook(self, texts: Sequence[Text] = (), drafts_every: int = 0) -> tuple[Outlook, list[Load]]:
+        """What is being written now, and what these texts would add to it: ``outlook.finishes(loads)`` tells when.
+
+        Raises:
+            InputError, BackendError: see ``generate``.
+        """
+        loads = [load_of(self.codec, self.bundle.presets, text, drafts_every) for text in texts]
+        return self._open_driver.outlook([load.length for load in loads]), loads
 
     def close(self) -> None:
         """Free the engine's memory. Texts that are being written end with a BackendError, and the model cannot be used

@@ -11,7 +11,8 @@ import numpy as np
 from elf_rt.errors import InputError, warn
 from elf_rt.params import ModelConfig, SamplingParams
 from elf_rt.sampling import schedule
-from elf_rt.sampling.program import Program
+from elf_rt.sampling.outlook import Load
+from elf_rt.sampling.program import Program, mean_rows
 from elf_rt.text.codec import TextCodec
 from elf_rt.text.pins import Pinned
 
@@ -88,6 +89,18 @@ def check(codec: TextCodec, presets: Mapping[str, SamplingParams], text: Text) -
     source = None if text.prompt is None else tuple(codec.tokenize([text.prompt])[0])
     pins = None if text.pinned is None else _pins(codec, text.pinned, codec.room(length, sourced=source is not None))
     return Checked(text.params or preset_of(presets, text.preset), seed, length, text.prompt, source, pins)
+
+
+def load_of(codec: TextCodec, presets: Mapping[str, SamplingParams], text: Text, drafts_every: int) -> Load:
+    """What a text asks of the engine.
+
+    Raises:
+        InputError: see ``check``.
+    """
+    checked = check(codec, presets, text)
+    rows = schedule.guidance_rows(checked.params, codec.config, conditional=bool(checked.source or checked.pins))
+    steps = checked.params.steps
+    return Load(steps + 1, mean_rows(steps, len(rows), drafts_every), checked.length)
 
 
 def check_many(

@@ -45,6 +45,9 @@ def test_wheel_holds_one_package_and_its_data(wheel):
         "elf_rt/_csrc/integrator.h",
         "elf_rt/export/reference.py",
         "elf_rt/engines/build.py",
+        "elf_rt/serve/page/index.html",
+        "elf_rt/serve/page/page.css",
+        "elf_rt/serve/page/page.js",
     ):
         assert needed in names
     assert any(name.startswith("elf_rt/engines/recipes/") and name.endswith(".toml") for name in names)

@@ -9,13 +9,14 @@ import os
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from typing import Any
 
 from elf_rt.errors import BackendError, ElfError, GpuMemoryError, first_line
 from elf_rt.sampling.engine import Engine, Progress, Slot
+from elf_rt.sampling.outlook import Load, Outlook, Pace
 from elf_rt.sampling.program import Event, Program, StepDone, Times, Written
 
 MAX_SLOTS = 128  # texts in flight
@@ -156,6 +157,15 @@ class Driver:
                 cancelled=self._count["cancelled"],
                 failed=self._count["failed"],
             )
+
+    def outlook(self, lengths: Iterable[int]) -> Outlook:
+        """What is to be written, and how fast calls of its lengths and of these ones are."""
+        with self._wake:
+            tasks = [*self._flying, *(task for queue in self._waiting.values() for task in queue)]
+            texts = [Load(max(1, task.passes_left), task.program.mean_rows, task.program.length) for task in tasks]
+        cost, every = self._engine.cost, {*lengths, *(text.length for text in texts)}
+        pace = {length: Pace(self._engine.max_rows(length), cost.by_rows(length)) for length in every}
+        return Outlook(texts, MAX_SLOTS, pace)
 
     def close(self) -> None:
         """Stop after the calls under way; texts that are not over end with a BackendError. Waits for the thread."""

@@ -40,6 +40,11 @@ class Program:
         """The most rows that this text takes in one call."""
         return len(self.table.rows) + (0 < self.drafts_every < self.table.num_steps)
 
+    @property
+    def mean_rows(self) -> float:
+        """Rows of a call, on average; a guidance interval counts as if it were the whole way."""
+        return mean_rows(self.table.num_steps, len(self.table.rows), self.drafts_every)
+
     def rows(self, j: int) -> tuple[Row, ...]:
         """The rows of the call after pass j. A draft reads the estimate of step j - 1."""
         if j == self.last:
@@ -50,6 +55,12 @@ class Program:
     def noise(self, j: int) -> np.ndarray | NoiseKey:
         """What pass j adds. The start has no given noise but z0."""
         return NoiseKey(self.seed, j) if self.eps is None or not 1 <= j <= len(self.eps) else self.eps[j - 1]
+
+
+def mean_rows(steps: int, guidance_rows: int, drafts_every: int) -> float:
+    """Rows of a call of a text, on average: those of its steps, its drafts, and the decoding one."""
+    drafts = (steps - 1) // drafts_every if drafts_every else 0
+    return (steps * guidance_rows + drafts + 1) / (steps + 1)
 
 
 @dataclass

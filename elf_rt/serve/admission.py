@@ -1,0 +1,111 @@
+"""Who is let in: a bounded number of texts, deadlines that will be met, and what is told to the others."""
+
+import itertools
+import math
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+from elf_rt.model import Model, Text
+from elf_rt.sampling.driver import MAX_SLOTS
+from elf_rt.sampling.outlook import Load
+from elf_rt.serve.errors import ApiError
+from elf_rt.serve.metrics import Metrics
+
+WINDOW = 5.0  # seconds in which arrivals are counted
+EXPECTED = 4 * MAX_SLOTS  # the most texts that are assumed to come
+ENOUGH = 8  # written texts that say how far predictions are from what happened
+
+
+class Gate:
+    """Counts the texts that are let in and not over. ready: warmed up; draining: nobody is let in any more.
+
+    A prediction runs the ring ahead: the texts in flight, those that wait, these, and as many more as came in the last
+    seconds, since they will take turns too. Its unit is network time; what else a text costs here, per call, is learnt
+    from the texts that were written.
+    """
+
+    def __init__(self, model: Model, max_waiting: int, metrics: Metrics) -> None:
+        self._model, self._limit, self._metrics = model, MAX_SLOTS + max_waiting, metrics
+        self._lock = threading.Lock()
+        self._arrivals: deque[tuple[float, Load]] = deque(maxlen=1024)
+        self._ratios: deque[float] = deque(maxlen=64)
+        self.open = 0
+        self.ready = False
+        self.draining = False
+
+    def enter(self, texts: int) -> None:
+        """Let texts in, for each of which ``leave`` is called once.
+
+        Raises:
+            ApiError: 503 while not ready or draining, 429 where there is no room, with the seconds until there is.
+        """
+        if self.draining or not self.ready:
+            state = "is shutting down" if self.draining else "is warming up"
+            raise self._refusal(texts, 503, f"the server {state}: try again", "not_ready", 1)
+        if self.open + texts > self._limit:
+            over = self.open + texts - self._limit
+            wait = self._seconds_until_room(over)
+            message = f"{self.open} texts are on their way, of at most {self._limit}: try again in {wait} s"
+            raise self._refusal(texts, 429, message, "queue_full", wait)
+        self.open += texts
+
+    def leave(self, texts: int) -> None:
+        self.open -= texts
+
+    def predict(self, texts: Sequence[Text], drafts_every: int, deadline_ms: int | None) -> list[float | None]:
+        """Milliseconds until each text is written if it is submitted now; None while no call of its length was
+        made. May be called from any thread.
+
+        Raises:
+            InputError: a text is not possible. ApiError: a text would miss the deadline, or nobody can tell.
+        """
+        outlook, loads = self._model.outlook(texts, drafts_every)
+        now = time.monotonic()
+        with self._lock:
+            recent = [load for at, load in self._arrivals if now - at < WINDOW]
+            ratio = self._ratio()
+        predicted: list[float | None] = [None] * len(loads)
+        if outlook.known(loads):
+            finishes = outlook.finishes(loads, _repeated(recent))
+            predicted = [1e3 * ratio * seconds for seconds in finishes[len(outlook.texts) :]]
+        if deadline_ms is not None:
+            self._refuse_late(predicted, deadline_ms)
+        with self._lock:
+            self._arrivals.extend((now, load) for load in loads)
+        return predicted
+
+    def learn(self, predicted_ms: float, actual_ms: float) -> None:
+        """What a text took beside what was predicted."""
+        with self._lock:
+            self._ratios.append(self._ratio() * actual_ms / predicted_ms)
+
+    def _ratio(self) -> float:
+        return statistics.median(self._ratios) if len(self._ratios) >= ENOUGH else 1.0
+
+    def _refuse_late(self, predicted: Sequence[float | None], deadline_ms: int) -> None:
+        if None in predicted:
+            raise self._refusal(len(predicted), 503, "no text of this length was written yet", "no_prediction", 1)
+        longest = max(ms for ms in predicted if ms is not None)
+        if longest > deadline_ms:
+            message = f"this would take {math.ceil(longest)} ms, more than deadline_ms {deadline_ms}"
+            raise self._refusal(len(predicted), 504, message, "deadline")
+
+    def _seconds_until_room(self, texts: int) -> int:
+        outlook, _ = self._model.outlook()
+        if not outlook.known() or not outlook.texts:
+            return 1
+        finishes = sorted(outlook.finishes())
+        return max(1, math.ceil(finishes[min(texts, len(finishes)) - 1]))
+
+    def _refusal(self, texts: int, status: int, message: str, code: str, retry_after: int | None = None) -> ApiError:
+        self._metrics.rejected.labels(code).inc(texts)
+        return ApiError(status, message, code=code, retry_after=retry_after)
+
+
+def _repeated(recent: Sequence[Load]) -> Iterator[tuple[float, Load]]:
+    """Texts like those that came in the window, spread evenly; not for ever, so that a prediction is soon made."""
+    for number, load in enumerate(itertools.islice(itertools.cycle(recent), EXPECTED), 1):
+        yield number * WINDOW / len(recent), load

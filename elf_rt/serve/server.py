@@ -1,0 +1,81 @@
+"""The process: warm up, listen, and on SIGTERM write what was accepted before it ends."""
+
+import asyncio
+import socket
+from types import FrameType
+
+import uvicorn
+from anyio import to_thread
+from fastapi import FastAPI
+
+from elf_rt.console import note
+from elf_rt.errors import BackendError, InputError
+from elf_rt.model import Model, Text
+from elf_rt.serve.admission import Gate
+
+WARM_SECONDS = 10.0  # of writing texts before the first request
+WARM_STEPS = 6  # more than the calls of a size that tell its cost
+WARM_TEXTS = 64
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which goes on listening while it drains, so that new requests are told to go elsewhere."""
+
+    def __init__(self, app: FastAPI, gate: Gate, model: Model, root_path: str = "") -> None:
+        super().__init__(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", root_path=root_path))
+        self._gate, self._model = gate, model
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        self._warming = asyncio.create_task(self._warm_up())
+        await super().serve(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal drains, the second one stops."""
+        if self._gate.draining:
+            self.should_exit = self.force_exit = True
+        self._gate.draining = True
+
+    async def on_tick(self, counter: int) -> bool:
+        self.should_exit = self.should_exit or (self._gate.draining and not self._gate.open)
+        return await super().on_tick(counter)
+
+    async def _warm_up(self) -> None:
+        await to_thread.run_sync(warm_up, self._model)
+        self._gate.ready = True
+
+
+def warm_up(model: Model) -> None:
+    """Write texts, one, then twice as many, … until larger calls do not pay, so that the cost of all sizes is known.
+
+    Not much longer than ``WARM_SECONDS``, unless one text takes longer.
+    """
+    texts, last = 1, 0.0
+    while texts <= min(WARM_TEXTS, 2 * model.stats().max_rows) and 2 * last < WARM_SECONDS:
+        params = model.params(steps=WARM_STEPS)
+        prompt = "a" if model.config.max_input_length else None
+        results = model.write([Text(prompt, seed, params=params) for seed in range(texts)])
+        last = max(result.timings.total_ms for result in results) / 1e3
+        texts *= 2
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that is bound before the model is ready, so that a taken port is told at once."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        bound = socket.socket(family)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+    except OSError as error:
+        raise InputError(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
+    return bound
+
+
+def run(app: FastAPI, gate: Gate, model: Model, bound: socket.socket, root_path: str) -> None:
+    """Serve until a signal comes and all texts are written."""
+    if model.codec.tokenizer is None:
+        raise BackendError("this bundle has no tokenizer: export the checkpoint again with --tokenizer")
+    host, port = bound.getsockname()[:2]
+    host = f"[{host}]" if ":" in host else host
+    note(f"{model.bundle.name} by {model.backend_reason}")
+    note(f"http://{host}:{port}{root_path}/  (OpenAI's API under /v1, metrics under /metrics; Ctrl-C ends)")
+    Server(app, gate, model, root_path).run(sockets=[bound])
