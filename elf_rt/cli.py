@@ -33,6 +33,7 @@ COMMANDS = {  # name -> (module in elf_rt.commands, one line for --help)
     "eval": ("evaluate", "Measure how good the text is."),
     "bench": ("bench", "Measure how fast the engines are here, and whether their text is the same."),
     "verify": ("verify", "Prove that a bundle writes what the reference model writes."),
+    "triton": ("triton", "Write a model repository for NVIDIA's Triton server."),
     "info": ("info", "Show what is in a bundle."),
     "doctor": ("doctor", "Show which backends work on this machine, and why the others do not."),
 }

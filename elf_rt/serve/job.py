@@ -198,7 +198,7 @@ class Job:
         limit = codec.config.max_input_length
         if prompt is None or limit == 0 or codec.tokenizer is None:
             return 0
-        tokens = len(codec.tokenizer.encode(prompt, add_special_tokens=False).ids) + codec.append_eos
+        tokens = len(codec.tokenizer.encode(prompt)[0]) + codec.append_eos
         if tokens > limit:
             message = f"a prompt of {tokens} tokens is too long: this model reads {limit}"
             raise bad_request(message, "prompt", "context_length_exceeded")
