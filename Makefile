@@ -77,8 +77,10 @@ $(VENV)/.demo: $(SOURCES) pyproject.toml setup.py constraints.txt | $(BIN)/pytho
 	$(PIP) install -q -c constraints.txt --no-build-isolation ".[cpu,export,serve]"
 	touch $@
 
+# tests/test_triton.py asks the Triton server that nvidia-pytriton carries; its Python stub needs a numpy of its own.
 $(VENV)/.test-packages: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install -q -c constraints.txt --no-build-isolation ".[test]"
+	-$(PIP) install -q --no-deps --upgrade --target build/triton nvidia-pytriton "numpy<2"
 	touch $@
 
 $(VENV)/.test: $(VENV)/.test-packages $(SOURCES) setup.py

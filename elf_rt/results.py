@@ -1,6 +1,7 @@
 """What the public API gives back."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -36,6 +37,17 @@ class Result:
     seed: int
     prompt: str | None
     timings: Timings
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``elf-rt generate`` writes of it in a line of JSON; ids where there is no text."""
+        ids = {"ids": self.ids.tolist()} if self.text is None else {}
+        timings = self.timings
+        ms = {
+            "total": round(timings.total_ms, 3),
+            "waited": round(timings.waited_ms, 3),
+            "network": round(timings.network_ms, 3),
+        }
+        return {"input": self.prompt, "text": self.text, "seed": self.seed, **ids, "ms": ms}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,215 @@
+"""Ray Data and Ray Serve on a real local Ray of two workers, one of which is killed in mid-flight."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import elf_rt
+
+ray = pytest.importorskip("ray", reason="no Ray: pip install 'elf-rt[ray]'")
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's own
+STEPS = 2
+SEED = 3
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """The address of a Ray on this machine with room for two models of one core."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
+
+
+@pytest.fixture
+def model(bundle) -> Iterator[elf_rt.Model]:
+    with elf_rt.load(bundle("spoken-to-written"), "onnxruntime", threads=1) as model:
+        yield model
+
+
+@pytest.fixture
+def records() -> list[dict[str, Any]]:
+    """Records whose other fields have different types in different lines, which a table would not take."""
+    path = Path(__file__).parents[1] / "examples" / "spoken-to-written" / "test.jsonl"
+    read = [json.loads(line) for line in path.read_text().splitlines()[:24]]
+    return [{"input": each["input"], "id": k if k % 2 else {"deep": [str(k), None]}} for k, each in enumerate(read)]
+
+
+def job(bundle, **changes: Any):
+    from elf_rt.scale.ray_data import Job
+
+    given = {"seed": SEED, "sampling": {"steps": STEPS}, "backend": "onnxruntime", "threads": 1, "shard": 3}
+    return Job(bundle("spoken-to-written"), **(given | changes))
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSONL, without how long they took."""
+    read = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    assert all(line.pop("ms") for line in read)
+    return read
+
+
+def expected(model: elf_rt.Model, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    results = model.generate([each["input"] for each in records], seed=SEED, steps=STEPS)
+    return [{**each, "text": result.text, "seed": result.seed} for each, result in zip(records, results, strict=True)]
+
+
+def test_a_worker_that_is_killed_costs_no_line(cluster, bundle, model, records, tmp_path):
+    from elf_rt.scale.ray_data import write_jsonl
+
+    workers: list[str] = []
+
+    def kill_the_second(written: Any) -> None:
+        workers.append(written.worker)
+        if len(set(workers)) == 2 and workers.index(written.worker) == len(workers) - 1:
+            os.kill(int(written.worker.rpartition(":")[2]), signal.SIGKILL)
+
+    write_jsonl(records, tmp_path / "out.jsonl", job(bundle), on_shard=kill_the_second)
+    assert len(set(workers)) >= 2, "the second worker wrote nothing, so nothing was killed"
+    assert lines(tmp_path / "out.jsonl") == expected(model, records)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_finished_shards_are_not_written_again(cluster, bundle, model, records, tmp_path):
+    from elf_rt.scale.ray_data import write_jsonl
+
+    class Stop(Exception):
+        pass
+
+    def stop(written: Any) -> None:
+        raise Stop
+
+    output, folder = tmp_path / "out.jsonl", tmp_path / "out.jsonl.shards"
+    with pytest.raises(Stop) as stopped:
+        write_jsonl(records, output, job(bundle, seed=None, n=2), on_shard=stop)
+    assert not output.exists()
+    assert stopped.value.__notes__ == [f"1 of 8 shards are in {folder}: the same command with --resume writes the rest"]
+    (first,) = folder.glob("0*.jsonl")
+    marked = first.read_text().replace('"text": "', '"text": "kept ')
+    first.write_text(marked)
+
+    with pytest.raises(elf_rt.InputError, match="--resume"):
+        write_jsonl(records, output, job(bundle, seed=None, n=2))
+    for other in ({"sampling": {"steps": STEPS + 1}}, {"n": 1}, {"seed": 5}):
+        with pytest.raises(elf_rt.InputError, match="of another run"):
+            write_jsonl(records, output, job(bundle, **({"seed": None, "n": 2} | other)), resume=True)
+    with pytest.raises(elf_rt.InputError, match="of another run"):
+        write_jsonl(records[1:], output, job(bundle, seed=None, n=2), resume=True)
+
+    seed = write_jsonl(records, output, job(bundle, seed=None, n=2), resume=True)
+    results = model.generate([each["input"] for each in records], 2, seed=seed, steps=STEPS)
+    texts = [line["text"].removeprefix("kept ") for line in lines(output)]
+    assert texts == [result.text for result in results]
+    assert output.read_text().count('"kept ') == marked.count('"kept ') == 6
+    assert not folder.exists()
+
+
+def test_generate_on_a_cluster(cluster, bundle, records, run_cli, tmp_path):
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records[:4]))
+    common = ["generate", bundle("spoken-to-written"), "--input", "in.jsonl", "--steps", STEPS, "--seed", SEED]
+    common += ["--backend", "onnxruntime", "--threads", 1]
+    alone = run_cli(*map(str, common), "--output", "alone.jsonl")
+    spread = run_cli(*map(str, common), "--output", "spread.jsonl", "--ray", cluster)
+    assert (alone.code, spread.code) == (0, 0), spread.err
+    assert lines(tmp_path / "spread.jsonl") == lines(tmp_path / "alone.jsonl")
+
+
+def test_what_elf_rt_refuses_is_one_line(cluster, bundle, records, run_cli, tmp_path):
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records[:2]))
+    common = ["generate", bundle("spoken-to-written"), "--input", "in.jsonl", "--output", "out.jsonl"]
+    refused = run_cli(*common, "--ray", cluster, "--backend", "onnxruntime", "--precision", "bf16")
+    assert (refused.code, "Traceback" in refused.err) == (1, False)
+    told = refused.err.splitlines()[-1]  # Ray may log something before it
+    assert told.startswith("error: on ") and "holds fp32, not bf16" in told
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+    run_cli(*common[:4], "--ray", "local").assert_clear_error("--output")
+
+
+def test_example(cluster, bundle, model, records, tmp_path):
+    asked = [{"input": each["input"], "seed": 40 - k} for k, each in enumerate(records[:3])]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(each) + "\n" for each in asked))
+    example = Path(__file__).parents[1] / "examples" / "ray_batch.py"
+    command = [sys.executable, example, bundle("spoken-to-written"), tmp_path / "in.jsonl", tmp_path / "out"]
+    environment = {**os.environ, "RAY_ADDRESS": cluster, "RAY_USAGE_STATS_ENABLED": "0"}
+    subprocess.run(command, env=environment, check=True, timeout=90)
+    written = [json.loads(line) for path in (tmp_path / "out").iterdir() for line in path.read_text().splitlines()]
+    texts = model.write([elf_rt.Text(each["input"], seed=each["seed"]) for each in asked])
+    by_seed = {result.seed: result.text for result in texts}
+    assert {each["seed"]: each["text"] for each in written} == by_seed
+
+
+def test_serve(cluster, bundle, model, records):
+    """Texts over HTTP are those of the model, also while one of the two replicas is killed."""
+    from ray import serve
+
+    from elf_rt.scale.ray_serve import Settings, app
+
+    settings = Settings(bundle=str(bundle("spoken-to-written")), backend="onnxruntime", replicas=2, max_rows=4)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    try:
+        serve.run(app(settings))
+        url = f"http://127.0.0.1:{port}/"
+        check_answers(url, model, records)
+        check_killed_replica(url, model, records)
+    finally:
+        serve.shutdown()
+
+
+def ask(url: str, **request: Any) -> list[dict[str, Any]]:
+    """The JSON objects of an answer. A request that a dying replica did not finish is sent again."""
+    for _ in range(20):
+        try:
+            with urllib.request.urlopen(
+                urllib.request.Request(url, json.dumps(request).encode()), timeout=30
+            ) as answer:
+                return [json.loads(line) for line in answer.read().decode().splitlines()]
+        except urllib.error.HTTPError as error:
+            if error.code < 500:
+                return [{"status": error.code, **json.load(error)}]
+        except (OSError, ValueError):
+            pass
+        time.sleep(0.5)
+    raise AssertionError("no answer")
+
+
+def check_answers(url: str, model: elf_rt.Model, records: list[dict[str, Any]]) -> None:
+    """Whole texts, drafts, and refusals."""
+    prompt = records[0]["input"]
+    (text,) = model.generate(prompt, seed=7, steps=6)
+    drafts = [each for each in model.stream(prompt, seed=7, steps=6, drafts_every=2) if isinstance(each, elf_rt.Draft)]
+    (answer,) = ask(url, prompt=prompt, seed=7, steps=6)
+    assert (answer["text"], answer["seed"]) == (text.text, 7)
+    *pieces, last = ask(url, prompt=prompt, seed=7, steps=6, stream=True, drafts_every=2)
+    assert [(each["step"], each["draft"]) for each in pieces] == [(d.step, d.texts[0]) for d in drafts if d.texts]
+    assert (last["text"], last["seed"]) == (text.text, 7)
+    assert ask(url, steps=0) == [{"status": 400, "error": "steps must be between 1 and 10000, got 0"}]
+    assert ask(url, steps="many")[0]["error"].startswith("steps: ")
+    assert ask(url, logprobs=1)[0]["error"].startswith("logprobs: ")
+
+
+def check_killed_replica(url: str, model: elf_rt.Model, records: list[dict[str, Any]]) -> None:
+    """Every client gets its text, though a replica dies with texts in flight."""
+    expected = model.generate([each["input"] for each in records], seed=SEED, steps=8)
+    with ThreadPoolExecutor(12) as pool:
+        answers = [pool.submit(ask, url, prompt=each.prompt, seed=each.seed, steps=8) for each in expected]
+        answers[0].result()
+        names = [each["name"] for each in ray.util.list_named_actors(all_namespaces=True) if "Writer#" in each["name"]]
+        assert len(names) == 2
+        ray.kill(ray.get_actor(names[0], namespace="serve"))
+        assert [answer.result()[0]["text"] for answer in answers] == [each.text for each in expected]
