@@ -40,6 +40,7 @@ from elf_rt.errors import InputError
 @backend_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line: text, seed, input, timings.")
 @click.option("--watch", is_flag=True, help="Show the text forming in the terminal.")
+@click.option("--ray", "ray_address", metavar="ADDRESS|local", help="Spread the texts over a Ray cluster, to --output.")
 def command(
     bundle: Path,
     prompts: tuple[str, ...],
@@ -55,6 +56,7 @@ def command(
     threads: int | None,
     as_json: bool,
     watch: bool,
+    ray_address: str | None,
     **sampling: Any,
 ) -> None:
     """Write text from BUNDLE (by default the only *.elfrt folder here)."""
@@ -66,6 +68,13 @@ def command(
     if resume and (output_path is None or not _is_file(output_path)):
         raise click.UsageError("--resume goes on with the file of --output: name it")
     total = n * max(1, len(records))
+    if ray_address is not None:
+        from elf_rt.scale.ray_data import Job
+
+        sampling |= {"length": length, "pinned": template}
+        job = Job(bundle.resolve(), seed, n if records else 1, sampling, backend, precision, threads)
+        _spread(ray_address, records or [{}] * n, output_path, job, resume)
+        return
     part = Part(output_path, resume=resume) if output_path is not None and _is_file(output_path) else None
     done, seed = (0, seed) if part is None else _resumed(part, records, n, seed)
     with ExitStack() as stack:
@@ -88,11 +97,25 @@ def command(
         for results in show(model, arguments, total - done) if total > done else ():
             for result in results:
                 source = records[written // n] if records else {}
-                write({**source, **_record(result)})
+                write({**source, **result.to_json()})
                 written += 1
                 seed = result.seed - (written - 1)
         if not as_json and written:
             note(f"seed {seed}, {params.steps} steps, {model.backend_reason}")
+
+
+def _spread(address: str, records: list[dict[str, Any]], output: Path | None, job: Any, resume: bool) -> None:
+    """Texts that a Ray cluster writes, behind a progress bar."""
+    from elf_rt.scale.ray_data import write_jsonl
+
+    if output is None or not _is_file(output):
+        raise click.UsageError("--ray writes the file of --output: name it")
+    total = job.n * len(records)
+    with progress(f"writing {total} text{'s' * (total > 1)} on Ray", total=total) as ticker:
+        seed = write_jsonl(
+            records, output, job, address=address, resume=resume, on_shard=lambda each: ticker.update(each.done)
+        )
+    note(f"seed {seed}, on Ray at {address}")
 
 
 def _wait(model: Any, arguments: dict[str, Any], total: int) -> Iterator[list[Any]]:
@@ -167,16 +190,3 @@ def _write_text(file: TextIO, single: bool, record: dict[str, Any]) -> None:
     if file.isatty() and record["input"] is not None and not single:
         line = click.style(record["input"], dim=True) + "\n  " + line
     print(line, file=file, flush=True)
-
-
-def _record(result: Any) -> dict[str, Any]:
-    record = {"input": result.prompt, "text": result.text, "seed": result.seed}
-    if result.text is None:
-        record["ids"] = result.ids.tolist()
-    timings = result.timings
-    record["ms"] = {
-        "total": round(timings.total_ms, 3),
-        "waited": round(timings.waited_ms, 3),
-        "network": round(timings.network_ms, 3),
-    }
-    return record
