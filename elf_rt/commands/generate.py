@@ -64,7 +64,7 @@ def command(
 
     if prompts and input_path:
         raise click.UsageError("give --prompt or --input, not both")
-    records = [{"input": p} for p in prompts] if input_path is None else read_jsonl(input_path)
+    records: list[dict[str, Any]] = [{"input": p} for p in prompts] if input_path is None else read_jsonl(input_path)
     if resume and (output_path is None or not _is_file(output_path)):
         raise click.UsageError("--resume goes on with the file of --output: name it")
     total = n * max(1, len(records))

@@ -18,8 +18,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from elf_rt.bundle import MANIFEST, Bundle, atomic_file, sha256
+from elf_rt.bundle import Bundle
 from elf_rt.errors import BackendError, ElfError, InputError, first_line
+from elf_rt.files import atomic_file, sha256
+from elf_rt.manifest import MANIFEST
 from elf_rt.model import Model, load
 from elf_rt.request import check_seed, preset_of
 

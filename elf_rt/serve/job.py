@@ -36,7 +36,7 @@ class Service:
         self.model, self.log_prompts = model, log_prompts
         self.metrics = Metrics(model.stats)
         self.gate = Gate(model, max_waiting, self.metrics)
-        files = json.dumps(model.bundle.manifest["files"], sort_keys=True).encode()
+        files = json.dumps(dict(model.bundle.manifest.files), sort_keys=True).encode()
         backend = model.backend
         self.fingerprint = f"{hashlib.sha256(files).hexdigest()[:12]}-{backend.name}-{backend.precision}"
 
