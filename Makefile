@@ -14,7 +14,7 @@ GPU_VENV  := .venv-gpu
 GPU_PIP   := $(GPU_VENV)/bin/python -m pip --disable-pip-version-check
 GPU_TESTS := tests/test_gpu.py tests/test_trt_gpu.py tests/test_torch_kernels.py
 
-.PHONY: demo serve test lint types pytest slow gpu dev clean
+.PHONY: demo serve test test-fast lint types pytest slow gpu dev clean
 
 demo: $(VENV)/.demo
 	mkdir -p $(OUT)
@@ -55,6 +55,11 @@ slow: $(VENV)/.test
 gpu: $(GPU_VENV)/.done
 	-timeout 180 $(GPU_VENV)/bin/python -P -m pytest -q -m gpu --continue-on-collection-errors $(GPU_TESTS)
 	$(GPU_VENV)/bin/python benchmarks/gpu.py --minutes 4.5 --output docs
+
+# The arithmetic, the engine and the bundle alone, without the network once set up.
+FAST := noise schedule solvers integrator pinned engine imports repository bundle
+test-fast: $(VENV)/.test
+	$(BIN)/pytest -q -n 2 $(FAST:%=tests/test_%.py)
 
 # An editable install, for work on elf-rt itself.
 dev: $(VENV)/.test-packages

@@ -27,6 +27,7 @@ from elf_rt.request import (
     Prepared,
     Text,
     check,
+    check_drafts,
     check_length,
     check_many,
     check_seeds,
@@ -164,7 +165,7 @@ class Model:
         Raises:
             InputError, BackendError: see ``generate``.
         """
-        _check_drafts(drafts_every)
+        check_drafts(drafts_every)
         driver = self._open_driver
         checked = check(self.codec, self.bundle.presets, text)
         (prepared,) = prepare(self.codec, [checked], drafts_every, {})
@@ -187,7 +188,7 @@ class Model:
         Every ``drafts_every`` steps (0: never) the current estimate is decoded, which costs one more row of a network
         call. Stop iterating (or close the iterator) to cancel.
         """
-        _check_drafts(drafts_every)
+        check_drafts(drafts_every)
         params = self.params(preset, **overrides)
         texts = check_many(self.codec, params, prompts, n, seed, length, pinned)
         return self._told(texts, *self._run(texts, drafts_every))
@@ -246,7 +247,7 @@ class Model:
             table=table,
             latents=latents,
         )
-        return _outcome(self.run(programs))
+        return Outcome.of(self.run(programs))
 
     def run(self, programs: Sequence[Program]) -> list[Written]:
         """Programs of the engine, side by side: below text and arrays."""
@@ -378,24 +379,6 @@ def _close(driver: Driver, backend: Backend) -> None:
     if not driver.forked:
         driver.close()
         backend.close()
-
-
-def _outcome(written: Sequence[Written]) -> Outcome:
-    times = [each.times for each in written]
-    latents = [each.latents for each in written if each.latents is not None]
-    return Outcome(
-        np.stack(latents) if latents else np.empty(0, np.float32),
-        np.stack([each.ids for each in written]),
-        max(each.total for each in times),
-        max(each.network for each in times),
-        max(each.integrator for each in times),
-        max(each.calls for each in times),
-    )
-
-
-def _check_drafts(drafts_every: object) -> None:
-    if not isinstance(drafts_every, int) or isinstance(drafts_every, bool) or drafts_every < 0:
-        raise InputError(f"drafts_every must be a whole number, 0 or more, got {drafts_every!r}")
 
 
 _models: "weakref.WeakSet[Model]" = weakref.WeakSet()

@@ -205,6 +205,11 @@ def check_length(config: ModelConfig, length: int | None) -> int:
     return int(length)
 
 
+def check_drafts(drafts_every: object) -> None:
+    if not is_whole(drafts_every) or drafts_every < 0:
+        raise InputError(f"drafts_every must be a whole number, 0 or more, got {drafts_every!r}")
+
+
 def is_whole(value: object) -> TypeGuard[int]:
     return isinstance(value, Integral) and not isinstance(value, bool)
 

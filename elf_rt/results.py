@@ -1,11 +1,12 @@
 """What the public API gives back."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from elf_rt.sampling.program import Times
+from elf_rt.sampling.program import Times, Written
 
 
 @dataclass(frozen=True)
@@ -73,3 +74,16 @@ class Outcome:
     network_seconds: float
     integrator_seconds: float
     calls: int
+
+    @classmethod
+    def of(cls, written: Sequence[Written]) -> "Outcome":
+        times = [each.times for each in written]
+        latents = [each.latents for each in written if each.latents is not None]
+        return cls(
+            np.stack(latents) if latents else np.empty(0, np.float32),
+            np.stack([each.ids for each in written]),
+            max(each.total for each in times),
+            max(each.network for each in times),
+            max(each.integrator for each in times),
+            max(each.calls for each in times),
+        )
