@@ -66,7 +66,7 @@ def test_a_step_of_a_batch_that_one_call_does_not_hold(monkeypatch, device, step
     """Is a step of all its pieces: 2 of 8 texts each, a step of which takes a second by this clock."""
     seconds = itertools.count()
     monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: next(seconds), process_time=lambda: 0.0))
-    timings = Timings(total_ms=20_000.0, network_ms=0.0, integrator_ms=0.0, batch=4, calls=4)
+    timings = Timings(total_ms=20_000.0, waited_ms=0.0, network_ms=0.0, integrator_ms=0.0, calls=4)
     result = SimpleNamespace(timings=timings, ids=np.zeros(3, int))
 
     def stream(*_, **__):

@@ -22,7 +22,7 @@ from elf_rt.sampling import schedule
 from elf_rt.sampling.cost import CallCost
 from elf_rt.sampling.driver import Driver
 from elf_rt.sampling.engine import HostEngine
-from elf_rt.sampling.program import Program, Written
+from elf_rt.sampling.program import Event, Program, StepDone, Written
 from elf_rt.sampling.schedule import Row, Table
 
 LONG = 30  # seconds after which a test that hangs fails
@@ -201,16 +201,23 @@ def test_results_are_those_of_the_text_alone_whatever_the_rows_of_a_call():
 
 def test_a_short_text_joins_long_ones_at_the_next_call():
     """Beside four texts of 60 steps, with one row a call, a text of 2 steps needs 3 turns of a ring of 5."""
-    driver = stub_driver(max_rows=1)
-    long = [pend(driver, program(60, seed=k)) for k in range(4)]
-    while driver.stats().calls < 20:
-        time.sleep(0.001)
-    before = driver.stats().calls
-    pend(driver, program(2, seed=9)).result(LONG)
-    assert driver.stats().calls - before <= 3 * 5 + 5  # and what went on while this thread slept
-    assert not any(each.done() for each in long)
-    assert [len(each.result(LONG).ids) for each in long] == [4] * 4
-    assert driver.stats().calls == 4 * 61 + 3
+    driver, calls, over = stub_driver(max_rows=1), list[int](), threading.Event()
+
+    def of_the_short(event: Event) -> None:
+        if isinstance(event, Written):
+            calls.append(driver.stats().calls)
+            over.set()
+
+    def of_a_long(event: Event) -> None:  # in the driver's thread, so between two calls
+        if isinstance(event, StepDone) and event.step == 20:
+            calls.append(driver.stats().calls)
+            driver.submit([program(2, seed=9)], [of_the_short], object())
+
+    driver.submit([program(60, seed=0)], [of_a_long], object())
+    long = [pend(driver, program(60, seed=k)) for k in (1, 2, 3)]
+    assert over.wait(LONG)
+    assert calls[1] - calls[0] <= 3 * 5
+    assert [len(each.result(LONG).ids) for each in long] == [4] * 3
     driver.close()
 
 

@@ -9,7 +9,7 @@ import pytest
 FOLDER = Path(__file__).parents[1] / "examples"
 SPOKEN = "the train leaves at five past nine"
 RUNS = {  # program: (example model, arguments, what it must print)
-    "generate.py": ("spoken-to-written", [SPOKEN], "0: The train leaves"),
+    "generate.py": ("spoken-to-written", [SPOKEN], "0: The train"),
     "stream.py": ("spoken-to-written", [SPOKEN], "step 8 of 8"),
     "pinned.py": ("spoken-to-written", ["The train to [2] leaves at [5]."], "The train to"),
     "many_callers.py": ("spoken-to-written", [SPOKEN], "rows of a call that pay here"),

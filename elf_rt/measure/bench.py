@@ -175,12 +175,13 @@ def run_once(model: Model, work: Work, steps: int, batch: int, seed: int) -> Run
                 pieces[-1].append(now - last)
         else:
             timings = event[0].timings
+            in_calls = (timings.total_ms - timings.waited_ms) / 1e3
             if told_late:
-                pieces[-1].append(timings.total_ms / 1e3 / timings.calls)
+                pieces[-1].append(in_calls / timings.calls)
             pieces.append([])
             run.network += timings.network_ms / 1e3
             run.integrator += timings.integrator_ms / 1e3
-            run.sampler += timings.total_ms / 1e3
+            run.sampler += in_calls
             ids += [result.ids for result in event]
         last = now
     run.total, run.cpu = last - begun, time.process_time() - begun_cpu
