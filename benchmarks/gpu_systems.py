@@ -117,7 +117,8 @@ def make_bundle(folder: Path, config: ModelConfig) -> Bundle:
     names = write_graphs(folder / "fp16", config, state, PrecisionPlan(Precision.FP16))
     variants = {"fp16": {Path(name).stem: f"fp16/{name}" for name in names}}
     presets = {"default": SamplingParams().to_json()}
-    manifest = {"model": config.to_json(), "presets": presets, "variants": variants, "tokenizer": {}, "encoder": None}
+    source = {"checkpoint": "random weights", "sha256": "", "weights": "random"}
+    manifest = {"model": config.to_json(), "presets": presets, "variants": variants, "source": source}
     write_manifest(folder, manifest)
     return Bundle.open(folder)
 

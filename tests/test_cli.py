@@ -270,7 +270,9 @@ def in_terminal(command: list[str], folder: Path) -> bytes:
 
 def test_verify_fails_on_other_text(run_cli, spoken, tmp_path, bundle):
     assert run_cli("verify", "--json").code == 0
-    run_cli("verify", "--replay", EXAMPLES / "shakespeare" / "config.yml").assert_clear_error("no replay file")
+    run_cli("verify", "--replay", EXAMPLES / "shakespeare" / "config.yml").assert_clear_error(
+        "is no .npz file of arrays"
+    )
     run_cli("verify", "--replay", bundle("uncond") / "replay.npz").assert_clear_error("another model")
 
 
@@ -287,7 +289,8 @@ def test_a_manifest_of_other_sizes(run_cli, spoken, backend):
     manifest = json.loads(path.read_text(encoding="utf-8"))
     manifest["model"]["hidden_size"] += 64
     path.write_text(json.dumps(manifest))
-    run_cli("generate", "--prompt", SPOKEN, "--backend", backend).assert_clear_error(backend)
+    done = run_cli("generate", "--prompt", SPOKEN, "--backend", backend)
+    done.assert_clear_error("is of another model than manifest.json")
 
 
 def test_presets_that_go_are_told(run_cli, tmp_path):

@@ -1,5 +1,6 @@
 """Templates against tokenizers of three kinds, and where the pins land."""
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -8,22 +9,26 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from elf_rt.errors import InputError
 from elf_rt.text.pins import Pinned
+from elf_rt.text.tokenizer import TextTokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 EOS = 1
 
 
-def demo(name: str = "spoken-to-written") -> Tokenizer:
-    return Tokenizer.from_file(str(EXAMPLES / name / "tokenizer.json"))
+def demo(name: str = "spoken-to-written") -> TextTokenizer:
+    return TextTokenizer(EXAMPLES / name / "tokenizer.json")
 
 
-def metaspace() -> Tokenizer:
+def metaspace() -> TextTokenizer:
     """SentencePiece-like, as T5's: words carry a leading ▁, and what is unknown becomes <unk>."""
     pieces = ["<pad>", "</s>", "<unk>", "▁", "▁The", "▁train", "▁to", "▁leaves", "▁at", ".", "a", "b"]
     tokenizer = Tokenizer(models.Unigram([(piece, -float(i)) for i, piece in enumerate(pieces)], unk_id=2))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    return tokenizer
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "tokenizer.json")
+        tokenizer.save(str(path))
+        return TextTokenizer(path)
 
 
 def runs(mask: np.ndarray) -> list[tuple[bool, int]]:
@@ -33,7 +38,7 @@ def runs(mask: np.ndarray) -> list[tuple[bool, int]]:
 
 
 @pytest.mark.parametrize("tokenizer", [demo(), demo("shakespeare"), metaspace()], ids=["digits", "bytes", "metaspace"])
-def test_template(tokenizer: Tokenizer) -> None:
+def test_template(tokenizer: TextTokenizer) -> None:
     pinned = Pinned.from_template("The train to [2] leaves at [5].", tokenizer, EOS, 64)
     first, blank, middle, longer, last = runs(pinned.mask)
     assert blank == (False, 2) and longer == (False, 5) and last == (True, 2)
@@ -42,7 +47,7 @@ def test_template(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(pieces[2].tolist()).strip() == "leaves at"
     assert tokenizer.decode(pieces[4][:1].tolist()) == "." and pieces[4][1] == EOS
     # The same tokens as in a whole sentence, so the model knows them: no lone spaces.
-    sentence = tokenizer.encode("The train to ab leaves at ab.", add_special_tokens=False).ids
+    sentence, _ = tokenizer.encode("The train to ab leaves at ab.")
     assert pieces[0].tolist() == sentence[: first[1]]
     assert sentence[-1] == pieces[4][0]
 
@@ -83,7 +88,7 @@ def test_a_blank_inside_a_token_is_refused() -> None:
 
 def test_tokens_by_position() -> None:
     tokenizer = demo()
-    (dot,) = tokenizer.encode(".", add_special_tokens=False).ids
+    ((dot,), _) = tokenizer.encode(".")
     pinned = Pinned.from_tokens({4: ".", 0: 7}, tokenizer, 512, 64)
     assert pinned.ids.tolist() == [7, 0, 0, 0, dot] and pinned.mask.tolist() == [True, False, False, False, True]
 

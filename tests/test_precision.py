@@ -185,7 +185,7 @@ def test_activations_beyond_fp16_survive(tmp_path: Path, enlarge, tensor: str | 
     The model is a trained one, writing short texts: tokens of random weights sit on edges that any rounding moves.
     """
     model, _ = demo("spoken-to-written", 2500, 0)
-    config, state = dataclasses.replace(model.config, max_length=16), model.state_dict()
+    config, state = dataclasses.replace(model.config, max_length=16, max_input_length=8), model.state_dict()
     enlarge(config, state)
     model = elf(config, state)
     exact = generate(Reference(model), config, 100, 4)

@@ -294,13 +294,13 @@ import os, sys
 import numpy as np
 import elf_rt
 from elf_rt.sampling import integrator
+from elf_rt.sampling.noise import NoiseKey
 tasks = lambda: len(os.listdir("/proc/self/task"))
 before = tasks()
 with elf_rt.load(sys.argv[1], "onnxruntime", threads=int(sys.argv[2])) as model:
     model.generate("a la", n=4, seed=0, steps=1)
-    z = np.zeros((8, 512, 64), np.float32)
-    coef = np.ones((8, 5), np.float32)
-    integrator.step(z, z.copy(), coef=coef)
+    z, coef = np.zeros((4096, 64), np.float32), np.ones(5, np.float32)
+    integrator.step([integrator.SlotStep(z, z.copy(), coef, NoiseKey(0, 0))])
     print(tasks() - before)
 print(tasks() - before)
 """
@@ -308,7 +308,7 @@ print(tasks() - before)
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads")
 def test_threads_are_those_asked_for(bundle, tmp_path):
-    """Of engine, encoder and integrator, whose workers outlive the model; one more at most hands texts to them."""
+    """Of engine, encoder and integrator, whose workers outlive the model; one more is the driver's."""
     env = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
     def started(threads: int) -> list[int]:
