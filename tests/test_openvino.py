@@ -162,7 +162,7 @@ def test_what_the_processor_has_is_given_silently():
 
 
 def test_every_precision_of_the_float32_text_can_be_asked_for(bundle):
-    for precision in set(BACKENDS["openvino"].accepted) - {"int8"}:
+    for precision in set(BACKENDS["openvino"].precisions) - {"int8"}:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             report = verify_folder(bundle("spoken-to-written"), backend="openvino", precision=precision)
