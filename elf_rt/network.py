@@ -42,7 +42,8 @@ class BoundGraph(Protocol):
     """A graph bound to R rows of length L. ``arrays`` are the library's own buffers by tensor name: write the inputs in
     place, call ``run``, read the outputs."""
 
-    arrays: Mapping[str, np.ndarray]
+    @property
+    def arrays(self) -> Mapping[str, np.ndarray]: ...
 
     def run(self) -> None: ...
 

