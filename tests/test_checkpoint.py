@@ -204,7 +204,7 @@ def test_a_silent_hub_is_one_line_in_seconds(monkeypatch, tmp_path):
     )
     env = os.environ | {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
     threading.Thread(target=accept, daemon=True).start()
-    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=90)
+    done = subprocess.run([sys.executable, "-P", "-c", script], env=env, capture_output=True, text=True, timeout=90)
     server.close()
     assert "cannot be reached" in done.stdout and done.stdout.count("\n") == 1, done.stderr
 

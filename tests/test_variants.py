@@ -13,9 +13,9 @@ from conftest import export
 from numpy_elf import NumpyElf
 from onnx_run import Reference, random_call, written
 from plan_bundles import model_bundle
+from torch_on_cpu import CpuTorch, call_on
 
 from elf_rt.backends.ort import OrtBackend
-from elf_rt.backends.torch_cuda import TorchBackend
 from elf_rt.bundle import Bundle
 from elf_rt.errors import CheckpointError
 from elf_rt.export.checkpoint import load_checkpoint
@@ -28,6 +28,7 @@ from elf_rt.measure.verify import verify, verify_folder
 from elf_rt.model import Model, load
 from elf_rt.params import VARIANT_PRESETS, ModelConfig
 
+INPUTS = "z", "x_prev", "t", "s", "mode"
 SIZES = ModelConfig(
     depth=1,
     hidden_size=48,
@@ -115,7 +116,7 @@ def verify_everywhere(bundle: Path, file: Path) -> None:
         report = verify_folder(bundle, file, backend=backend, precision="fp32")
         assert report.passed, report
     opened = Bundle.open(bundle)
-    with Model(opened, TorchBackend(opened, "fp32", "cpu"), "test") as model:
+    with Model(opened, lambda: (CpuTorch(opened, "fp32"), "test")) as model:
         report = verify(model, file)
     assert report.passed, report
 
@@ -279,13 +280,9 @@ def test_the_gelu_of_the_head_decides(tmp_path, head_gelu):
     state["unembed_bias"][8] = 0
     want = 8 if kinds[head_gelu] == max(kinds.values()) else 0
     bundle = model_bundle(tmp_path / "model.elfrt", config, state, ("fp32",))
-    for backend in (OrtBackend(bundle, "fp32", 1), TorchBackend(bundle, "fp32", "cpu")):
-        network = backend.bind(1, 3)
-        for array in (network.z, network.x_prev, network.t, network.s, network.mode):
-            array[:] = 1.0
-        network.denoise()
-        assert (network.discretize() == want).all()
-        network.close()
+    for backend in (OrtBackend(bundle, "fp32", 1), CpuTorch(bundle, "fp32")):
+        _, ids = call_on(backend, 1, 3, lambda denoiser: [denoiser.arrays[name].fill(1.0) for name in INPUTS])
+        assert (ids == want).all()
 
 
 def test_the_lightning_reproduction_has_the_exact_gelu(tmp_path):
@@ -364,6 +361,11 @@ def test_a_large_vocabulary_goes_by_parts(tmp_path, precision):
     model.load_state_dict(state)
     bundle = model_bundle(tmp_path / "model.elfrt", config, state, ("fp32", "fp16"))
     call = random_call(config, 4, 14, seed=7, mode=1.0)
+
+    def write(denoiser):
+        for name, value in zip(INPUTS, call, strict=True):
+            denoiser.arrays[name][:] = value
+
     want = Reference(model).decode(call)
     assert set((want // LOGITS_AT_ONCE).flat) == {0, 1}
     rival = int(want.flat[np.argmax(want.flat)])  # its twin in the first part must win
@@ -374,10 +376,6 @@ def test_a_large_vocabulary_goes_by_parts(tmp_path, precision):
     )
     tied = model_bundle(tmp_path / "tied.elfrt", config, twins, ("fp32", "fp16"))
     for opened, ids in ((bundle, want), (tied, np.where(want == rival, 5, want))):
-        for backend in (OrtBackend(opened, precision, 1), TorchBackend(opened, precision, "cpu")):
-            network = backend.bind(4, 14)
-            for array, value in zip((network.z, network.x_prev, network.t, network.s, network.mode), call, strict=True):
-                array[:] = value
-            network.denoise()
-            assert np.mean(network.discretize() == ids) >= (1.0 if precision == "fp32" else 0.9)
-            network.close()
+        for backend in (OrtBackend(opened, precision, 1), CpuTorch(opened, precision)):
+            _, got = call_on(backend, 4, 14, write)
+            assert np.mean(got == ids) >= (1.0 if precision == "fp32" else 0.9)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import elf_rt
 from elf_rt.bundle import Bundle
-from elf_rt.errors import InputError
+from elf_rt.errors import BackendError, InputError
 from elf_rt.files import sha256
 from elf_rt.manifest import MANIFEST
 from elf_rt.measure.replay import read_replay
@@ -156,10 +156,10 @@ def test_an_array_that_claims_more_than_there_is(bundle, tmp_path, rows):
 @pytest.mark.parametrize("error", [KeyError("z"), ValueError("shapes"), TypeError("x")])
 def test_a_fault_inside_a_backend_is_not_blamed_on_the_replay(bundle, monkeypatch, error):
     with elf_rt.load(bundle("uncond"), "onnxruntime") as model:
-        monkeypatch.setattr(model.backend, "bind", lambda rows, length: (_ for _ in ()).throw(error))
-        with pytest.raises(type(error)) as caught:
+        monkeypatch.setattr(model.backend, "bind", lambda graph, rows, length: (_ for _ in ()).throw(error))
+        with pytest.raises(BackendError, match="the network call failed") as caught:
             verify(model)
-        assert caught.value is error
+        assert caught.value.__cause__ is error
 
 
 def test_the_failing_path_of_the_command(bundle, tmp_path, run_cli):

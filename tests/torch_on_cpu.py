@@ -1,5 +1,6 @@
 """The torch backend's network on the CPU, as a host backend: its arithmetic without a GPU."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,13 @@ class CpuTorch(TorchBackend):
 
 def call(backend: Any, rows: int, length: int, mode: float) -> tuple[np.ndarray, np.ndarray]:
     """x and ids of one call of a host backend on random inputs."""
+    return call_on(backend, rows, length, lambda denoiser: fill(denoiser, mode))
+
+
+def call_on(backend: Any, rows: int, length: int, fill: Callable[[BoundGraph], None]) -> tuple[np.ndarray, np.ndarray]:
+    """x and ids of one call of a host backend whose inputs ``fill`` writes."""
     denoiser, head = (backend.bind(graph, rows, length) for graph in GRAPHS)
-    fill(denoiser, mode)
+    fill(denoiser)
     denoiser.run()
     head.arrays["hidden"][:] = denoiser.arrays["hidden"]
     head.run()

@@ -25,6 +25,15 @@ class Server(uvicorn.Server):
         super().__init__(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", root_path=root_path))
         self._gate, self._model = gate, model
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Tell the address once connections to it are taken, so that a script can wait for the line."""
+        await super().startup(sockets)
+        for bound in sockets or ():
+            host, port = bound.getsockname()[:2]
+            where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            root = self.config.root_path
+            note(f"http://{where}{root}/  (OpenAI's API under /v1, metrics under /metrics; Ctrl-C ends)")
+
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._warming = asyncio.create_task(self._warm_up())
         await super().serve(sockets)
@@ -74,8 +83,5 @@ def run(app: FastAPI, gate: Gate, model: Model, bound: socket.socket, root_path:
     """Serve until a signal comes and all texts are written."""
     if model.codec.tokenizer is None:
         raise BackendError("this bundle has no tokenizer: export the checkpoint again with --tokenizer")
-    host, port = bound.getsockname()[:2]
-    host = f"[{host}]" if ":" in host else host
     note(f"{model.bundle.name} by {model.backend_reason}")
-    note(f"http://{host}:{port}{root_path}/  (OpenAI's API under /v1, metrics under /metrics; Ctrl-C ends)")
     Server(app, gate, model, root_path).run(sockets=[bound])
