@@ -145,7 +145,7 @@ def _stored(folder: Path, index: Any, info: Any) -> Any:
         file.seek(info.offset)
         content = io.BytesIO(file.read(info.length))
     where = f"{folder / info.relative_path} ({printable(index.fqn)})"
-    if content.getbuffer()[:2] == b"PK":
+    if content.read(2) == b"PK":
         check_archive(content, where)
-        content.seek(0)
+    content.seek(0)
     return unpickle(content, where)

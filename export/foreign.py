@@ -135,7 +135,7 @@ class _PlainLoader(yaml.SafeLoader):
         self._aliases = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):  # type: ignore[no-untyped-call]
+        if self.check_event(yaml.AliasEvent):
             self._aliases += 1
             if self._aliases > MOST_ALIASES:
                 raise yaml.YAMLError(f"more than {MOST_ALIASES} aliases")

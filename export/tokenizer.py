@@ -64,8 +64,8 @@ def _byte_level(config: dict[str, Any]) -> dict[str, Any]:
     sentinels = [f"<extra_id_{i}>" for i in range(count)]
     vocab = {token: i for i, token in enumerate((*_SPECIAL, *(characters[byte] for byte in range(256)), *sentinels))}
     tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in (*_SPECIAL, *sentinels)])
     content: dict[str, Any] = json.loads(tokenizer.to_str())
     return content

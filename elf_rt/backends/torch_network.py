@@ -29,9 +29,8 @@ if TYPE_CHECKING:
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LOGITS_AT_ONCE = 4096 * 32100  # of all tokens together: 0.5 GB
-VOCABULARY = (
-    128  # the ids are padded to a multiple of this: three times as fast a product where they are no even number
-)
+# The ids are padded to a multiple of this, because the product is three times as fast as with an odd number of them.
+VOCABULARY = 128
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,9 @@ class Prefix:
         self._biases = [torch.stack(pair)[:, None] for pair in biases]  # (E, 1, outputs)
         self._mode_tokens = weights.tensor("mode_tokens") if "mode_tokens" in weights else None
 
-    def unfinished(self, do: Pointwise, t: Tensor, s: Tensor | None, mode: Tensor | None) -> tuple:
+    def unfinished(
+        self, do: Pointwise, t: Tensor, s: Tensor | None, mode: Tensor | None
+    ) -> tuple[list[Tensor], Tensor, Tensor, Tensor | None, Tensor | None]:
         """What ``residual`` makes the tokens of, from scalars (R,)."""
         first, second = self._weights
         x = torch.bmm(do.angles([t] if s is None else [t, s], self._frequencies), first)  # (E, R, H)

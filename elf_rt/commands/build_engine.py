@@ -130,7 +130,8 @@ def _default_batch(bundle: Bundle) -> str:
 
 
 def _build(bundle: Bundle, spec: "Spec", timing_cache: Path | None, machine: "Machine") -> None:
-    from elf_rt.engines.build import build, find_built
+    from elf_rt.engines.build import build
+    from elf_rt.engines.store import find_built
 
     record = find_built(spec.target, spec.key)
     if record is not None:
@@ -195,8 +196,8 @@ def _show_record(record: "Record") -> None:
 
 
 def _show_plan(bundle: Bundle, spec: "Spec") -> None:
-    from elf_rt.engines.build import find_built
     from elf_rt.engines.shapes import buffer_bytes
+    from elf_rt.engines.store import find_built
 
     record = find_built(spec.target, spec.key)
     click.echo(f"{'has' if record else 'would build'} {_place(bundle, spec)}")

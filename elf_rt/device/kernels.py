@@ -19,8 +19,7 @@ import numpy as np
 from elf_rt.errors import BackendError, ElfError
 from elf_rt.files import read_sealed, write_sealed
 from elf_rt.machine import user_cache
-from elf_rt.sampling.integrator import MAX_ROWS
-from elf_rt.sampling.schedule import Row
+from elf_rt.sampling.schedule import MAX_ROWS, Row
 
 NAME = "elf_step"
 BLOCK = 256  # threads; also the kernel's launch bound

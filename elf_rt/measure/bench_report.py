@@ -100,7 +100,7 @@ def draw(report: Report, title: str, path: Path, file_format: str) -> None:
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     batch, steps = min(row.batch for row in report.rows), max(row.steps for row in report.rows)
-    panels = (
+    panels: tuple[tuple[str, str, Callable[[Row], int], Callable[[Row], bool]], ...] = (
         ("steps", f"Time of one text, batch {batch}", lambda row: row.steps, lambda row: row.batch == batch),
         ("batch", f"Time per text, steps = {steps}", lambda row: row.batch, lambda row: row.steps == steps),
     )
