@@ -244,6 +244,14 @@ def test_out_of_memory_while_measuring_is_not_one_while_running(
     assert "no GPU memory to measure 64 rows of 8 tokens" in here.describe()["passed over"]
 
 
+def test_an_attention_that_gives_something_else_is_passed_over(backend: TorchBackend, tmp_path: Path) -> None:
+    wrong = Attention("wrong", "library wrong", lambda q, k, v, scale: FAST.run(q, v, k, scale))
+    here = tuner(backend, tmp_path, attentions=[SLOW, wrong])
+    here.prepare(1, 8)
+    assert backend.network.choices[1, 8].attention is SLOW
+    assert "library wrong: results differ by" in here.describe()["passed over"]
+
+
 def test_no_tune_takes_the_first(backend: TorchBackend, tmp_path: Path) -> None:
     clock = Clock()
     here = tuner(backend, tmp_path, clock, tune=False)

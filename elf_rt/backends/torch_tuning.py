@@ -134,7 +134,7 @@ class Tuner:
         if network.fused is None or (tiles := self._fastest_tiles(network.fused, rows, size)) is None:
             return plain
         fused, call = Choice(plain.attention, tiles), Call(network, rows, length)
-        if why := call.refusal(fused, plain, DIFFERENCE[self.precision]):
+        if why := refusal(lambda: call.run(fused), call.run(plain).clone(), DIFFERENCE[self.precision]):
             self._refuse_kernels(why)
             return plain
         torchs, ours = self.clock([lambda: call.run(plain), lambda: call.run(fused)], NETWORK_CALLS)
@@ -150,7 +150,13 @@ class Tuner:
         heads, width = self.network.blocks[0].head_bias.shape[1:]
         q, k, v = (normal(self.network, rows, size, heads, width).to(self.precision) for _ in range(3))
         scale = self.network.config.head_dim**-0.5
-        ways = {a: partial(a.run, q, k, v, scale) for a in attentions}
+        expected, ways = torch_attention.TORCH.run(q, k, v, scale), {}
+        for attention in attentions:
+            way = partial(attention.run, q, k, v, scale)
+            if why := refusal(way, expected, DIFFERENCE[self.precision]):
+                self.passed_over[attention.library] = why
+            else:
+                ways[attention] = way
         return self._fastest(ways, lambda a: a.library) or torch_attention.TORCH
 
     def _fastest_tiles(self, fused: "FusedBlocks", rows: int, size: int) -> "Tiles | None":
@@ -203,25 +209,25 @@ class Call:
         self._hidden = normal(network, rows, length, config.hidden_size)
         self._t = torch.linspace(0, 1, rows, device=self._z.device)
 
-    def run(self, choice: Choice) -> None:
+    def run(self, choice: Choice) -> Tensor:
+        """x, which the next call overwrites."""
         config, t = self._network.config, self._t
         x_prev = self._x_prev if config.self_cond else None
         s = t + 1 if config.num_self_cond_cfg_tokens else None
         mode = 0 * t if config.num_model_mode_tokens else None
         self._network.denoise(self._z, x_prev, t, s, mode, self.x, self._hidden, choice)
+        return self.x
 
-    def refusal(self, choice: Choice, trusted: Choice, most: float) -> str | None:
-        """Why a choice does not do, or None when it gives what a trusted one gives."""
-        self.run(trusted)
-        expected = self.x.clone()
-        try:
-            self.run(choice)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # Triton's and the driver's have no common base
-            return first_line(error)
-        difference = float((self.x - expected).norm() / expected.norm())
-        return None if difference < most else f"results differ by {difference:.2g}"
+
+def refusal(way: Callable[[], Tensor], expected: Tensor, most: float) -> str | None:
+    """Why a way does not do, or None when it gives what a trusted one gave."""
+    try:
+        difference = float((way() - expected).norm() / expected.norm())
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # Triton's and the driver's have no common base
+        return first_line(error)
+    return None if difference < most else f"results differ by {difference:.2g}"
 
 
 def make_fused(network: Network, sm: int) -> "FusedBlocks | str":
