@@ -1,7 +1,8 @@
 # make demo   exports the two small models and writes text with them
 # make serve  serves spoken-to-written, with a page at http://127.0.0.1:8000/
 # make test   lints, builds the wheel, checks its types and runs the tests against it
-# Both set everything up by themselves in .venv; they need Python 3.11+, a C++ compiler and make.
+# make docs   builds docs/ as a site in build/site
+# All set everything up by themselves in .venv; they need Python 3.11+, a C++ compiler and make.
 
 PYTHON  ?= python3
 VENV    := .venv
@@ -14,7 +15,7 @@ GPU_VENV  := .venv-gpu
 GPU_PIP   := $(GPU_VENV)/bin/python -m pip --disable-pip-version-check
 GPU_TESTS := tests/test_gpu.py tests/test_trt_gpu.py tests/test_torch_kernels.py
 
-.PHONY: demo serve test test-fast lint types pytest slow gpu dev clean
+.PHONY: demo serve test test-fast lint types pytest docs slow gpu dev clean
 
 demo: $(VENV)/.demo
 	mkdir -p $(OUT)
@@ -45,6 +46,10 @@ types: $(VENV)/.test
 # Plain pytest leaves the source tree off the path: the installed wheel is tested.
 pytest: $(VENV)/.test
 	$(BIN)/pytest -n 2
+
+# docs/ as a site, in build/site; a link that leads nowhere is an error, here and in `make test`.
+docs: $(VENV)/.test-packages
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Full-size engines for every GPU, and 3,000 bad inputs: minutes, so not in `make test`. With a GPU: pytest -m gpu.
 slow: $(VENV)/.test

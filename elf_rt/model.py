@@ -1,8 +1,6 @@
 """The public API: ``load`` a bundle, ``generate`` or ``write`` texts, ``stream`` or ``submit`` them, or ``sample``
 latents with everything given."""
 
-import ctypes
-import os
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +14,7 @@ import numpy as np
 from elf_rt.backends import open_backend
 from elf_rt.bundle import Bundle
 from elf_rt.errors import BackendError, InputError
+from elf_rt.forking import keep_in_child
 from elf_rt.machine import check_threads
 from elf_rt.network import Backend
 from elf_rt.params import ModelConfig, SamplingParams
@@ -69,7 +68,9 @@ def load(
         check: verify the sha256 of every file now, not only of those that are used.
 
     Raises:
-        BundleError, BackendError, InputError: with one line that says how to mend it.
+        BundleError: there is no bundle, or a file of it is missing or altered.
+        BackendError: no engine library here can run it as asked.
+        InputError: an argument is not possible; the message names what is.
     """
     if max_rows is not None and (not is_whole(max_rows) or max_rows < 1):
         raise InputError(f"max_rows must be a whole number, 1 or more, got {max_rows!r}")
@@ -84,8 +85,16 @@ def _reopen(folder: Path, backend: str, precision: str, threads: int | None, max
 
 
 class Model:
-    """A loaded model. Safe to share between threads, whose texts share network calls; ``close()`` it, or use it as a
-    context manager."""
+    """A loaded model, as ``load`` gives it. Safe to share between threads, whose texts share network calls; ``close()``
+    it, or use it as a context manager.
+
+    Attributes:
+        bundle: the opened bundle; ``bundle.presets`` are its presets by name.
+        config: sizes of the network.
+        backend: the engine library; ``backend.name`` and ``backend.precision`` say which.
+        backend_reason: one sentence that says why it was chosen.
+        codec: tokens from text and text from tokens.
+    """
 
     def __init__(
         self,
@@ -100,7 +109,6 @@ class Model:
         self._open, self._threads, self._max_rows = open_backend, threads, max_rows
         self._folder = bundle.folder.resolve()
         self._start()
-        _models.add(self)
 
     def _start(self) -> None:
         bundle, max_rows = self.bundle, self._max_rows
@@ -108,10 +116,15 @@ class Model:
         self.backend, self.backend_reason = backend, _ = self._open()
         self.codec = TextCodec(bundle, self._threads)
         self._driver = Driver(lambda: open_engine(backend, bundle.config, max_rows), bundle.config.max_length)
+        keep_in_child(backend, self.codec, self._driver)
         self._finalizer = weakref.finalize(self, _close, self._driver, backend)
 
     def params(self, preset: str = "default", **overrides: Any) -> SamplingParams:
-        """The bundle's preset with some values changed (None keeps the preset's)."""
+        """The bundle's preset with some values changed (None keeps the preset's).
+
+        Raises:
+            InputError: there is no such preset or field, or a value is out of range.
+        """
         return preset_of(self.bundle.presets, preset).replace(**overrides)
 
     def generate(
@@ -132,8 +145,12 @@ class Model:
         alone: not on what is written beside it. So any result can be had again by itself.
 
         Args:
-            seed: 0 .. 2**64 - 1; drawn at random when None, and told in the results.
-            length, pinned: see ``Text``.
+            prompts: source texts of a conditional model.
+            n: texts for each prompt.
+            seed: of the first text, 0 .. 2**64 - 1; drawn at random when None, and told in the results.
+            preset: of the bundle; ``overrides`` change it.
+            length: see ``Text``.
+            pinned: see ``Text``.
             on_step: called after each step with (steps done, all to do), summed over the texts.
             **overrides: fields of SamplingParams, such as steps=16.
 
@@ -141,7 +158,8 @@ class Model:
             len(prompts) * n results, the n of the first prompt first.
 
         Raises:
-            InputError: an argument is not possible. BackendError: a call failed, or the model is closed.
+            InputError: an argument is not possible; the message names what is.
+            BackendError: a call failed, or the model is closed.
         """
         params = self.params(preset, **overrides)
         texts = check_many(self.codec, params, prompts, n, seed, length, pinned)
@@ -150,20 +168,17 @@ class Model:
     def write(self, texts: Sequence[Text], on_step: Callable[[int, int], None] | None = None) -> list[Result]:
         """Write texts with different prompts, parameters and lengths side by side, and return them in their order.
 
-        Raises:
-            InputError, BackendError: see ``generate``.
+        ``on_step`` and what is raised are those of ``generate``.
         """
         return self._write([check(self.codec, self.bundle.presets, text) for text in texts], on_step)
 
     def submit(self, text: Text, *, drafts_every: int = 0) -> Pending:
         """Start writing a text and return at once, when its prompt is encoded. It shares the network calls of all texts
-        that are being written, from the next call on.
+        that are being written, from the next call on. What is raised is that of ``generate``.
 
         Args:
+            text: what to write.
             drafts_every: after so many steps each, the current estimate is decoded; 0: never.
-
-        Raises:
-            InputError, BackendError: see ``generate``.
         """
         check_drafts(drafts_every)
         driver = self._open_driver
@@ -183,10 +198,10 @@ class Model:
         drafts_every: int = 4,
         **overrides: Any,
     ) -> Iterator[Draft | list[Result]]:
-        """Like ``generate``, step by step: a Draft after each step, each batch's results after its last.
+        """Like ``generate``, step by step: a Draft after each step of a batch, its list of results after the last.
 
         Every ``drafts_every`` steps (0: never) the current estimate is decoded, which costs one more row of a network
-        call. Stop iterating (or close the iterator) to cancel.
+        call. Stop iterating (or close the iterator) to cancel. Arguments are checked before the first step.
         """
         check_drafts(drafts_every)
         params = self.params(preset, **overrides)
@@ -215,8 +230,11 @@ class Model:
             grid: (N + 1,) or (B, N + 1) times from 0 to 1; drawn from ``seeds`` when None.
             eps: (N, B, L, C) unit noise, eps[i] for step i, or fewer where the last have none (N - 1 for the SDE);
                 drawn from ``seeds`` when None.
-            source, mask: (B, L, C) normalised source latents and (B, L) where they stand.
+            source: (B, L, C) normalised source latents.
+            mask: (B, L), true where the source stands.
             seeds: (B,), or one for all.
+            params: how it is drawn; the default preset when None.
+            length: L where there is no z0; the trained length when None.
             latents: False where only the ids are of use: it saves a copy from the GPU.
             table: a sampler of your own, instead of the one that ``params`` and ``grid`` make.
             x_prev: (B, L, C) the estimate that the first call sees; zeros when None.
@@ -226,6 +244,7 @@ class Model:
 
         Raises:
             InputError: an array has another shape than it says here, or holds other things than numbers.
+            BackendError: a call failed, or the model is closed.
         """
         whole = check_seeds(seeds)
         batch = len(whole) if z0 is None else len(z0)
@@ -260,11 +279,8 @@ class Model:
         return self._open_driver.stats()
 
     def outlook(self, texts: Sequence[Text] = (), drafts_every: int = 0) -> tuple[Outlook, list[Load]]:
-        """What is being written now, and what these texts would add to it: ``outlook.finishes(loads)`` tells when.
-
-        Raises:
-            InputError, BackendError: see ``generate``.
-        """
+        """What is being written now, and what these texts would add to it: ``outlook.finishes(loads)`` tells in how
+        many seconds each would be written."""
         loads = [load_of(self.codec, self.bundle.presets, text, drafts_every) for text in texts]
         return self._open_driver.outlook([load.length for load in loads]), loads
 
@@ -379,18 +395,3 @@ def _close(driver: Driver, backend: Backend) -> None:
     if not driver.forked:
         driver.close()
         backend.close()
-
-
-_models: "weakref.WeakSet[Model]" = weakref.WeakSet()
-
-
-def _keep_in_child() -> None:
-    """A forked child has none of the threads that an engine library waits for when it is freed, so it never frees what
-    its parent opened: a reference that nobody gives back."""
-    for model in _models:
-        for part in (model.backend, model.codec, model._driver):
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(part))
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_keep_in_child)

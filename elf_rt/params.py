@@ -33,7 +33,35 @@ def _one_of(what: str, value: object, valid: Any) -> None:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of one ELF network and the constants that its sampler needs."""
+    """Sizes of one ELF network and the constants that its sampler needs.
+
+    Attributes:
+        depth: blocks.
+        hidden_size: H, the width of the residual stream.
+        num_heads: heads of attention.
+        head_dim: width of a head.
+        mlp_dim: inner width of a block's feed-forward part.
+        latent_dim: C, the width of a latent.
+        bottleneck_dim: width between a latent and the residual stream.
+        vocab_size: V, token ids that the token head knows.
+        max_length: L, the canvas in tokens, source included.
+        max_input_length: tokens of the canvas that a source may take; 0: the model is unconditional.
+        num_time_tokens: tokens before the text that tell t.
+        num_self_cond_cfg_tokens: tokens that tell the self-conditioning scale s; 0: it is applied by two calls.
+        num_model_mode_tokens: tokens that tell the mode, to denoise or to decode.
+        self_cond: whether the network sees its own last estimate.
+        decoder_head_norm: an RMSNorm before the token head.
+        head_gelu: approximation of the token head's GELU, as torch and ONNX name it; "none": exact.
+        noise_scale: standard deviation of the noise at t = 0.
+        t_eps: least 1 - t that is divided by.
+        p_mean: mean of the logit-normal time distribution of training.
+        p_std: its standard deviation.
+        latent_mean: mean of the encoder's latents, which are normalised by it.
+        latent_std: their standard deviation.
+
+    Raises:
+        InputError: a number is out of range. TypeError: a value has another type.
+    """
 
     depth: int
     hidden_size: int
@@ -44,13 +72,13 @@ class ModelConfig:
     bottleneck_dim: int
     vocab_size: int
     max_length: int
-    max_input_length: int = 0  # 0: the model is unconditional
+    max_input_length: int = 0
     num_time_tokens: int = 4
     num_self_cond_cfg_tokens: int = 4
     num_model_mode_tokens: int = 4
     self_cond: bool = True
-    decoder_head_norm: bool = False  # an RMSNorm before the token head
-    head_gelu: str = "tanh"  # approximation of the token head's GELU, as torch and ONNX name it; "none": exact
+    decoder_head_norm: bool = False
+    head_gelu: str = "tanh"
     noise_scale: float = 2.0
     t_eps: float = 0.05
     p_mean: float = -1.5
@@ -105,23 +133,39 @@ RELEASED: dict[str, ModelConfig] = {
 class SamplingParams:
     """How one text is drawn. The defaults are those of ELF-B on OpenWebText.
 
+    Attributes:
+        steps: N, network calls before the decoding one, 1 .. 10000.
+        sampler: "ode", "sde", "ab2" (second order) or "refine" (of models distilled to few steps).
+        schedule: the time grid: "logit_normal", "uniform", "quantile" or "shift".
+        guidance_scale: classifier-free guidance w; 1 needs one row of a call.
+        sc_cfg: self-conditioning guidance s.
+        gamma: noise of the SDE, alpha = clamp(1 - gamma * step size, 0, 1); for refine 0 keeps its noise, 1 renews it.
+        temperature: factor on all noise, the start's and the SDE's.
+        gamma_power: anneals gamma: gamma * (1 - t) ** gamma_power.
+        grid_mean: mean of the logit-normal grid and its quantiles; None: the model's p_mean.
+        grid_std: their standard deviation; None: the model's p_std.
+        time_shift: of the schedule "shift": above 1, more steps near the noise.
+        x_prev_scale: factor on the estimate that is fed back to the network.
+        guidance_from: classifier-free guidance only where guidance_from <= t ...
+        guidance_until: ... and t <= guidance_until.
+
     Raises:
         InputError: a value is out of range; the message names the valid ones.
     """
 
-    steps: int = 32  # network calls before the decoding one
+    steps: int = 32
     sampler: str = "sde"
     schedule: str = "logit_normal"
-    guidance_scale: float = 1.0  # classifier-free guidance w; 1 needs one call
-    sc_cfg: float = 3.0  # self-conditioning guidance s
-    gamma: float = 1.5  # SDE noise: alpha = clamp(1 - gamma * step size, 0, 1); refine: 0 keeps its noise, 1 renews it
-    temperature: float = 1.0  # factor on all noise, the start's and the SDE's
-    gamma_power: float = 0.0  # anneals it: gamma * (1 - t) ** gamma_power
-    grid_mean: float | None = None  # of the logit-normal grid; None: the model's p_mean
-    grid_std: float | None = None  # None: the model's p_std
-    time_shift: float = 1.0  # of the schedule shift: above 1, more steps near the noise
-    x_prev_scale: float = 1.0  # factor on the estimate that is fed back to the network
-    guidance_from: float = 0.0  # classifier-free guidance only where guidance_from <= t <= guidance_until
+    guidance_scale: float = 1.0
+    sc_cfg: float = 3.0
+    gamma: float = 1.5
+    temperature: float = 1.0
+    gamma_power: float = 0.0
+    grid_mean: float | None = None
+    grid_std: float | None = None
+    time_shift: float = 1.0
+    x_prev_scale: float = 1.0
+    guidance_from: float = 0.0
     guidance_until: float = 1.0
 
     def __post_init__(self) -> None:

@@ -91,8 +91,11 @@ class Pending:
     def result(self, timeout: float | None = None) -> Result:
         """The written text.
 
+        Args:
+            timeout: seconds to wait; None: until the text is over.
+
         Raises:
-            TimeoutError: it is not written after `timeout` seconds; it goes on.
+            TimeoutError: the time is over; the text goes on.
             concurrent.futures.CancelledError: it was cancelled.
             BackendError: it could not be written, or the model was closed.
         """

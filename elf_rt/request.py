@@ -26,7 +26,7 @@ Encoded = dict[tuple[tuple[int, ...], int], tuple[np.ndarray, np.ndarray]]  # (s
 class Text:
     """One text to write, beside others that may differ in everything.
 
-    Args:
+    Attributes:
         prompt: the source text of a conditional model.
         seed: 0 .. 2**64 - 1; drawn at random when None, and told in the result.
         preset: of the bundle, where `params` is None.

@@ -11,9 +11,15 @@ from elf_rt.sampling.program import Times, Written
 
 @dataclass(frozen=True)
 class Timings:
-    """Milliseconds of one text. total: from its submission to its ids; waited: until its first network call; network
-    and integrator: of the steps that it took part in, which other texts may share. calls: network calls, and one for
-    each draft."""
+    """What one text took.
+
+    Attributes:
+        total_ms: milliseconds from its submission to its ids.
+        waited_ms: until its first network call.
+        network_ms: of the network calls that it took part in, which other texts may share.
+        integrator_ms: of the integrator's passes beside them.
+        calls: network calls, and one for each draft.
+    """
 
     total_ms: float
     waited_ms: float
@@ -31,7 +37,15 @@ class Timings:
 
 @dataclass(frozen=True)
 class Result:
-    """One text. ids: (L,) int64 final token ids; text is None for a bundle without a tokenizer."""
+    """One text that is written.
+
+    Attributes:
+        text: None for a bundle without a tokenizer.
+        ids: (L,) int64 token ids, those of the prompt cut off, and pad from the end of the text on.
+        seed: writes the same text again, with the same prompt and parameters.
+        prompt: the source text, if there was one.
+        timings: what it took.
+    """
 
     text: str | None
     ids: np.ndarray = field(repr=False)
@@ -53,8 +67,15 @@ class Result:
 
 @dataclass(frozen=True)
 class Draft:
-    """A step that is done. texts: what each text would read now, on the steps that draft, else None. batch: how many
-    are told of together."""
+    """A step that is done.
+
+    Attributes:
+        step: 1 .. steps.
+        steps: how many there are.
+        t: time of the flow that the step reached, from 0 (noise) to 1 (text).
+        texts: what each text of the batch would read now, on the steps that draft; else None.
+        batch: how many texts are told of together.
+    """
 
     step: int
     steps: int
@@ -65,8 +86,16 @@ class Draft:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What ``Model.sample`` gives. latents: (B, L, C) z at t = 1, or () where they were not asked for. ids: (B, L)
-    int64, as the network gave them. Seconds and calls of the text that took longest."""
+    """What ``Model.sample`` gives.
+
+    Attributes:
+        latents: (B, L, C) float32, z at t = 1; of size 0 where they were not asked for.
+        ids: (B, L) int64, as the network gave them.
+        seconds: of the text that took longest.
+        network_seconds: of them, the network calls.
+        integrator_seconds: of them, the integrator.
+        calls: network calls of the text that took most.
+    """
 
     latents: np.ndarray
     ids: np.ndarray
