@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from elf_rt.bundle import Bundle, write_manifest
-from elf_rt.engines.build import Request, build, plan_spec
+from elf_rt.engines.build import PlanRequest, build, plan_spec
 from elf_rt.engines.recipe import Recipe
 from elf_rt.engines.shapes import parse_profiles
 from elf_rt.errors import BackendError
@@ -57,7 +57,7 @@ def make_bundle(folder: Path, config: ModelConfig) -> Bundle:
 
 def build_once(bundle: Bundle, precision: str, sm: int, length: int) -> Record:
     """Build a plan for one row, and keep only its record: the plans of ELF-L are gigabytes."""
-    request = Request(precision, (sm,), parse_profiles("1", str(length), bundle.config))
+    request = PlanRequest(precision, (sm,), parse_profiles("1", str(length), bundle.config))
     spec = plan_spec(bundle, Recipe.load("tensorrt-rtx"), this_machine(), request)
     record = build(spec)
     for engine in record.engines.values():

@@ -104,6 +104,6 @@ def _as_errors(kind: type[ElfError], what: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise BundleError(f"no file at {error.filename}") from None
+        raise BundleError(f"no file at {error.filename}") from error
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
-        raise kind(f"{what} ({type(error).__name__}: {first_line(error)})") from None
+        raise kind(f"{what} ({type(error).__name__}: {first_line(error)})") from error

@@ -53,9 +53,9 @@ class Bundle:
         self.agreement = manifest.agreement
         self.left_out = manifest.left_out
         self.unproven = manifest.unproven
-        self.digest = remembered_sha256  # of this bundle's files, and of what was made from them
+        self.digest = remembered_sha256  # how files of this bundle, and plans made from them, are hashed
         self._checked: dict[str, Path] = {}
-        self._copies: Path | None = None  # of files that are links
+        self._copies: Path | None = None  # the folder with copies of files that are links
 
     @classmethod
     def open(cls, folder: str | Path) -> Self:
@@ -258,10 +258,10 @@ def _old_files(target: Path) -> list[str]:
         return []
     try:
         return [name for name in listed_files(target / MANIFEST) if (target / name).parent.is_dir()]
-    except BundleError:
+    except BundleError as error:
         if target.suffix == SUFFIX and (target / MANIFEST).is_file():
-            return []  # a damaged one, to be mended by exporting again
-        raise BundleError(f"{target} exists and is not a bundle: name another output") from None
+            return []  # a damaged bundle may be mended by exporting over it
+        raise BundleError(f"{target} exists and is not a bundle: name another output") from error
 
 
 def _publish(work: Path, target: Path, old: Iterable[str]) -> None:
@@ -280,6 +280,6 @@ def _publish(work: Path, target: Path, old: Iterable[str]) -> None:
         for name in new:
             folder = (target / name).parent
             if folder != target and folder.is_symlink():
-                folder.unlink()  # what it leads to belongs to somebody else
+                folder.unlink()  # the link goes; what it leads to belongs to somebody else
             folder.mkdir(parents=True, exist_ok=True)
             os.replace(work / name, target / name)

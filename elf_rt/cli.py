@@ -48,7 +48,7 @@ def _flag(short: str, long: str, help_text: str) -> click.Option:
     return click.Option([short, long], is_flag=True, help=help_text, expose_value=False, callback=_set_verbosity)
 
 
-VERBOSITY = [  # of every command
+VERBOSITY = [  # options that every command has
     _flag("-v", "--verbose", "Tell where an error comes from, and all warnings of libraries."),
     _flag("-q", "--quiet", "Tell nothing but results and errors."),
 ]
@@ -93,7 +93,7 @@ def main(args: list[str] | None = None) -> Any:
     before = {number: signal.getsignal(number) or signal.SIG_DFL for number in STOPPING}  # None: another library's
     try:
         for number, handler in before.items():
-            if handler is not signal.SIG_IGN:  # as nohup and background jobs have it
+            if handler is not signal.SIG_IGN:  # nohup and background jobs ignore signals on purpose
                 signal.signal(number, _stop)
         code = _run(args)
         unwritten = close_streams()

@@ -138,7 +138,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
     """
     if target.is_dir():
         raise BundleError(f"{target} is a folder: name a file")
-    if target.exists() and not target.is_file():  # asked first: /dev/stdout may lead to a pipe, which has no path
+    if target.exists() and not target.is_file():  # before resolve(): /dev/stdout may lead to a pipe, which has no path
         yield target
         return
     target = target.resolve()

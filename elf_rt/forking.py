@@ -14,7 +14,7 @@ def keep_in_child(*parts: object) -> None:
 
 def _keep() -> None:
     for part in _parts:
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(part))  # a reference that nobody gives back
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(part))  # nobody gives this reference back
 
 
 if hasattr(os, "register_at_fork"):

@@ -36,8 +36,8 @@ def read_graph(path: Path) -> GraphFile:
         try:
             data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
             return _read_ir(path, data) if path.suffix == ".xml" else _read_onnx(data)
-        except (ValueError, IndexError, UnicodeDecodeError, KeyError):
-            raise BundleError(f"{path} is no graph, or damaged: export the checkpoint again") from None
+        except (ValueError, IndexError, UnicodeDecodeError, KeyError) as error:
+            raise BundleError(f"{path} is no graph, or damaged: export the checkpoint again") from error
 
 
 def _read_ir(path: Path, data: memoryview) -> GraphFile:

@@ -36,7 +36,7 @@ def why_absent(name: str, needed: str, install: str) -> str | None:
     except ModuleNotFoundError as error:
         missing = "" if f"{name}.".startswith(f"{error.name}.") else f" completely ({error.name} is missing)"
         return f"not installed{missing}: {install}"
-    except Exception as error:  # a shared library that it needs, another numpy, a file cut short: it may be anything
+    except Exception as error:  # importing may raise anything: for a shared library, another numpy, a cut file
         return f"installed, but cannot be imported ({first_line(error)}): {install}"
     return None if hasattr(library, needed) else f"a broken install: {install}"
 

@@ -148,7 +148,7 @@ def reset_peak_memory() -> None:
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:
-        return  # then "peak" is that of the whole process
+        return  # without it "peak" stays that of the whole process
 
 
 @cache

@@ -97,7 +97,7 @@ class Manifest:
         try:
             return cls._parse(Field("", values))
         except _Wrong as wrong:
-            raise BundleError(f"{path} is incomplete or altered: {wrong}: export the checkpoint again") from None
+            raise BundleError(f"{path} is incomplete or altered: {wrong}: export the checkpoint again") from wrong
 
     @classmethod
     def _parse(cls, root: "Field") -> Self:
@@ -134,7 +134,7 @@ def _load(path: Path) -> dict[str, Any]:
             raise ValueError(f"it has more than {MOST_BYTES >> 20} MB")
         values = json.loads(path.read_bytes(), parse_constant=_no_number)
     except (OSError, ValueError, RecursionError) as error:
-        raise BundleError(f"{path} is not JSON ({first_line(error)}): export the checkpoint again") from None
+        raise BundleError(f"{path} is not JSON ({first_line(error)}): export the checkpoint again") from error
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise BundleError(f"{path} is not the manifest of an elf-rt bundle")
     return values
@@ -240,4 +240,4 @@ class Field:
         try:
             return kind(**values)
         except (ElfError, TypeError) as error:
-            raise _Wrong(f"{self.path}: {first_line(error)}") from None
+            raise _Wrong(f"{self.path}: {first_line(error)}") from error

@@ -18,7 +18,7 @@ from elf_rt.forking import keep_in_child
 from elf_rt.machine import check_threads
 from elf_rt.network import Backend
 from elf_rt.params import ModelConfig, SamplingParams
-from elf_rt.pending import Pending, Run
+from elf_rt.pending import EventStream, Pending
 from elf_rt.request import (
     Checked,
     Encoded,
@@ -270,7 +270,7 @@ class Model:
 
     def run(self, programs: Sequence[Program]) -> list[Written]:
         """Programs of the engine, side by side: below text and arrays."""
-        run = Run(self._open_driver, iter([programs]))
+        run = EventStream(self._open_driver, iter([programs]))
         written = {index: event for index, event in run if isinstance(event, Written)}
         return [written[index] for index in range(len(programs))]
 
@@ -316,7 +316,9 @@ class Model:
             self._start()
         return self._driver
 
-    def _run(self, texts: Sequence[Checked], drafts_every: int = 0) -> tuple[Run, list[range], dict[int, Prepared]]:
+    def _run(
+        self, texts: Sequence[Checked], drafts_every: int = 0
+    ) -> tuple[EventStream, list[range], dict[int, Prepared]]:
         """The events of texts; the groups that are prepared together and share a call; and what was prepared."""
         driver, prepared, encoded = self._open_driver, dict[int, Prepared](), Encoded()
         groups: list[range] = []
@@ -333,7 +335,7 @@ class Model:
                 start = group.stop
                 yield [each.program for each in made]
 
-        return Run(driver, programs()), groups, prepared
+        return EventStream(driver, programs()), groups, prepared
 
     def _write(self, texts: Sequence[Checked], on_step: Callable[[int, int], None] | None) -> list[Result]:
         if not texts:
@@ -351,11 +353,11 @@ class Model:
         return [results[index] for index in range(len(texts))]
 
     def _told(
-        self, texts: Sequence[Checked], run: Run, groups: list[range], prepared: dict[int, Prepared]
+        self, texts: Sequence[Checked], run: EventStream, groups: list[range], prepared: dict[int, Prepared]
     ) -> Iterator[Draft | list[Result]]:
         """The events of texts that all have the same steps, group by group: a step when the whole group has done it."""
         steps, end = texts[0].params.steps, 0
-        events: defaultdict[int, dict[int, Event]] = defaultdict(dict)  # by step, of texts that are not told of yet
+        events: defaultdict[int, dict[int, Event]] = defaultdict(dict)  # step -> events not told of yet
         told, step = 0, 1  # groups, and what comes next of the one behind them
         for index, event in run:
             events[event.step if isinstance(event, StepDone) else end][index] = event

@@ -85,7 +85,7 @@ class Launchable(Protocol):
     def close(self) -> None: ...
 
 
-Capture = Callable[[int, Callable[[], None]], Launchable]  # of what the function enqueues on the stream
+Capture = Callable[[int, Callable[[], None]], Launchable]  # (stream, body) -> what body enqueues there, as one launch
 
 
 class DeviceBackend(Library, Protocol):

@@ -11,9 +11,9 @@ from typing import Any, Self
 from elf_rt.errors import InputError
 
 SAMPLERS = ("ode", "sde", "ab2", "refine")
-KINDS: dict[Any, Any] = {int: Integral, str: str, float: Real}  # what a field of a type may be given
+KINDS: dict[Any, Any] = {int: Integral, str: str, float: Real}  # type of a field -> what it may be given
 SCHEDULES = ("logit_normal", "uniform", "quantile", "shift")
-LIMITS: dict[str, tuple[float, float]] = {  # of ModelConfig's numbers; else 1 .. 65536 and -1e6 .. 1e6
+LIMITS: dict[str, tuple[float, float]] = {  # bounds of ModelConfig's numbers; the others have 1 .. 65536 or -1e6 .. 1e6
     "vocab_size": (2, 1 << 24),
     "max_input_length": (0, 1 << 16),
     "num_time_tokens": (0, 1 << 10),
@@ -219,7 +219,7 @@ _REFINE_CONDITIONAL = _REFINE.replace(gamma=1.0, sc_cfg=1.0)
 # Public models that sizes do not tell from the official ones. ELF-MMD, by its authors' README: perplexity 110, 43 and
 # 40 at 4, 16 and 32 steps on OpenWebText (T5), accuracy 14, 34 and 35 % at 4, 16 and 64 on GSM8K. T5Gemma-2: the one
 # setting that its authors give for each model.
-VARIANT_PRESETS: dict[str, dict[str, SamplingParams]] = {
+FAMILY_PRESETS: dict[str, dict[str, SamplingParams]] = {
     "ELF-MMD": {"default": _REFINE, "fast": _REFINE.replace(steps=4), "best": _REFINE.replace(steps=32)},
     "ELF-MMD conditional": {
         "default": _REFINE_CONDITIONAL,
@@ -238,10 +238,10 @@ VARIANT_PRESETS: dict[str, dict[str, SamplingParams]] = {
 }
 
 
-def presets_for(config: ModelConfig, variant: str = "") -> dict[str, SamplingParams]:
-    """The presets of a variant; else the official ones of the model with these sizes, ELF-B's for any other."""
-    if variant in VARIANT_PRESETS:
-        return VARIANT_PRESETS[variant]
+def presets_for(config: ModelConfig, family: str = "") -> dict[str, SamplingParams]:
+    """The presets of a family; else the official ones of the model with these sizes, ELF-B's for any other."""
+    if family in FAMILY_PRESETS:
+        return FAMILY_PRESETS[family]
     if config.max_input_length > 0:
         return PRESETS["conditional"]
     for name, released in RELEASED.items():

@@ -15,7 +15,7 @@ from elf_rt.sampling.driver import Driver, Task
 from elf_rt.sampling.program import Event, Program, StepDone, Written
 
 
-class Run:
+class EventStream:
     """The events of one caller's texts as they come, by the index of the text.
 
     Texts are made and submitted group by group, at most two groups ahead of those that are written. The first error is
@@ -27,11 +27,11 @@ class Run:
         self._events: SimpleQueue[tuple[int, Event]] = SimpleQueue()
         self._tasks: dict[int, Task] = {}
         self._submitted = 0
-        self._size = 0  # of the last group
+        self._size = 0  # texts in the last group
         self._feed()
         self._feed()
 
-    def __iter__(self) -> "Run":
+    def __iter__(self) -> "EventStream":
         return self
 
     def __next__(self) -> tuple[int, StepDone | Written]:
@@ -82,7 +82,7 @@ class Pending:
     ) -> None:
         self._driver, self._steps, self._finish, self._read = driver, program.table.num_steps, finish, read
         self._written: Future[Written] = Future()
-        self._written.set_running_or_notify_cancel()  # so that the driver alone ends it
+        self._written.set_running_or_notify_cancel()  # from now on the driver alone ends the future
         self._drafts: list[StepDone] = []
         self._changed = threading.Condition()
         self._watchers: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
@@ -139,7 +139,7 @@ class Pending:
             self._watchers.append((asyncio.get_running_loop(), woken))
         while True:
             woken.clear()
-            over, fresh = self.done(), self._drafts[seen:]  # in this order, so that the last draft is not missed
+            over, fresh = self.done(), self._drafts[seen:]  # asked in this order, no draft is missed
             for step in fresh:
                 yield self._draft(step)
             seen += len(fresh)
@@ -172,5 +172,5 @@ class Pending:
                 self._drafts.append(event)
             self._changed.notify_all()
             for loop, woken in self._watchers:
-                with contextlib.suppress(RuntimeError):  # that loop is closed
+                with contextlib.suppress(RuntimeError):  # RuntimeError: that loop is closed
                     loop.call_soon_threadsafe(woken.set)

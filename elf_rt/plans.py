@@ -35,11 +35,11 @@ GRAPHS = ("denoiser", "discretizer")
 class Library:
     """TensorRT or TensorRT-RTX: one Python API under two import names."""
 
-    name: str  # of the backend, and of --target
+    name: str  # the name of the backend, and of --target
     module: str
     title: str
     install: str
-    finishes_kernels: bool = False  # on the GPU, when a plan first runs
+    finishes_kernels: bool = False  # whether kernels are finished on the GPU, when a plan first runs
 
     def load(self) -> ModuleType:
         """Import it. Raises BackendError when it is not installed or cannot start."""
@@ -123,7 +123,7 @@ class Machine:
 
     os: str  # "linux-x86_64"
     gpu: Gpu | None
-    no_gpu: str = ""  # why there is none
+    no_gpu: str = ""  # why there is no GPU
 
 
 def this_machine() -> Machine:
@@ -205,7 +205,7 @@ class Record:
                 }
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BackendError(f"{path} is damaged ({type(error).__name__}: {error}): {mend}") from None
+            raise BackendError(f"{path} is damaged ({type(error).__name__}: {error}): {mend}") from error
 
     def write(self, folder: Path) -> None:
         values = {"format": FORMAT, "schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
@@ -248,7 +248,7 @@ class Record:
                 problem = "was altered after it was built (its sha256 differs)"
             else:
                 continue
-            raise BackendError(f"{path} {problem}: run elf-rt build-engine --{self.precision} again")
+            raise BackendError(f"{path} {problem}: run elf-rt build-engine --precision {self.precision} again")
 
 
 def records(bundle: Bundle) -> Iterator[tuple[Path, Record | BackendError]]:
@@ -302,7 +302,7 @@ def find_plans(
         BackendError: there is none. Says what the nearest one was built for, and how to build one.
     """
     graphs = graph_hashes(bundle, precision)
-    command = f"run elf-rt build-engine {bundle.folder} --{precision} --target {library.name}"
+    command = f"run elf-rt build-engine {bundle.folder} --precision {precision} --target {library.name}"
     fitting: list[tuple[Path, Record]] = []
     reasons: list[str] = []
     for folder, record in records(bundle):

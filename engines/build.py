@@ -1,6 +1,6 @@
 """Bundle to plans: one TensorRT engine for each graph of a variant, with a record of what they are.
 
-    spec = plan_spec(bundle, recipe, machine, Request("fp16", (86, 89), profiles))
+    spec = plan_spec(bundle, recipe, machine, PlanRequest("fp16", (86, 89), profiles))
     record = find_built(spec.target, spec.key) or build(spec)
 
 Nothing is written until both engines exist in memory, so a build that fails or is killed leaves nothing behind.
@@ -34,7 +34,7 @@ DEFAULT_OPT_LEVEL = 3
 
 
 @dataclass(frozen=True)
-class Request:
+class PlanRequest:
     """What to build. sms: the compute capabilities of one plan. opt_level: 0 (quick build) to 5 (long search)."""
 
     precision: str
@@ -47,7 +47,7 @@ class Request:
 class Spec:
     """One plan folder to be: everything that goes into its key."""
 
-    request: Request
+    request: PlanRequest
     recipe: Recipe
     version: str
     os: str
@@ -59,7 +59,7 @@ class Spec:
     target: Path
 
 
-def plan_spec(bundle: Bundle, recipe: Recipe, machine: Machine, request: Request) -> Spec:
+def plan_spec(bundle: Bundle, recipe: Recipe, machine: Machine, request: PlanRequest) -> Spec:
     """Check the graphs and name the plan.
 
     Raises:
@@ -68,7 +68,7 @@ def plan_spec(bundle: Bundle, recipe: Recipe, machine: Machine, request: Request
     version = str(recipe.library.load().__version__)
     recipe.check_version(version)
     graphs = bundle.variant(request.precision)
-    # TensorFloat-32 rounds factors to 11 bits: as good as FP16 beside FP16, and not what --fp32 asks for.
+    # TensorFloat-32 rounds factors to 11 bits: as good as FP16 beside FP16, and not what fp32 asks for.
     settings = {
         "opt_level": request.opt_level,
         "tf32": request.precision != "fp32",

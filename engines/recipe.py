@@ -70,9 +70,11 @@ class Recipe:
                 mend = "build with --target tensorrt on that machine" if sm in (87, 90, 100, 103, 110) else "check --sm"
                 raise BackendError(f"{self.library.title} cannot build for sm_{sm}, only for {names}: {mend}")
             if precision == "bf16" and sm in self.no_bf16:
-                raise BackendError(f"sm_{sm} has no bfloat16: build with --fp16")
+                raise BackendError(f"sm_{sm} has no bfloat16: build with --precision fp16")
             if precision == "fp32" and sm in self.no_fp32:
-                raise BackendError(f"{self.library.title} has no float32 matrix product on sm_{sm}: build with --fp16")
+                raise BackendError(
+                    f"{self.library.title} has no float32 matrix product on sm_{sm}: build with --precision fp16"
+                )
         together = tuple(sorted({sm for sm in asked if sm not in self.alone}))
         return ([together] if together else []) + [(sm,) for sm in sorted(set(asked) & set(self.alone))]
 

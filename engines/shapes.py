@@ -18,9 +18,9 @@ def parse_range(text: str, option: str) -> Range:
 
 def parse_profiles(batch: str, length: str | None, config: ModelConfig) -> tuple[Profile, ...]:
     """One profile for each comma-separated item of ``batch``; ``length`` is the trained one when None."""
-    lengths = parse_range(length or str(config.max_length), "--seq-len")
+    lengths = parse_range(length or str(config.max_length), "--length")
     if lengths.most > config.max_length:
-        raise InputError(f"--seq-len must be at most {config.max_length}, the model's own, got {lengths.most}")
+        raise InputError(f"--length must be at most {config.max_length}, the model's own, got {lengths.most}")
     profiles = [Profile(parse_range(item, "--batch"), lengths) for item in batch.split(",")]
     return tuple(dict.fromkeys(profiles))
 

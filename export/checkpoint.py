@@ -11,13 +11,13 @@ import numpy as np
 import torch
 
 from elf_rt.errors import CheckpointError, warn
-from elf_rt.export.config import USED, Shape, active_depth, expected_shapes, make_config, read_sizes
+from elf_rt.export.config import USED, TensorShape, active_depth, expected_shapes, make_config, read_sizes
+from elf_rt.export.families import official_names, official_settings, split_statistics
 from elf_rt.export.foreign import AGAIN, few, printable
 from elf_rt.export.layouts import read_stored, step_of
 from elf_rt.export.settings import Settings, find_settings
 from elf_rt.export.sources import find_source
 from elf_rt.export.stored import FLOATS, refuse_type
-from elf_rt.export.variants import official_names, official_settings, split_statistics
 from elf_rt.export.weights import choose, is_unused
 from elf_rt.files import sha256
 from elf_rt.params import ModelConfig
@@ -30,10 +30,10 @@ class Checkpoint:
     """A checked model: every tensor of `state` is there, finite, float32, contiguous and of the size in `config`."""
 
     path: Path  # the file, or the folder where the layout has several
-    folders: tuple[Path, ...]  # that it lies in: through a link, there may be two
-    sha256: str  # of the file; of several, of their names and sums
+    folders: tuple[Path, ...]  # folders that it lies in: two, where a link leads to it
+    sha256: str  # sha256 of the file; for several files, of their names and sums
     layout: str  # how it was kept
-    step: int | None  # of the training, where the checkpoint tells
+    step: int | None  # training step, where the checkpoint tells it
     weights: str  # "ema" | "raw" | "unknown": what the checkpoint proves
     config: ModelConfig
     settings: dict[str, Any]  # the YAML mapping or the one in the file; empty where a released preset was taken
@@ -110,7 +110,7 @@ def _active_blocks(tensors: dict[str, Any], settings: Settings) -> tuple[dict[st
     return {name: value for name, value in tensors.items() if not name.startswith(left_out)}, sizes | {"depth": active}
 
 
-def _needed(tensors: Mapping[str, Any], shapes: Mapping[str, Shape], path: Path) -> dict[str, Any]:
+def _needed(tensors: Mapping[str, Any], shapes: Mapping[str, TensorShape], path: Path) -> dict[str, Any]:
     """Without the tensors that training kept beside the network, which are told in a warning."""
     unused = [name for name in tensors if name not in shapes and is_unused(name)]
     heads = [name for name in unused if isinstance(tensors[name], torch.Tensor) and tensors[name].ndim > 0]
@@ -138,7 +138,7 @@ def _fingerprint(files: Iterable[Path], path: Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _check(tensors: Mapping[str, Any], shapes: Mapping[str, Shape], path: Path) -> None:
+def _check(tensors: Mapping[str, Any], shapes: Mapping[str, TensorShape], path: Path) -> None:
     """Raises one CheckpointError that lists every missing, unexpected, mis-shaped and non-finite tensor."""
     faults = {
         "missing": [name for name in shapes if name not in tensors],
@@ -171,7 +171,7 @@ def _is_plain(value: Any) -> bool:
     )
 
 
-def _mismatch(tensor: torch.Tensor, shape: Shape) -> str:
+def _mismatch(tensor: torch.Tensor, shape: TensorShape) -> str:
     fits = tensor.ndim == len(shape) and all(b is None or a == b for a, b in zip(tensor.shape, shape, strict=True))
     wanted = ", ".join("?" if n is None else str(n) for n in shape)
     return "" if fits and tensor.numel() else f"{tuple(tensor.shape)} for ({wanted})"

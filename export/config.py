@@ -10,12 +10,12 @@ import torch
 
 from elf_rt.errors import CheckpointError, warn
 from elf_rt.export.foreign import shown
+from elf_rt.export.reference import TIME_FREQUENCIES
 from elf_rt.export.settings import LENGTH, Settings
 from elf_rt.params import RELEASED, ModelConfig
 
-Shape = tuple[int | None, ...]  # None: a size that no tensor tells
+TensorShape = tuple[int | None, ...]  # None: a size that no tensor tells
 
-TIME_FREQUENCIES = 256  # width of the cosine and sine features that enter every embedder
 _PRESET_SIZES = (
     *("depth", "hidden_size", "num_heads", "head_dim", "mlp_dim", "latent_dim", "bottleneck_dim", "vocab_size"),
 )
@@ -41,7 +41,7 @@ USED = {  # fields of a config that are read, here or for the encoder and the pr
     *("encoder_model_name", "encoder_family", "encoder", "objective", "task", "model", "seq_len", "mean", "std"),
     *("sampling_configs", "sampling_configs_path"),
 }
-MOST_TOKENS = 1 << 16  # of a text; attention over more would take 17 GB a head
+MOST_TOKENS = 1 << 16  # tokens of a text; attention over more would take 17 GB a head
 
 
 def read_sizes(state: Mapping[str, Any]) -> dict[str, int | None]:
@@ -71,14 +71,14 @@ def read_sizes(state: Mapping[str, Any]) -> dict[str, int | None]:
     }
 
 
-def expected_shapes(sizes: Mapping[str, int | None]) -> dict[str, Shape]:
+def expected_shapes(sizes: Mapping[str, int | None]) -> dict[str, TensorShape]:
     """Name and shape of every tensor of an ELF with these sizes (the state dict of the official code).
 
     Linear weights are (out, in); `proj_kernel` and `unembed_kernel` are stored (in, out).
     """
     H, D, M = sizes["hidden_size"], sizes["head_dim"], sizes["mlp_dim"]
     C, P, V = sizes["latent_dim"], sizes["bottleneck_dim"], sizes["vocab_size"]
-    shapes: dict[str, Shape] = {}
+    shapes: dict[str, TensorShape] = {}
 
     def linear(name: str, n_out: int | None, n_in: int | None) -> None:
         shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (n_out, n_in), (n_out,)
@@ -87,7 +87,7 @@ def expected_shapes(sizes: Mapping[str, int | None]) -> dict[str, Shape]:
         return None if n is None else factor * n
 
     def embedder(name: str) -> None:
-        linear(f"{name}.mlp_0", H, TIME_FREQUENCIES)
+        linear(f"{name}.mlp_0", H, 2 * TIME_FREQUENCIES)
         linear(f"{name}.mlp_2", H, H)
 
     if sizes["self_cond"]:

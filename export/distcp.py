@@ -68,7 +68,7 @@ def read_distcp(folder: Path) -> Stored:
     try:
         kinds = dict(metadata.state_dict_metadata)
         chunks: dict[str, list[tuple[Any, Any]]] = {name: [] for name in kinds}
-        ends: dict[Path, int] = {}  # of what each file must hold
+        ends: dict[Path, int] = {}  # file -> where the last chunk in it ends
         for index, info in metadata.storage_data.items():
             chunks[index.fqn].append((index, info))
             file = _file(folder, info.relative_path)

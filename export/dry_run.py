@@ -8,12 +8,12 @@ import torch
 
 from elf_rt.export.checkpoint import Checkpoint, load_checkpoint
 from elf_rt.export.encoder import encoder_beside
+from elf_rt.export.families import family_of
 from elf_rt.export.pipeline import RANGE_STEPS, ExportOptions, range_texts
 from elf_rt.export.reference import ELF
-from elf_rt.export.variants import variant_of
 from elf_rt.params import SamplingParams, presets_for
 
-BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.3, "int8-openvino": 1.3}  # of a weight, roughly
+BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.3, "int8-openvino": 1.3}  # bytes of a weight, roughly
 PASSES = {"fp32": 3, "fp16": 1, "bf16": 6, "int8": 2, "int8-openvino": 3}  # how often the runs are sampled, roughly
 
 
@@ -27,7 +27,7 @@ def describe_export(source: str, output: Path, options: ExportOptions) -> list[t
     c = found.config
     weights = sum(tensor.numel() for tensor in found.state.values())
     kind = f"sources of up to {c.max_input_length} tokens" if c.max_input_length else "unconditional"
-    presets = presets_for(c, variant_of(found.settings)) | options.presets
+    presets = presets_for(c, family_of(found.settings)) | options.presets
     size = sum(BYTES[name] * weights for name in options.precisions)
     blocks = f"{c.depth} blocks of width {c.hidden_size}, {c.num_heads} heads of {c.head_dim}"
     return [

@@ -39,7 +39,7 @@ def write_encoder(
 
     `source` is a safetensors file with `embedding.weight` (V, C), or the folder or Hub id of a T5 or GPT-2 in
     Hugging Face's layout. The runtime normalises the latents with latent_mean and latent_std; `statistics`
-    (2, P, C) of each channel (``elf_rt.export.variants``) become a part of the encoder itself.
+    (2, P, C) of each channel (``elf_rt.export.families``) become a part of the encoder itself.
 
     Raises:
         CheckpointError: no such encoder, another architecture, damaged weights, another width than the model's

@@ -12,8 +12,8 @@ from elf_rt.errors import CheckpointError
 
 AGAIN = "copy or download it again"
 MOST_TEXT = 4 << 20  # bytes of a config; the released ones have 2 kB
-MOST_INDEX = 256 << 20  # of a JSON that lists tensors, or of a tokenizer
-MOST_ALIASES, MOST_MERGED = 1_000, 10_000  # of a YAML: those that multiply would fill the memory
+MOST_INDEX = 256 << 20  # bytes of a JSON that lists tensors, or of a tokenizer
+MOST_ALIASES, MOST_MERGED = 1_000, 10_000  # a YAML's aliases can multiply until they fill the memory
 _HEAD = 512
 
 # What a file's first bytes say it is, where it cannot be used: what to do then.

@@ -18,7 +18,7 @@ from elf_rt.export.precision import Precision
 from elf_rt.export.rewrite import Linear
 from elf_rt.export.t5 import MASKED, OPSET
 
-_FIXED = {  # what every released GPT-2 has, and this graph computes
+_FIXED = {  # settings that every released GPT-2 has, and that this graph computes
     "activation_function": "gelu_new",
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,

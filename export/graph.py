@@ -16,7 +16,7 @@ from elf_rt.params import ModelConfig
 
 FUSED_OPSET = 23  # the first with Attention and RMSNormalization
 END = np.iinfo(np.int64).max
-LOGITS_AT_ONCE = 65536  # of a token
+LOGITS_AT_ONCE = 65536  # logits of one token that are in memory together
 
 
 def write_graphs(
@@ -130,7 +130,7 @@ class _Denoiser:
         """x (R, S, H) -> q and k in float32, v in the type of the product; each (R, heads, S, D)."""
         g, precision = self.g, self.plan.precision_of(f"{name}.qkv")
         qkv = matmul(g, f"{name}.qkv", x, weights.qkv, precision)
-        if precision is Precision.FP32:  # one addition, which engines fuse with the product
+        if precision is Precision.FP32:  # engines fuse a single addition with the product
             qkv = g.op("Add", qkv, g.weight(f"{name}.qkv.bias", weights.bias.reshape(-1)))
         qkv = g.op("Reshape", qkv, g.integers(0, 0, 3 * self.config.num_heads, self.width))  # (R, S, 3 heads, D)
         qkv = g.op("Transpose", qkv, perm=[0, 2, 1, 3])  # (R, 3 heads, S, D)

@@ -5,7 +5,7 @@ from typing import Any
 
 from elf_rt.errors import CheckpointError
 
-ANSWER_SECONDS = 5  # asked twice; the download itself would wait for minutes
+ANSWER_SECONDS = 5  # the download itself would wait for minutes
 
 
 def download(repo: str, patterns: list[str] | None = None) -> Path:
@@ -43,6 +43,6 @@ def answers(repo: str) -> bool:
         HfApi().repo_info(repo, timeout=ANSWER_SECONDS)
     except (HfHubHTTPError, HFValidationError):
         raise
-    except Exception:  # whatever the transport's library raises: no network, silence, a login page in place of JSON
+    except Exception:  # the transport may raise anything: no network, silence, a login page
         return False
     return True

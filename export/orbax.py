@@ -20,8 +20,8 @@ LISTING, DATABASE = "_METADATA", "manifest.ocdbt"
 _MARKS = (LISTING, "_CHECKPOINT_METADATA", DATABASE, "_sharding")
 _ITEMS = ("default", "state", "train_state", "model", "params")  # what a CheckpointManager calls the folder of arrays
 _HEADERS = {"/.zarray": "zarr", "/zarr.json": "zarr3"}  # file that starts an array -> tensorstore's driver
-_TYPES = {*(str(kind).removeprefix("torch.") for kind in FLOATS), "int32", "int64", "uint32"}  # those of the step too
-MOST_ELEMENTS = 1 << 31  # of one array; the largest of ELF-L has 16 million
+_TYPES = {*(str(kind).removeprefix("torch.") for kind in FLOATS), "int32", "int64", "uint32"}  # integers: the step
+MOST_ELEMENTS = 1 << 31  # elements of one array; the largest of ELF-L has 16 million
 _UNFINISHED = re.compile(r".*\.orbax-checkpoint-tmp(-\d+)?")
 _BLOCK = re.compile(r"(?:^|(?<=\.))(blocks)_(\d+)(?=\.)")
 

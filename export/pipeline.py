@@ -14,20 +14,20 @@ from elf_rt.bundle import SUFFIX, Bundle, atomic_folder, write_manifest
 from elf_rt.errors import CheckpointError, InputError, warn
 from elf_rt.export.checkpoint import Checkpoint, load_checkpoint
 from elf_rt.export.encoder import encoder_beside, find_tokenizer, write_encoder
+from elf_rt.export.families import family_of
 from elf_rt.export.graph import FUSED_OPSET
 from elf_rt.export.precisions import PrecisionWriter, Proof
 from elf_rt.export.reference import ELF
 from elf_rt.export.replay import Run, plan_runs, record
 from elf_rt.export.special_tokens import special_ids
 from elf_rt.export.tokenizer import check_tokenizer, write_tokenizer
-from elf_rt.export.variants import variant_of
 from elf_rt.manifest import TokenizerPart
 from elf_rt.params import ModelConfig, SamplingParams, presets_for
 from elf_rt.text.codec import TextCodec
 
 REPLAY_BATCH = 4
-RANGE_POSITIONS = 1536  # that activations are measured on together: enough that no single token at a near tie decides
-LEAST_TEXTS, MOST_TEXTS = 8, 32  # on these positions; fewer where the model is large
+RANGE_POSITIONS = 1536  # activations are measured on so many, so that no single near tie decides
+LEAST_TEXTS, MOST_TEXTS = 8, 32  # texts that these positions are in; large models have fewer
 REPLAY_STEPS = 8  # more would amplify float32 rounding on an untrained model until nothing can be judged
 RANGE_STEPS = 16  # activations are measured on longer runs, with seeds of their own
 
@@ -97,7 +97,7 @@ def export_bundle(
     model.load_state_dict(checkpoint.state)
     model.eval()
     with atomic_folder(output) as folder:
-        official = presets_for(checkpoint.config, variant_of(checkpoint.settings))
+        official = presets_for(checkpoint.config, family_of(checkpoint.settings))
         manifest = _describe(checkpoint, options, official | options.presets)
         manifest |= _write_text_side(folder, checkpoint, options)
         write_manifest(folder, manifest | {"variants": {}})  # enough for the text side
@@ -208,7 +208,7 @@ def _sources(
         rng = np.random.default_rng(0)
         tokens = np.arange(min(config.vocab_size, manifest["encoder"]["vocab_size"]))
         tokens = np.setdiff1d(tokens, [codec.pad_id, codec.eos_id])
-        widths = np.linspace(config.max_input_length, 1, REPLAY_BATCH).round().astype(int)  # in any batch
+        widths = np.linspace(config.max_input_length, 1, REPLAY_BATCH).round().astype(int)  # long and short
         widths = np.resize(widths, MOST_TEXTS)
         sources = [tokens[rng.integers(0, len(tokens), width)].tolist() for width in widths]
     latents, mask = codec.encode(sources, config.max_length)
@@ -232,9 +232,9 @@ def read_presets(path: Path) -> dict[str, SamplingParams]:
     try:
         presets = json.loads(path.read_text("utf-8"))
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(presets, dict) or not all(isinstance(values, dict) for values in presets.values()):
         raise CheckpointError(f'{path} must hold presets by name, such as {{"fast": {{"steps": 8}}}}')
     made = {}
@@ -242,5 +242,5 @@ def read_presets(path: Path) -> dict[str, SamplingParams]:
         try:
             made[name] = SamplingParams().replace(**values)
         except (InputError, TypeError) as error:
-            raise CheckpointError(f"preset {name!r} in {path}: {error}") from None
+            raise CheckpointError(f"preset {name!r} in {path}: {error}") from error
     return made

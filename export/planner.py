@@ -22,9 +22,9 @@ from elf_rt.export.precision import FP32, KEPT_IN_FP32, LIMIT, MARGIN, Item, Pre
 from elf_rt.export.ranges import Range, Ranges
 from elf_rt.params import ModelConfig
 
-SMALLEST_NORMAL = 2.0**-14  # of FP16
+SMALLEST_NORMAL = 2.0**-14  # FP16's smallest normal number
 WEIGHT_ERROR = 2.0**-12  # largest relative rounding error of a matrix, weighted by the energy of its inputs
-HEAD_AGREEMENT = 0.995  # of tokens must stay the same for the unembedding to leave float32: half of what verify allows
+HEAD_AGREEMENT = 0.995  # the unembedding leaves float32 if so many tokens stay: half of what verify allows
 LARGEST_SHIFT = 24
 SHIFTS = (0, *(s for shift in range(1, LARGEST_SHIFT + 1) for s in (shift, -shift)))  # tried in this order
 

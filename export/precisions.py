@@ -24,12 +24,12 @@ from elf_rt.export.replay import Run
 from elf_rt.export.sensitivity import engine_agreement, most_sensitive, operations_to_keep
 from elf_rt.manifest import TokenizerPart
 
-REMEDY_SECONDS = 120  # for a 16-bit precision that is not proven at first
+REMEDY_SECONDS = 120  # how long a 16-bit precision that is not proven is mended
 SHARES = (0.25, 0.5, 0.75)  # of the blocks' operations that are tried in float32; with all of them nothing is gained
 
 
 class Proof(Protocol):
-    """What a replay found: `elf_rt.measure.verify.Report`."""
+    """What a replay found: `elf_rt.measure.verify.VerifyReport`."""
 
     @property
     def passed(self) -> bool: ...

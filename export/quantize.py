@@ -33,7 +33,7 @@ SMALL = 1024  # bytes; smaller tensors stay inside the graph
 ALIGNMENT = 4096  # a page, so that engines can map the file
 QUANTIZED = re.compile(r"blocks\.\d+\.(attn\.qkv|attn\.proj|mlp\.w12|mlp\.w3)")
 WEIGHT_LIMIT = 63
-COMPARED_ROWS = 2  # of each call; more would only take longer
+COMPARED_ROWS = 2  # rows of each call that are compared; more would only take longer
 MAX_ERROR = 0.1  # relative, of a layer's output, in the worst call measured
 SMOOTHING = 0.6  # how much of a channel's width moves into the weights
 
@@ -104,7 +104,7 @@ def write_int8(source: Path, folder: Path, calibration: Calibration) -> list[str
 
     Returns the file names.
     """
-    denoiser = onnx.load(source / "denoiser.onnx")  # with its weights
+    denoiser = onnx.load(source / "denoiser.onnx")  # external weights are loaded, too
     discretizer = onnx.load(source / "discretizer.onnx")
     _quantize(denoiser.graph, calibration)
     denoiser.opset_import.append(helper.make_opsetid(CONTRIB, 1))

@@ -35,8 +35,8 @@ def write_openvino_int8(bundle: Path, model: ELF, runs: Sequence[Run], kept: Seq
         openvino = import_library("openvino")
         nncf = import_library("nncf")
     except (ImportError, OSError) as error:
-        raise needs("int8 for OpenVINO", error, "pip install 'elf-rt[int8]'") from None
-    logging.getLogger("nncf").setLevel(logging.ERROR)  # else it tells of every product left out
+        raise needs("int8 for OpenVINO", error, "pip install 'elf-rt[int8]'") from error
+    logging.getLogger("nncf").setLevel(logging.ERROR)  # NNCF would tell of every product left out
     network = openvino.Core().read_model(bundle / "denoiser.onnx")
     calls = _calls(model, runs, {port.get_any_name() for port in network.inputs})
     with contextlib.redirect_stdout(io.StringIO()):  # NNCF draws bars of its own

@@ -16,7 +16,7 @@ from elf_rt.export.reference import ELF
 from elf_rt.export.replay import plan_runs
 from elf_rt.params import ModelConfig, presets_for
 
-RANDOM_STEPS = 4  # of the run that int8 is measured on
+RANDOM_STEPS = 4  # steps of the run that int8 is measured on
 
 
 def write_random_bundle(

@@ -23,7 +23,7 @@ from elf_rt.export.reference import ELF
 from elf_rt.params import ModelConfig, SamplingParams
 
 Call = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # z, x_prev, t, s, mode
-FLOP_BUDGET = 1e13  # of one run, about a minute on two cores: steps and batch of a large model shrink to fit it
+FLOP_BUDGET = 1e13  # a run of a large model shrinks to so much: about a minute on two cores
 
 
 @dataclass(frozen=True)

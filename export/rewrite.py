@@ -18,12 +18,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from elf_rt.export.precision import PrecisionPlan
+from elf_rt.export.reference import ROPE_BASE, TIME_FREQUENCIES
 from elf_rt.params import ModelConfig
 
 NORM_EPS = 1e-6
-ROPE_BASE = 10000.0
-TIME_FREQUENCIES = 128
-HEAD, INNER, VOCABULARY = 8, 16, 128  # what 16-bit plans pad to: what a tensor core loads, and whole tiles of 32100 ids
+HEAD, INNER, VOCABULARY = 8, 16, 128  # 16-bit plans pad to what a tensor core loads, and to whole tiles of 32100 ids
 
 State = Mapping[str, np.ndarray]
 

@@ -19,9 +19,9 @@ from elf_rt.manifest import TokenizerPart
 from elf_rt.text.codec import read_positions
 
 OPERATIONS = ("attn", "attn.qkv", "attn.proj", "mlp.w12", "mlp.w3")
-KEPT_AGREEMENT = 0.9975  # of tokens must stay the same: a proof, on few texts, then finds the 0.99 that verify asks for
+KEPT_AGREEMENT = 0.9975  # so many tokens must stay, so that a proof on few texts finds the 0.99 of verify
 RANKING_CALLS = 4
-OFFICIAL = TokenizerPart()  # with the ids of pad and EOS that the official models have
+OFFICIAL = TokenizerPart()  # the official models' ids of pad and EOS
 
 Rounding = Callable[[Tensor], Tensor]
 

@@ -11,9 +11,9 @@ from elf_rt.export.foreign import read_json, read_yaml, shown
 
 LENGTH = "max_length"
 _SECTIONS = ("model", "data", "dataset", "training", "config", "cfg", "hparams", "args")  # where Hydra users put keys
-_RUN_FILES = ("config.yml", "config.yaml", "hparams.yaml", ".hydra/config.yaml")  # that training libraries write
+_RUN_FILES = ("config.yml", "config.yaml", "hparams.yaml", ".hydra/config.yaml")  # training libraries' names
 _INTERPOLATION = re.compile(r"\$\{([^${}]+)\}")
-_MOST_STEPS = 20  # of interpolations that lead to each other
+_MOST_STEPS = 20  # interpolations that may lead to each other
 
 
 class Settings:

@@ -15,7 +15,7 @@ _NOT_WEIGHTS = re.compile(
     r"(encoder|optimizer|optim|scheduler|sampler|scaler|training_args|rng_state|random_states|latent_stats|dl_state"
     r"|custom_checkpoint)[\w.-]*"
 )
-_SAME_MODEL = ("model.safetensors", "pytorch_model.bin")  # of Hugging Face: where both are there, they are the same
+_SAME_MODEL = ("model.safetensors", "pytorch_model.bin")  # where Hugging Face's folders have both, they hold the same
 _NEWEST = ("last", "latest")  # what training libraries call a run's newest file
 _PARTS_OF_RUNS = ("checkpoints", "checkpoint", "ckpts", "ckpt", "weights")  # folders whose run is the folder above
 
@@ -66,12 +66,12 @@ def _there(path: Path) -> bool:
 def _source(path: Path, given: Path) -> Source:
     place = locate(path)
     own: dict[Path, None] = {}
-    for start in (place, given, place.resolve()):  # a link's own folder counts, and that of what it leads to
+    for start in (place, given, place.resolve()):  # config may lie beside a link, or beside what it leads to
         if start.is_dir():
             own[start] = None
         if (
             not start.is_dir() or step_in_name(start.name) is not None
-        ):  # a checkpoint that is a folder lies in its run's
+        ):  # a checkpoint that is a folder lies in the run's folder
             own[start.parent] = None
     inside_run = [folder.resolve() for folder in own]
     around = [f.parent for f in inside_run if f.name in _PARTS_OF_RUNS or step_in_name(f.name) is not None]

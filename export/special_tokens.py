@@ -11,8 +11,8 @@ from typing import Any
 from elf_rt.errors import CheckpointError
 from elf_rt.text.tokenizer import TextTokenizer
 
-T5_IDS = {"pad_token": 0, "eos_token": 1}  # of a model without a tokenizer: those of the official models
-NAMES = {  # as tokenizers in Hugging Face's format call them
+T5_IDS = {"pad_token": 0, "eos_token": 1}  # ids of the official models, for a model without a tokenizer
+NAMES = {  # role -> names that tokenizers give the token
     "pad_token": ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<PAD>"),
     "eos_token": ("</s>", "<eos>", "[EOS]", "<|eos|>", "<EOS>", "<|endoftext|>", "<|end_of_text|>", "[SEP]"),
 }
@@ -67,7 +67,7 @@ def _names(role: str, tokenizer: Path) -> Sequence[str]:
         try:
             entry = json.loads((tokenizer.parent / name).read_text("utf-8")).get(role)
         except (OSError, ValueError, AttributeError, RecursionError):
-            continue  # it is not there, or no such file
+            continue  # the file is absent, or is no such file
         content = entry.get("content") if isinstance(entry, dict) else entry
         if isinstance(content, str):
             return (content,)

@@ -10,7 +10,7 @@ import torch
 from elf_rt.errors import CheckpointError
 from elf_rt.export.foreign import printable
 
-FLOATS = {  # what weights may be stored in; safetensors' name of each
+FLOATS = {  # types that weights may be stored in -> safetensors' name
     torch.float64: "F64",
     torch.float32: "F32",
     torch.bfloat16: "BF16",

@@ -25,7 +25,7 @@ from elf_rt.export.settings import Settings
 OPSET = 20  # the first with Gelu; every engine reads it
 MASKED = -1e9  # added to the scores of padding: exp of it is exactly 0, and a row of nothing but padding stays finite
 FAMILIES = ("t5", "mt5")  # mt5 differs from T5 1.1 in its vocabulary alone
-RANGES = {  # of the whole numbers in config.json: T5-XXL's, and some more
+RANGES = {  # bounds of the numbers in config.json: T5-XXL's, and some more
     "d_model": (1, 1 << 16),
     "d_kv": (1, 1 << 12),
     "d_ff": (1, 1 << 18),

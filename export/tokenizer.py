@@ -24,7 +24,7 @@ def check_tokenizer(path: Path, vocab_size: int) -> TextTokenizer:
     try:
         tokenizer = TextTokenizer(path, json.dumps(_content(path), ensure_ascii=False))
     except InputError as error:
-        raise CheckpointError(printable(error)) from None
+        raise CheckpointError(printable(error)) from error
     if not 0 < tokenizer.size <= vocab_size:
         raise CheckpointError(
             f"{path} has {tokenizer.size} tokens, the model's head {vocab_size}: name the tokenizer it was trained with"
@@ -60,7 +60,7 @@ def _byte_level(config: dict[str, Any]) -> dict[str, Any]:
     hidden = [byte for byte in range(256) if byte not in printed]
     characters = {byte: chr(byte) for byte in printed} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
     listed = config.get("extra_special_tokens") or config.get("additional_special_tokens") or ()
-    count = len(listed) if isinstance(listed, list) else 125  # as released
+    count = len(listed) if isinstance(listed, list) else 125  # the released tokenizer has 125 of them
     sentinels = [f"<extra_id_{i}>" for i in range(count)]
     vocab = {token: i for i, token in enumerate((*_SPECIAL, *(characters[byte] for byte in range(256)), *sentinels))}
     tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))

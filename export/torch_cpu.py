@@ -31,7 +31,7 @@ class FusedAttention(Attention):
         return self.proj(mixed.reshape(rows, length, -1))
 
 
-class TorchBackend:
+class TorchCpuBackend:
     """ELF on the CPU: eager float32, or compiled, in bfloat16 autocast where ``bf16`` says so."""
 
     device: Literal["cpu"] = "cpu"
@@ -72,7 +72,7 @@ class TorchBackend:
 class TorchGraph:
     """Numpy arrays whose memory torch tensors share."""
 
-    def __init__(self, backend: TorchBackend, graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(self, backend: TorchCpuBackend, graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._backend, self._graph = backend, graph
         self.arrays = {n: np.zeros(shape, np.int64 if n == "ids" else np.float32) for n, shape in shapes.items()}
 

@@ -17,7 +17,7 @@ _MEMBER = re.compile(
     r"(?P<root>.+?)/(?:(?P<pickle>data\.pkl)|data/(?P<storage>\d+)|version|byteorder"
     r"|\.format_version|\.storage_alignment|\.data/serialization_id)"
 )
-_STORAGE_BYTES = {  # of one element
+_STORAGE_BYTES = {  # storage class -> bytes of an element
     **dict.fromkeys(("DoubleStorage", "LongStorage", "ComplexFloatStorage"), 8),
     **dict.fromkeys(("FloatStorage", "IntStorage"), 4),
     **dict.fromkeys(("HalfStorage", "BFloat16Storage", "ShortStorage"), 2),
@@ -132,7 +132,7 @@ def _check_storages(archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo], na
         walk = _StorageWalk(file)
         try:
             walk.load()
-        except Exception:  # whatever is wrong with it, torch's unpickler says it better
+        except Exception:  # torch's unpickler says better what is wrong with it
             return
     short = [key for key, size in walk.sizes.items() if stored.get(key, 0) < size]
     if short:

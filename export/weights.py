@@ -16,7 +16,7 @@ from elf_rt.export.stored import Stored
 
 # What training wrappers put into names, at any depth: DDP, torch.compile, FSDP, activation checkpointing, Lightning.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
-_ROOTS = {  # of an ELF's names
+_ROOTS = {  # first parts of an ELF's names
     *("self_cond_proj", "text_proj", "t_embedder", "t_emb_tokens", "self_cond_cfg_embedder", "self_cond_cfg_tokens"),
     *("mode_tokens", "blocks", "final_layer", "decoder_head_norm", "proj_kernel", "proj_bias"),
     *("unembed_kernel", "unembed_bias"),
@@ -31,7 +31,7 @@ _UNUSED = re.compile(  # tensors that training keeps beside the network and infe
     r"|(\w+_)?(encoder|teacher|discriminator|critic|losses|loss|metrics?|projector|heads?)\..*|(aux|repa)\w*\..*"
     r"|(global_)?steps?|epoch|iteration|\w*rng\w*"
 )
-OFFICIAL_AVERAGE = "ema_params1"  # what the official evaluation uses
+OFFICIAL_AVERAGE = "ema_params1"  # the official evaluation uses this one
 
 
 @dataclass(frozen=True)

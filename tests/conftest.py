@@ -27,9 +27,9 @@ def export(
 ) -> Path:
     """Export a checkpoint as the command line does, proof included."""
     from elf_rt.export.pipeline import ExportOptions, export_bundle
-    from elf_rt.measure.verify import Report, verify_folder
+    from elf_rt.measure.verify import VerifyReport, verify_folder
 
-    def prove(folder: Path, precision: str) -> Report:
+    def prove(folder: Path, precision: str) -> VerifyReport:
         report = verify_folder(folder, backend="onnxruntime", precision=precision)
         assert report.passed, report
         return report

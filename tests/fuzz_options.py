@@ -77,7 +77,7 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
     },
     "verify": {"--replay": PATHS, "--threads": NUMBERS, "--backend": ["auto", "tensorrt", "onnxruntime"]},
     "build-engine": {
-        **dict.fromkeys(["--batch", "--seq-len", "--opt-level", "--sm"], SHAPES),
+        **dict.fromkeys(["--batch", "--length", "--opt-level", "--sm"], SHAPES),
         "--timing-cache": PATHS,
         "--target": ["auto", "tensorrt", "tensorrt-rtx", "x"],
     },

@@ -50,7 +50,7 @@ def test_contenders_write_the_same_texts_and_shares_add_up(bundle, cache):
 
 def test_agreement_is_counted_against_the_reference():
     def run(ids):
-        return bench.Run([0.01, 0.03], 0.05, 0.06, 0.04, 0.005, 0.05, np.array(ids))
+        return bench.RequestTimes([0.01, 0.03], 0.05, 0.06, 0.04, 0.005, 0.05, np.array(ids))
 
     runs = {"a": [run([[1, 2, 3, 4], [5, 6, 7, 8]])], "b": [run([[1, 2, 3, 0], [5, 6, 7, 8]])]}
     a, b = bench._rows(runs, 2, 2, "a", "b")
@@ -204,14 +204,14 @@ def test_a_torch_that_does_not_compile_is_one_line(monkeypatch):
 
     from elf_rt.commands.bench import TINY
     from elf_rt.export.random_init import random_state
-    from elf_rt.export.torch_cpu import TorchBackend
+    from elf_rt.export.torch_cpu import TorchCpuBackend
 
     def no_compiler(*_, **__):
         raise RuntimeError("no C++ compiler\nand more")
 
     monkeypatch.setattr(torch, "compile", no_compiler)
     with pytest.raises(BackendError, match=r"torch-compile does not work here: no C\+\+ compiler$"):
-        TorchBackend(TINY, random_state(TINY, 0), compiled=True, bf16=False, threads=1)
+        TorchCpuBackend(TINY, random_state(TINY, 0), compiled=True, bf16=False, threads=1)
 
 
 def test_the_machine_is_told():

@@ -68,7 +68,7 @@ def test_dry_run_then_build_then_reuse(folder: Path, capsys: pytest.CaptureFixtu
     assert built.startswith("built ") and "attention fused" in built and "scratch memory" in built
     (place,) = (folder / "plans").iterdir()
     stamp = (place / "denoiser.plan").stat().st_mtime_ns
-    assert run(capsys, folder, "--fp16", "--sm", "8.9", "--seq-len", "16").startswith(f"already built {place}")
+    assert run(capsys, folder, "--fp16", "--sm", "8.9", "--length", "16").startswith(f"already built {place}")
     assert run(capsys, folder, "--sm", "89", "--dry-run").startswith(f"has {place}")
     assert (place / "denoiser.plan").stat().st_mtime_ns == stamp
 
@@ -107,12 +107,15 @@ def test_the_default_batch_is_one_text_and_the_calls_that_texts_share(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--bf16"], "holds fp32, fp16, not bf16: export the checkpoint again with --precision bf16"),
+        (["--precision", "bf16"], "holds fp32, fp16, not bf16: export the checkpoint again with --precision bf16"),
         (["--sm", "90"], "TensorRT-RTX cannot build for sm_90"),
-        (["--sm", "75", "--fp32", "--target", "tensorrt-rtx"], "no float32 matrix product on sm_75: build with --fp16"),
+        (
+            ["--sm", "75", "--precision", "fp32", "--target", "tensorrt-rtx"],
+            "no float32 matrix product on sm_75: build with --precision fp16",
+        ),
         (["--target", "tensorrt"], "tensorrt: not installed: pip install 'elf-rt[tensorrt]'"),
         (["--batch", "8:1"], "--batch must be a number such as 8, or least:best:most"),
-        (["--seq-len", "99"], "--seq-len must be at most 16"),
+        (["--length", "99"], "--length must be at most 16"),
         (["--timing-cache", "t"], "--timing-cache has no use: TensorRT-RTX times nothing"),
     ],
 )
@@ -169,7 +172,7 @@ def gpu(bundle, tmp_path, monkeypatch):
 
 def test_a_plan_is_replayed_at_every_size_of_a_call(gpu, capsys):
     folder, _ = gpu
-    told = run(capsys, folder, "--fp32", "--batch", "1,3:5:9")
+    told = run(capsys, folder, "--precision", "fp32", "--batch", "1,3:5:9")
     assert "replayed in calls of 1, 3, 4, 5, 8, 9 rows: the reference model's tokens" in told
     (place,) = (folder / "plans").iterdir()
     assert Record.read(place).replayed == (1, 3, 4, 5, 8, 9)
@@ -188,14 +191,16 @@ def test_a_plan_that_is_wrong_at_one_size_is_not_kept(gpu, capsys, monkeypatch):
             cuda.enqueue(self._stream, lambda: np.add(x[3], 1.0, out=x[3]))
 
     monkeypatch.setattr(TrtGraph, "enqueue", spoiled)
-    assert "writes other text (network call of 4 rows" in refused(capsys, folder, "--fp32", "--batch", "1:1:4")
+    assert "writes other text (network call of 4 rows" in refused(
+        capsys, folder, "--precision", "fp32", "--batch", "1:1:4"
+    )
     assert not list((folder / "plans").iterdir())
 
 
 def test_a_plan_built_without_a_gpu_is_replayed_when_there_is_one(gpu, capsys, monkeypatch):
     folder, _ = gpu
-    run(capsys, folder, "--fp32", "--batch", "2")
+    run(capsys, folder, "--precision", "fp32", "--batch", "2")
     (place,) = (folder / "plans").iterdir()
     dataclasses.replace(Record.read(place), replayed=(), not_replayed="no GPU here").write(place)
-    assert "already built" in (told := run(capsys, folder, "--fp32", "--batch", "2"))
+    assert "already built" in (told := run(capsys, folder, "--precision", "fp32", "--batch", "2"))
     assert "replayed in calls of 2 rows" in told and Record.read(place).replayed == (2,)

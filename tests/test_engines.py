@@ -18,7 +18,7 @@ from plan_bundles import NO_GPU, golden_bundle, model_bundle, rtx_spec
 
 from elf_rt.bundle import Bundle
 from elf_rt.device.cudart import Gpu
-from elf_rt.engines.build import Request, build, find_built, plan_spec
+from elf_rt.engines.build import PlanRequest, build, find_built, plan_spec
 from elf_rt.engines.recipe import Recipe, version_tuple
 from elf_rt.engines.shapes import buffer_bytes, parse_profiles, parse_range
 from elf_rt.errors import BackendError, ElfError, InputError
@@ -153,7 +153,8 @@ class TestKey:
         state = dict(golden("uncond").state)
         state["proj_bias"] = state["proj_bias"] + 1
         other = model_bundle(tmp_path / "other.elfrt", fresh.config, state)
-        recipe, request = Recipe.load("tensorrt-rtx"), Request("fp16", (89,), parse_profiles("1", None, fresh.config))
+        recipe = Recipe.load("tensorrt-rtx")
+        request = PlanRequest("fp16", (89,), parse_profiles("1", None, fresh.config))
         keys = {
             plan_spec(fresh, recipe, NO_GPU, request).key,
             plan_spec(other, recipe, NO_GPU, request).key,
@@ -203,7 +204,7 @@ class TestShapes:
             parse_range(text, "--batch")
 
     def test_too_long(self) -> None:
-        with pytest.raises(InputError, match="--seq-len must be at most 16"):
+        with pytest.raises(InputError, match="--length must be at most 16"):
             parse_profiles("1", "17", self.CONFIG)
 
     @pytest.mark.parametrize("case", ["uncond", "no_self_cond"])
@@ -240,8 +241,8 @@ class TestRecipes:
         [
             ((90,), "fp16", "cannot build for sm_90, only for 75, 80, .*--target tensorrt on that machine"),
             ((12,), "fp16", "cannot build for sm_12, .*check --sm"),
-            ((75,), "bf16", "sm_75 has no bfloat16: build with --fp16"),
-            ((75,), "fp32", "no float32 matrix product on sm_75: build with --fp16"),
+            ((75,), "bf16", "sm_75 has no bfloat16: build with --precision fp16"),
+            ((75,), "fp32", "no float32 matrix product on sm_75: build with --precision fp16"),
         ],
     )
     def test_what_rtx_cannot_do(self, sms: tuple[int, ...], precision: str, match: str) -> None:
@@ -271,7 +272,7 @@ class TestPlainTensorrt:
     @pytest.fixture
     def request_for(self) -> Callable[[Bundle, str], Any]:
         def make(bundle: Bundle, precision: str = "fp16") -> Any:
-            request = Request(precision, (89,), parse_profiles("1:2:4", None, bundle.config), opt_level=2)
+            request = PlanRequest(precision, (89,), parse_profiles("1:2:4", None, bundle.config), opt_level=2)
             return plan_spec(bundle, Recipe.load("tensorrt"), this_machine(), request)
 
         return make

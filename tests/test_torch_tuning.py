@@ -27,7 +27,7 @@ from elf_rt.backends.tuning_cache import NO_TUNE, TuningCache
 from elf_rt.bundle import Bundle
 from elf_rt.commands import doctor
 from elf_rt.commands.options import backend_options
-from elf_rt.measure.bench import Report
+from elf_rt.measure.bench import BenchReport
 from elf_rt.measure.bench_report import describe_machine, lines
 from elf_rt.measure.verify import Check, verify
 from elf_rt.model import Model
@@ -142,7 +142,7 @@ def test_the_fastest_is_taken_named_and_kept(backend: TorchBackend, tmp_path: Pa
     assert (said["attention"], said["blocks"]) == ("library fast", KERNELS)
     assert "cudnn: its version is too old" in said["passed over"]
     entry = {"name": "torch", "library": "torch", "load_s": 1.0, "first_s": 1.0, "memory_mb": None, **said}
-    *_, last = lines({"machine": describe_machine(), "model": "m"}, Report("a", "b", [entry], []))
+    *_, last = lines({"machine": describe_machine(), "model": "m"}, BenchReport("a", "b", [entry], []))
     assert last == "torch: attention by library fast, blocks by Triton kernels; cudnn: its version is too old"
     backend.network.choices.clear()
     clock = Clock()

@@ -20,7 +20,7 @@ from elf_rt.backends.trt_graph import TrtGraph
 from elf_rt.backends.trt_inspect import inspect_denoiser
 from elf_rt.bundle import Bundle
 from elf_rt.device.cudart import Gpu
-from elf_rt.engines.build import Request, build, plan_spec
+from elf_rt.engines.build import PlanRequest, build, plan_spec
 from elf_rt.engines.recipe import Recipe
 from elf_rt.engines.shapes import parse_profiles
 from elf_rt.errors import BackendError, GpuMemoryError
@@ -46,7 +46,7 @@ def build_fake(bundle: Bundle, batch: str, precision: str = "fp32") -> Record:
     """A plan of the fake TensorRT that is installed, for the fake GPU."""
     recipe, machine = Recipe.load("tensorrt"), this_machine()
     (sms,) = recipe.groups((), precision, machine)
-    request = Request(precision, sms, parse_profiles(batch, None, bundle.config))
+    request = PlanRequest(precision, sms, parse_profiles(batch, None, bundle.config))
     return build(plan_spec(bundle, recipe, machine, request))
 
 
@@ -329,7 +329,7 @@ class TestTheRecordIsCheckedFirst:
         self.refused(
             bundle,
             r"built for sm_89 with TensorRT 11\.4\.0\.106; this machine is sm_90 with 10\.16\.1\.11: run elf-rt "
-            r"build-engine .*uncond\.elfrt --fp32 --target tensorrt$",
+            r"build-engine .*uncond\.elfrt --precision fp32 --target tensorrt$",
         )
 
     def test_another_system(self, plan: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,7 +341,9 @@ class TestTheRecordIsCheckedFirst:
         data = bytearray((plan / "denoiser.plan").read_bytes())
         data[100] ^= 1
         (plan / "denoiser.plan").write_bytes(data)
-        self.refused(bundle, r"denoiser\.plan was altered after it was built .*: run elf-rt build-engine --fp32 again$")
+        self.refused(
+            bundle, r"denoiser\.plan was altered after it was built .*: run elf-rt build-engine --precision fp32 again$"
+        )
         ((name, text),) = describe_plans(bundle, inspect_denoiser)  # elf-rt info tells it too
         assert name == "plan" and "denoiser.plan was altered" in text
 
@@ -366,7 +368,9 @@ class TestTheRecordIsCheckedFirst:
         self.refused(bundle, r"built from other weights than the bundle now holds: run elf-rt build-engine")
 
     def test_no_plan_of_this_precision(self, plan: Path, bundle: Bundle) -> None:
-        with pytest.raises(BackendError, match=r"no fp16 plan for sm_89 in .*: run elf-rt build-engine .* --fp16"):
+        with pytest.raises(
+            BackendError, match=r"no fp16 plan for sm_89 in .*: run elf-rt build-engine .* --precision fp16"
+        ):
             trt.open_backend(bundle, "fp16")
 
 

@@ -13,7 +13,7 @@ from elf_rt.backends.trt_inspect import inspect_denoiser
 from elf_rt.bundle import Bundle
 from elf_rt.device import cudart
 from elf_rt.device.cudart import Gpu, Stream, find_gpu
-from elf_rt.engines.build import Request, build, plan_spec
+from elf_rt.engines.build import PlanRequest, build, plan_spec
 from elf_rt.engines.recipe import Recipe
 from elf_rt.engines.shapes import parse_profiles
 from elf_rt.measure.verify import verify
@@ -38,7 +38,9 @@ def opened(folder: Path, library: str, precision: str, case: str = "uncond") -> 
     bundle, machine = golden_bundle(folder / f"{case}.elfrt", case), this_machine()
     recipe = Recipe.load(library)
     (sms,) = recipe.groups((), precision, machine)
-    build(plan_spec(bundle, recipe, machine, Request(precision, sms, parse_profiles("1,1:4:16", None, bundle.config))))
+    build(
+        plan_spec(bundle, recipe, machine, PlanRequest(precision, sms, parse_profiles("1,1:4:16", None, bundle.config)))
+    )
     backend, _ = open_backend(bundle, library, precision)
     assert isinstance(backend, TrtBackend)
     return bundle, backend

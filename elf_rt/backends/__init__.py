@@ -71,7 +71,7 @@ def _open_best(bundle: Bundle, precision: str, threads: int | None) -> tuple[Bac
     """The first backend that works here and runs this precision; a 16-bit one that none runs gives way to the best."""
     absent: list[str] = []
     refused: list[str] = []
-    lacking: list[str] = []  # of those refused: what another export would mend
+    lacking: list[str] = []  # the refusals that another export would mend
     for name, ability in BACKENDS.items():
         if reason := _module(name).unavailable():
             absent.append(f"{name}: {reason}")

@@ -60,7 +60,7 @@ class OrtBackend:
         """`rounded`: the graph has 16-bit types, which this provider does not compute in."""
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = self._threads
-        options.log_severity_level = 4  # what goes wrong is raised, and told once
+        options.log_severity_level = 4  # errors are raised, so the log need not tell them again
         # Threads wait actively inside a call, never after it: between calls the cores belong to the integrator.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         graph: str | bytes = path

@@ -73,14 +73,14 @@ class OrtCudaBackend:
 
     def _session(self, path: str) -> Any:
         options = self._ort.SessionOptions()
-        options.log_severity_level = 4  # its errors are raised too
+        options.log_severity_level = 4  # errors are raised, so the log need not tell them again
         # float32 means float32: TF32 would change tokens.
         providers = [(PROVIDER, {"use_tf32": "0"})] if MEMORY == "cuda" else [PROVIDER]
         try:
             session = self._ort.InferenceSession(path, options, providers=providers)
         except Exception as error:  # onnxruntime's own errors have no common base
             raise BackendError(f"{NAME} cannot load {path}: {first_line(error)}") from error
-        if session.get_providers()[0] != PROVIDER:  # it falls back to the CPU in silence
+        if session.get_providers()[0] != PROVIDER:  # ONNX Runtime falls back to the CPU in silence
             raise BackendError(f"{NAME}: CUDA or cuDNN could not be loaded: pip install 'onnxruntime-gpu[cuda,cudnn]'")
         return session
 

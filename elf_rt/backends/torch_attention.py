@@ -26,7 +26,7 @@ class Attention:
     """A library's attention. run: q, k, v (R, S, heads, D) of one type, scale -> (R, S, heads D)."""
 
     name: str  # short: "cudnn"
-    library: str  # with its version
+    library: str  # name and version
     run: Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from elf_rt.backends.torch_tuning import Tuner
 
 NAME = "torch"
-settings_lock = threading.RLock()  # around changes to settings that torch has once for the process
+settings_lock = threading.RLock()  # held while settings are changed that torch has once a process
 
 
 def unavailable() -> str | None:
@@ -147,7 +147,7 @@ class TorchBackend:
             ):
                 body()
         except RuntimeError as error:  # torch's own CUDA errors are RuntimeErrors
-            if isinstance(error.__context__, BackendError):  # for which the capture could not be ended
+            if isinstance(error.__context__, BackendError):  # the body's own error: that is why the capture did not end
                 raise error.__context__ from None
             raise failure("a graph", error) from error
         finally:
@@ -214,7 +214,7 @@ class TorchGraph:
         self.tensors.clear()
         self.buffers.clear()
         if on_gpu:
-            self._torch.cuda.empty_cache()  # back to CUDA, where the engine's own memory comes from
+            self._torch.cuda.empty_cache()  # gives torch's spare memory back to CUDA, for the engine
 
 
 class TorchCapture:
@@ -225,7 +225,7 @@ class TorchCapture:
 
     def launch(self) -> None:
         try:
-            with self._torch.cuda.stream(self._stream):  # a replay goes to torch's current stream
+            with self._torch.cuda.stream(self._stream):  # torch replays on its current stream
                 self._graph.replay()
         except RuntimeError as error:
             raise failure("a graph", error) from error
@@ -240,7 +240,7 @@ def own_settings(torch: Any) -> Iterator[None]:
     which may overflow where the sum itself does not."""
     matmul = torch.backends.cuda.matmul
     names = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("fp16", "bf16")]
-    with settings_lock:  # or two threads would restore what the other one set
+    with settings_lock:  # two threads at once would restore each other's settings
         saved = {name: getattr(matmul, name) for name in names}
         try:
             for name in names:

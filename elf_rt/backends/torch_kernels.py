@@ -22,7 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from elf_rt.backends.torch_pointwise import LEVEL
 
 SCALED = tl.constexpr(LEVEL)
-MOST_TILES = tl.constexpr(32)  # of columns of h
+MOST_TILES = tl.constexpr(32)  # tiles of columns that h may have
 GROUP = tl.constexpr(8)  # tiles of rows that go through all columns together, for the cache
 # Triton's interpreter multiplies the bits of 16-bit numbers that numpy does not know.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -136,7 +136,7 @@ def heads_kernel(
     for h in tl.static_range(HEADS):
         mean = tl.sum(tl.where((head == h)[None, :], squares, 0.0), 1) / D
         norm = tl.where((head == h)[None, :], tl.rsqrt(mean[:, None] + head_eps[None, :]), norm)
-    plain = (columns >= N // 3 * 2)[None, :]  # of v
+    plain = (columns >= N // 3 * 2)[None, :]  # the columns of v, which has no norm and no rotary
     norm = tl.where(plain, 1.0, norm)
     first *= norm * tl.load(norm_weight + columns, mask=inside, other=0.0)[None, :]
     second *= norm * tl.load(norm_weight + columns + 1, mask=inside, other=0.0)[None, :]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from elf_rt.backends.torch_fused import FusedBlocks, Tiles
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-LOGITS_AT_ONCE = 4096 * 32100  # of all tokens together: 0.5 GB
+LOGITS_AT_ONCE = 4096 * 32100  # logits in memory at the same time: 0.5 GB
 # The ids are padded to a multiple of this, because the product is three times as fast as with an odd number of them.
 VOCABULARY = 128
 
@@ -99,7 +99,7 @@ class Network:
             if self._head_norm is not None:
                 tokens = norm(tokens, self._head_norm, self.eps, self._head.type)
             features = F.gelu(self._head(tokens), approximate=self.config.head_gelu)  # (tokens, C)
-            parts.append(self.pointwise.likeliest(*self._unembed.unfinished(features)))  # of (tokens, V)
+            parts.append(self.pointwise.likeliest(*self._unembed.unfinished(features)))  # of (tokens, V) logits
         return torch.cat(parts).view(hidden.shape[:2])
 
     def _plain(self, h: Tensor, attention: Attention) -> Branch:
@@ -118,7 +118,7 @@ class Network:
         qkv = block.qkv.product(x)  # (R, S, 3 heads D)
         qk = do.rotated_heads(qkv, block.head_bias, block.cos[:size], block.sin[:size], block.eps, block.attention_type)
         v = qkv.view(rows, size, 3, *qk.shape[3:])[:, :, 2].to(block.attention_type)  # (R, S, heads, D)
-        if v.dtype is torch.float32:  # which the libraries do not take
+        if v.dtype is torch.float32:  # the attention libraries take 16 bits only
             attention = torch_attention.TORCH
         mixed = attention.run(qk[:, :, 0], qk[:, :, 1], v, self.config.head_dim**-0.5)  # (R, S, heads D)
         h, x = do.added_norm(h, *block.proj.unfinished(mixed), block.norm2, self.eps, block.w12.type)

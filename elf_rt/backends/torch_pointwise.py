@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Branch = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # h (R, S, H), and a product that is to be added to it
-VARIANTS = 64  # of one compiled function: shapes, types, absent scales
+COMPILED_FORMS = 64  # of one function: it is compiled for each set of shapes, types and absent scales
 LEVEL = 2.0**-3  # the root mean square that `first_norm` brings a row below: room for 10^4 above it, and 10^3 below
 
 
@@ -50,9 +50,9 @@ class Pointwise:
         guards: dict[str, Any] = {"guard_filter_fn": _without_global_state}
         limits: dict[str, Any] = {}
         if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # torch 2.13
-            limits = {"recompile_limit": VARIANTS, "isolate_recompiles": True}
+            limits = {"recompile_limit": COMPILED_FORMS, "isolate_recompiles": True}
         else:  # counted for all models of the process together
-            torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
+            torch._dynamo.config.recompile_limit = max(COMPILED_FORMS, torch._dynamo.config.recompile_limit)
         functions = vars(cls.eager()).values()
         return cls(*(torch.compile(function, options=dict(guards), **limits) for function in functions))  # it pops them
 

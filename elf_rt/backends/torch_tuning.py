@@ -34,9 +34,9 @@ Clock = Callable[[Ways, int], list[float | str]]  # milliseconds of a call of ea
 
 OLDEST = 80  # compute capability with bfloat16 and asynchronous copies
 TMA = 90  # the first with a unit that loads tiles
-KERNEL_CALLS, NETWORK_CALLS = 10, 2  # in a graph that is timed
+KERNEL_CALLS, NETWORK_CALLS = 10, 2  # calls in a graph that is timed
 ROUNDS = 7  # how often, all ways in turn
-DIFFERENCE = {torch.float16: 0.05, torch.bfloat16: 0.1}  # between two right ways; a wrong one is far from both
+DIFFERENCE = {torch.float16: 0.05, torch.bfloat16: 0.1}  # of two right ways, at most; a wrong one differs by far more
 # (rows, columns, depth, warps, stages) of a tile. Every GPU has the shared memory for the first.
 SIZES = (
     (64, 128, 64, 4, 3),
@@ -168,7 +168,7 @@ class Tuner:
             if chosen[-1] is None:
                 self._refuse_kernels(self.passed_over.get(KERNELS, "no tile fits the model's widths"))
                 return None
-        self.passed_over.pop(KERNELS, None)  # of single tiles
+        self.passed_over.pop(KERNELS, None)  # the reasons of single tiles do not count any more
         return make_tiles(chosen)
 
     def _fastest(self, ways: Mapping[Any, Callable[[], object]], name: Callable[[Any], str]) -> Any | None:
@@ -297,5 +297,5 @@ def captured(way: Callable[[], object], calls: int) -> "torch.cuda.CUDAGraph | s
     except Exception as error:  # torch's, Triton's and the driver's have no common base
         return first_line(error)
     finally:
-        clear_workspaces(torch)  # those that lie in the graph's memory
+        clear_workspaces(torch)  # cuBLAS keeps workspaces in the graph's memory
     return graph

@@ -68,7 +68,7 @@ class TrtBackend:
         profiles = [profile for _, record in self._plans for profile in record.profiles]
         most = max((profile.rows.most for profile in profiles if length in profile.length), default=0)
         if most < needed:
-            self._choose(needed, length)  # which says what would take them
+            self._choose(needed, length)  # it raises, and names a plan that would take them
         return most
 
     def bind(self, graph: Graph, rows: int, length: int, stream: int) -> TrtGraph:
@@ -78,7 +78,7 @@ class TrtBackend:
         folder, record, profile, padded = self._choose(rows, length)
         engine = self._load(folder, record)[graph]
         bound = TrtGraph(self._trt, engine, graph, profile, (padded, length), stream, self._failure)
-        self._bound = [known for known in self._bound if known.buffers] + [bound]  # closed ones have none
+        self._bound = [known for known in self._bound if known.buffers] + [bound]  # a closed graph has no buffers
         return bound
 
     def capture(self, plain: Capture, stream: int, body: Callable[[], None]) -> Launchable:
@@ -104,7 +104,7 @@ class TrtBackend:
         for engines in self._loaded.values():
             for engine in engines.values():
                 engine.close()
-        self._loaded.clear()  # engines before the runtime that made them
+        self._loaded.clear()  # engines must go before the runtime that made them
         self._runtime = None
 
     def _choose(self, rows: int, length: int) -> tuple[Path, Record, int, int]:
@@ -120,7 +120,8 @@ class TrtBackend:
             have = ", ".join(f"{profile.rows} rows of {profile.length}" for profile in profiles)
             raise BackendError(
                 f"{self.name}: the plan takes {have} tokens, this call needs {rows} rows of {length}: "
-                f"run elf-rt build-engine {self._bundle.folder} --{self.precision} --batch {rows} --seq-len {length}"
+                f"run elf-rt build-engine {self._bundle.folder} --precision {self.precision} "
+                f"--batch {rows} --length {length}"
             )
         padded, _, folder, record, index = min(options, key=lambda option: option[:2])
         return folder, record, index, padded

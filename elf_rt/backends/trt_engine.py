@@ -54,6 +54,6 @@ class LoadedEngine:
         self._config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
         self._cache = self._config.create_runtime_cache()
         known = read_sealed(kernels)
-        if known and self._cache.deserialize(known):  # it refuses those of another GPU, driver or version
+        if known and self._cache.deserialize(known):  # the library refuses a cache of another GPU, driver or version
             self._known = known
         self._config.set_runtime_cache(self._cache)

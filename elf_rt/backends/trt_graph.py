@@ -28,7 +28,7 @@ class TrtGraph:
         stream: int,
         failure: Callable[[str], BackendError],
     ) -> None:
-        self.shapes: dict[str, tuple[int, ...]] = {}  # as the engine has them: the padded rows
+        self.shapes: dict[str, tuple[int, ...]] = {}  # the engine's shapes, with the rows that pad a call
         self.buffers: dict[str, int] = {}
         self._name, self._stream, self._failure = graph, stream, failure
         self._memory: list[DeviceMemory] = []
@@ -50,7 +50,7 @@ class TrtGraph:
 
     def close(self) -> None:
         """Free the context and the memory. The stream must be idle."""
-        self._context = None  # before the memory that it uses
+        self._context = None  # the context must go before the memory that it uses
         self.buffers.clear()
         for memory in self._memory:
             memory.close()

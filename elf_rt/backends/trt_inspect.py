@@ -41,7 +41,7 @@ def count_output_types(information: dict[str, Any]) -> dict[str, int]:
     """Layers by the type of their first output; layers whose outputs have another type or none do not count."""
     counts: Counter[str] = Counter()
     for layer in information.get("Layers", []):
-        outputs = layer.get("Outputs") if isinstance(layer, dict) else None  # a bare name where details were left out
+        outputs = layer.get("Outputs") if isinstance(layer, dict) else None  # a layer without details is a bare name
         described = str(outputs[0].get("Format/Datatype", "")).lower() if outputs else ""
         for name, words in TYPE_WORDS:
             if any(word in described for word in words):

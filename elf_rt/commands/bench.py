@@ -19,7 +19,7 @@ from elf_rt.console import note, print_json, progress
 from elf_rt.errors import BackendError, InputError
 from elf_rt.files import atomic_file
 from elf_rt.libraries import needs, why_absent
-from elf_rt.measure.bench import Contender, Opened, Report, Work, measure, open_contender
+from elf_rt.measure.bench import BenchReport, Contender, Opened, Work, measure, open_contender
 from elf_rt.measure.bench_report import describe_machine, draw, lines
 from elf_rt.model import Model
 from elf_rt.params import RELEASED, ModelConfig
@@ -129,7 +129,7 @@ def _picture(stack: ExitStack, path: Path) -> Path:
     return stack.enter_context(atomic_file(path))
 
 
-def _run(contenders: Sequence[Contender], work: Work, vs: Sequence[str], *, strict: bool) -> Report:
+def _run(contenders: Sequence[Contender], work: Work, vs: Sequence[str], *, strict: bool) -> BenchReport:
     """Open all, leave out what is the same engine in the same precision or, unless ``strict``, cannot be opened."""
     opened: dict[str, Opened] = {}
     try:
@@ -194,9 +194,9 @@ def _torch_contenders(bundle: Bundle, state: Any, options: dict[str, Any]) -> li
         raise InputError("--vs needs the weights: give --checkpoint, from which the bundle was exported")
     try:
         from elf_rt.export.checkpoint import load_checkpoint
-        from elf_rt.export.torch_cpu import TorchBackend
+        from elf_rt.export.torch_cpu import TorchCpuBackend
     except (ImportError, OSError) as error:
-        raise needs("--vs", error, "pip install 'elf-rt[export]'") from None
+        raise needs("--vs", error, "pip install 'elf-rt[export]'") from error
     if state is None:
         source = bundle.manifest.source
         checkpoint = load_checkpoint(options["checkpoint"], raw=source.weights == "raw")
@@ -208,7 +208,7 @@ def _torch_contenders(bundle: Bundle, state: Any, options: dict[str, Any]) -> li
     def load(name: str) -> Model:
         compiled = name == "torch-compile"
         bf16 = compiled and machine.has_bf16()
-        backend = TorchBackend(bundle.config, state, compiled=compiled, bf16=bf16, threads=threads)
+        backend = TorchCpuBackend(bundle.config, state, compiled=compiled, bf16=bf16, threads=threads)
         return Model(bundle, lambda: (backend, "asked for"), threads=threads)
 
     return [Contender(name, partial(load, name)) for name in options["vs"]]
@@ -219,7 +219,7 @@ def _write_random(folder: Path, size: str, wanted: Sequence[tuple[str, str]]) ->
     try:
         from elf_rt.export.random_bundle import write_random_bundle
     except (ImportError, OSError) as error:
-        raise needs("--random", error, "pip install 'elf-rt[export]'") from None
+        raise needs("--random", error, "pip install 'elf-rt[export]'") from error
     variants = {variant_of(*choice) for choice in wanted if choice[1] != "auto"}
     if not wanted:
         variants = {"int8", "int8-openvino"} if importlib.util.find_spec("nncf") else {"int8"}

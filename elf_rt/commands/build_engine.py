@@ -34,9 +34,13 @@ def _sms(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple
 
 @click.command("build-engine")
 @bundle_argument
-@click.option("--fp16", "precision", flag_value="fp16", default=True, help="FP16 plans (the default).")
-@click.option("--bf16", "precision", flag_value="bf16", help="BF16 plans: Ampere or later.")
-@click.option("--fp32", "precision", flag_value="fp32", help="FP32 plans: exact, several times slower.")
+@click.option(
+    "--precision",
+    type=click.Choice(("fp16", "bf16", "fp32")),
+    default="fp16",
+    help="Of the large products. bf16: Ampere or later; fp32: exact, several times slower.",
+)
+@click.option("--fp16", "precision", flag_value="fp16", help="The same as --precision fp16.")
 @click.option(
     "--target",
     type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]),
@@ -57,7 +61,7 @@ def _sms(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple
     help="Network rows of one call: one number, or least:best:most; several with commas. A text takes one row, and two "
     "or more where guidance is done by extra calls.  [default: one text, and a range for calls that texts share]",
 )
-@click.option("--seq-len", metavar="L", help="Length in tokens, or least:best:most.  [default: the model's own]")
+@click.option("--length", metavar="L", help="Tokens of canvas, or least:best:most.  [default: the length of training]")
 @click.option("--opt-level", type=click.IntRange(0, 5), default=3, help="How long to search: 0 quick, 5 thorough.")
 @click.option(
     "--timing-cache",
@@ -71,7 +75,7 @@ def command(
     target: str,
     sms: tuple[int, ...],
     batch: str | None,
-    seq_len: str | None,
+    length: str | None,
     opt_level: int,
     timing_cache: Path | None,
     dry_run: bool,
@@ -81,7 +85,7 @@ def command(
     A plan that exists already is not built again. Plans run on the GPU generation, library version and operating
     system that they were built for; elf-rt checks this when it loads one.
     """
-    from elf_rt.engines.build import Request, plan_spec
+    from elf_rt.engines.build import PlanRequest, plan_spec
     from elf_rt.engines.shapes import parse_profiles
     from elf_rt.plans import this_machine
 
@@ -89,9 +93,9 @@ def command(
     recipe = _recipe(target, sms, machine)
     if timing_cache is not None and not recipe.timing_cache:
         raise InputError(f"--timing-cache has no use: {recipe.library.title} times nothing. Leave it out")
-    profiles = parse_profiles(batch or _default_batch(opened), seq_len, opened.config)
+    profiles = parse_profiles(batch or _default_batch(opened), length, opened.config)
     for group in recipe.groups(sms, precision, machine):
-        spec = plan_spec(opened, recipe, machine, Request(precision, group, profiles, opt_level))
+        spec = plan_spec(opened, recipe, machine, PlanRequest(precision, group, profiles, opt_level))
         if dry_run:
             _show_plan(opened, spec)
         else:
@@ -135,7 +139,7 @@ def _build(bundle: Bundle, spec: "Spec", timing_cache: Path | None, machine: "Ma
 
     record = find_built(spec.target, spec.key)
     if record is not None:
-        if not record.replayed:  # as of a plan that was built where there is no GPU
+        if not record.replayed:  # it was built where there was no GPU
             record = _replay(bundle, machine, spec.target, record)
             record.write(spec.target)
         click.echo(f"already built {_place(bundle, spec)}")
@@ -181,7 +185,7 @@ def _replay(bundle: Bundle, machine: "Machine", folder: Path, record: "Record") 
     if wrong := [check for check in report.checks if not check.passed]:
         raise BackendError(
             f"{library.title} {record.version} built a plan that writes other text ({wrong[0].name}: token agreement "
-            f"{wrong[0].token_agreement:.4f}): build with --fp32, another --opt-level or another version"
+            f"{wrong[0].token_agreement:.4f}): build with --precision fp32, another --opt-level or another version"
         )
     return dataclasses.replace(record, replayed=tuple(sizes), not_replayed="")
 

@@ -24,7 +24,7 @@ WRITING = ("n", "seed", "seeds", "preset", *SAMPLING_NAMES, "backend", "precisio
 
 
 @dataclass(frozen=True)
-class Run:
+class SeedRun:
     """The texts of one seed (of one file: seed None), and their tokens."""
 
     seed: int | None
@@ -95,7 +95,7 @@ def command(bundle: Path | None, **options: Any) -> None:
     references = _references(records, options)
     other = None if options["against_path"] is None else _texts(options["against_path"])
     wanted = _wanted(options["metrics"], references, other)
-    evaluation.require_libraries(wanted)  # before texts are written
+    evaluation.require_libraries(wanted)  # a missing library is told before texts are written
     model = None if options["lm_path"] is None else evaluation.LanguageModel(options["lm_path"])
     tokenize, unit = _tokenizer(bundle, options["tokenizer_path"], model)
     runs = _file_run(records, tokenize) if bundle is None else _generated_runs(bundle, records, tokenize, options)
@@ -126,7 +126,7 @@ def _without_bundle(options: dict[str, Any]) -> None:
 
 
 def _measure(
-    run: Run,
+    run: SeedRun,
     wanted: set[str],
     references: list[str] | None,
     other: list[str] | None,
@@ -215,14 +215,14 @@ def _tokenizer(
     return (lambda text: tokenizer.encode(text)[0]), f"tokens of {name}"
 
 
-def _file_run(records: list[dict[str, Any]], tokenize: Callable[[str], evaluation.Tokens]) -> Iterator[Run]:
+def _file_run(records: list[dict[str, Any]], tokenize: Callable[[str], evaluation.Tokens]) -> Iterator[SeedRun]:
     texts = [record["text"] for record in records]
-    yield Run(None, texts, [tokenize(text) for text in texts])
+    yield SeedRun(None, texts, [tokenize(text) for text in texts])
 
 
 def _generated_runs(
     bundle: Path, records: list[dict[str, Any]], tokenize: Callable[[str], evaluation.Tokens], options: dict[str, Any]
-) -> Iterator[Run]:
+) -> Iterator[SeedRun]:
     """One run for each seed. Runs share no sample: each takes n seeds of its own."""
     from elf_rt.model import load
 
@@ -247,7 +247,7 @@ def _generated_runs(
             if any(result.text is None for result in results):
                 raise InputError(f"{bundle} has no tokenizer, so there is no text to evaluate: export with --tokenizer")
             texts = [str(result.text) for result in results]
-            yield Run(seed, texts, [tokenize(text) for text in texts])
+            yield SeedRun(seed, texts, [tokenize(text) for text in texts])
 
 
 def _tick(ticker: Ticker, k: int, done: int, total: int) -> None:

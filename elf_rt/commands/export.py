@@ -78,11 +78,11 @@ def command(
     try:
         from elf_rt.export.pipeline import ExportOptions, default_output, export_bundle, read_presets
     except (ImportError, OSError) as error:
-        raise needs("export", error, "pip install 'elf-rt[export]'") from None
+        raise needs("export", error, "pip install 'elf-rt[export]'") from error
     if "int8-openvino" in precision and importlib.util.find_spec("nncf") is None:
         raise BackendError("int8-openvino needs nncf: pip install 'elf-rt[int8]'")
     from elf_rt.commands.jsonl import read_jsonl
-    from elf_rt.measure.verify import Report, verify_folder
+    from elf_rt.measure.verify import VerifyReport, verify_folder
 
     output = output or default_output(checkpoint)
     options = ExportOptions(
@@ -106,7 +106,7 @@ def command(
             click.echo(f"{title:12} {text}")
         return
 
-    def prove(folder: Path, name: str) -> Report:
+    def prove(folder: Path, name: str) -> VerifyReport:
         precision, _, engine = name.partition("-")
         return verify_folder(folder, backend=engine or "onnxruntime", precision=precision)
 

@@ -32,9 +32,9 @@ def read_jsonl(path: Path, field: str = "input") -> list[dict[str, Any]]:
                     if line.strip():
                         records.append(_record(line, field))
                 except InputError as error:
-                    raise InputError(f"{name} line {number} {error}") from None
+                    raise InputError(f"{name} line {number} {error}") from error
     except OSError as error:
-        raise InputError(f"cannot read {name}: {error.strerror}") from None
+        raise InputError(f"cannot read {name}: {error.strerror}") from error
     if not records:
         raise InputError(f"{name} has no line in it")
     return records
@@ -48,10 +48,10 @@ def _record(line: bytes, field: str) -> dict[str, Any]:
         record = json.loads(line.decode("utf-8-sig"), parse_constant=_refuse)
         if _depth(record) > MAX_DEPTH:
             raise RecursionError
-    except RecursionError:
-        raise InputError(f"is nested more than {MAX_DEPTH} deep") from None
+    except RecursionError as error:
+        raise InputError(f"is nested more than {MAX_DEPTH} deep") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"is not UTF-8 (byte {error.start})") from None
+        raise InputError(f"is not UTF-8 (byte {error.start})") from error
     except InputError:
         raise
     except ValueError:
@@ -62,10 +62,10 @@ def _record(line: bytes, field: str) -> dict[str, Any]:
         raise InputError("has an empty input")
     try:
         json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
-    except UnicodeEncodeError:
-        raise InputError("holds half of a surrogate pair, which cannot be written as UTF-8") from None
-    except ValueError:
-        raise InputError("holds a number that is too large") from None
+    except UnicodeEncodeError as error:
+        raise InputError("holds half of a surrogate pair, which cannot be written as UTF-8") from error
+    except ValueError as error:
+        raise InputError("holds a number that is too large") from error
     return record
 
 
@@ -125,7 +125,7 @@ class Part:
 
 
 def _target(path: Path) -> Path:
-    path = path.resolve()  # what a link leads to, so that it stays a link
+    path = path.resolve()  # writing to what a link leads to keeps the link
     if path.is_dir():
         raise BundleError(f"{path} is a folder: name a file")
     if not path.parent.is_dir():

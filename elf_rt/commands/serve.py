@@ -45,7 +45,7 @@ def command(
         from elf_rt.serve.job import Service
         from elf_rt.serve.server import listen, run
     except ModuleNotFoundError as error:
-        raise InputError(f"serve needs the package {error.name}: pip install 'elf-rt[serve]'") from None
+        raise InputError(f"serve needs the package {error.name}: pip install 'elf-rt[serve]'") from error
     from elf_rt.model import load
 
     keys = _read_keys(api_key_file)
@@ -64,9 +64,9 @@ def _read_keys(path: Path | None) -> list[str]:
     try:
         keys = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not a text in UTF-8") from None
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not a text in UTF-8") from error
     if not keys:
         raise InputError(f"{path} holds no key")
     return keys

@@ -48,7 +48,7 @@ class Calls:
         self.captures = 0
         self._backend, self._cuda, self._stream = backend, cuda, stream
         self._integrate, self._make_room, self._max_rows = integrate, make_room, max_rows
-        self._limits: dict[int, int] = {}  # by length, where memory ran out
+        self._limits: dict[int, int] = {}  # length -> the most rows, where memory ran out
         self._head_limits: dict[int, int] = {}
         self._buckets: dict[tuple[int, int], Bucket] = {}
         self._heads: dict[tuple[int, int], DeviceGraph] = {}
@@ -67,7 +67,7 @@ class Calls:
         """
         key = self._size(rows, length), length
         while key not in self._buckets:
-            self._stream.synchronize()  # what fails half-way is freed again, for which the GPU must be idle
+            self._stream.synchronize()  # what failed half-way is freed, and for that the GPU must be idle
             try:
                 with setup_lock:
                     self._buckets[key] = self._make_bucket(*key)
@@ -126,7 +126,7 @@ class Calls:
             network.enqueue()  # engines set themselves up in a first run, which cannot be captured
             self._stream.synchronize()
             bucket.graph = self._capture(call)
-            self.head(1, length)  # without which no text of these calls would end
+            self.head(1, length)  # no text of these calls could end without the head
         except BaseException:
             bucket.close()
             raise

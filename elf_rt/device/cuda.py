@@ -50,7 +50,7 @@ class Cuda:
             raise BackendError("cuda-core is not installed: pip install 'cuda-core>=1.0,<2'") from error
         self.activate()
         self._kernel = load_kernel(gpu.sm)
-        self._core_stream = functools.cache(self._core.Stream.from_handle)  # which makes a class for each one
+        self._core_stream = functools.cache(self._core.Stream.from_handle)  # from_handle makes a class for each stream
 
     def activate(self) -> None:
         """Make the GPU current in the calling thread; each thread that uses it needs this once."""

@@ -87,8 +87,8 @@ class DeviceEngine:
         self._cuda = Cuda()
         self._stream = Stream()
         self._slots: dict[DeviceSlot, None] = {}
-        self._idle: dict[int, list[DeviceSlot]] = {}  # by length
-        self._called: list[DeviceSlot] = []  # those of the last call, whose outputs are still to be read
+        self._idle: dict[int, list[DeviceSlot]] = {}  # length -> free slots
+        self._called: list[DeviceSlot] = []  # slots of the last call, whose outputs are still to be read
         self._under_way: deque[_UnderWay] = deque()
         self._number = 0  # calls enqueued
         with ExitStack() as stack:
@@ -138,7 +138,7 @@ class DeviceEngine:
             slot.noise["noise"][...] = program.eps
             stream.upload(slot.noise.address("noise"), slot.noise["noise"])
         if program.z0 is None:
-            arrays["entry"][...] = np.zeros((), SLOT_STEP)  # of the text that had the slot before
+            arrays["entry"][...] = np.zeros((), SLOT_STEP)  # forgets the text that had the slot before
             self._write(arrays["entry"], 0, slot, 0)
             stream.upload(arrays.address("entry"), arrays["entry"])
             self._integrate(arrays.address("entry"), 1, program.length)
@@ -317,7 +317,7 @@ class DeviceEngine:
                 made.callback(noise.close)
             if idle:
                 arrays, sent = idle[-1].arrays, idle[-1].sent
-                sent.wait()  # until then its host memory may be on the way
+                sent.wait()  # until then the GPU may still read the host's memory
                 idle.pop()
             else:
                 arrays = StagedArrays(_slot_fields(program.length, self._width))

@@ -23,7 +23,7 @@ from elf_rt.sampling.schedule import MAX_ROWS, Row
 
 NAME = "elf_step"
 BLOCK = 256  # threads; also the kernel's launch bound
-ELEMENTS = 4  # of a thread
+ELEMENTS = 4  # elements that one thread computes
 ROW_BITS = 4
 
 _OPTIONS = ("--std=c++17", "--ptxas-options=-v")
@@ -74,7 +74,7 @@ def get_cubin(sm: int, cache: Path | None = None) -> bytes:
         cubin, _ = compile_cubin(sm)
         try:
             write_sealed(path, cubin)
-        except (OSError, ElfError) as error:  # it costs a second at the next start, not this one
+        except (OSError, ElfError) as error:  # without a cache the next start takes a second longer
             _log.warning("compiled kernels are not cached: %s", error)
     return cubin
 

@@ -16,7 +16,7 @@ class StagedArrays:
 
     def __init__(self, fields: Fields) -> None:
         self._offsets: dict[str, int] = {}
-        self.num_bytes = 0  # on the GPU
+        self.num_bytes = 0  # bytes on the GPU
         sizes = {name: math.prod(shape) * np.dtype(dtype).itemsize for name, (shape, dtype) in fields.items()}
         for name, size in sizes.items():
             self._offsets[name] = self.num_bytes

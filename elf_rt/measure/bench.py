@@ -53,7 +53,7 @@ class Opened:
 
 
 @dataclass
-class Run:
+class RequestTimes:
     """One request of a batch, in seconds. steps: of all its texts, also where one call does not hold them.
     text: what is outside the sampler: tokenizer, encoder, ids to text."""
 
@@ -71,11 +71,11 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Row:
+class Measured:
     """A contender at one setting. Milliseconds: of a step (one network call of the batch and what comes with it), of a
-    request divided by its texts, and of all cores together for that. speed: how many times faster a step is than that
-    of ``Report.baseline``. Shares of the request's time add up to 1. agreement: share of equal token ids, exact: of
-    equal texts, against the reference, over so many texts."""
+    request divided by its texts, and of all cores together for that. speed: how many times faster a step is than the
+    baseline's. Shares of the request's time add up to 1. agreement: share of equal token ids, exact: of equal texts,
+    against the reference, over so many texts."""
 
     name: str
     steps: int
@@ -97,11 +97,11 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Report:
+class BenchReport:
     reference: str
     baseline: str
     contenders: list[dict[str, Any]]
-    rows: list[Row]
+    rows: list[Measured]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -126,7 +126,7 @@ def open_contender(contender: Contender, work: Work) -> Opened:
     return opened
 
 
-def measure(opened: Sequence[Opened], work: Work, baseline: str, on_run: Callable[[int, int], None]) -> Report:
+def measure(opened: Sequence[Opened], work: Work, baseline: str, on_run: Callable[[int, int], None]) -> BenchReport:
     """Run all contenders in turns.
 
     Args:
@@ -138,7 +138,7 @@ def measure(opened: Sequence[Opened], work: Work, baseline: str, on_run: Callabl
     done = 0
     rows = []
     for steps, batch in work.settings():
-        runs: dict[str, list[Run]] = {contender.name: [] for contender in opened}
+        runs: dict[str, list[RequestTimes]] = {contender.name: [] for contender in opened}
         for repeat in range(-1, work.repeats):  # -1: to warm up
             for contender in opened:
                 run = run_once(contender.model, work, steps, batch, work.seed + max(0, repeat) * batch)
@@ -147,14 +147,14 @@ def measure(opened: Sequence[Opened], work: Work, baseline: str, on_run: Callabl
                 done += 1
                 on_run(done, total)
         rows += list(_rows(runs, steps, batch, opened[0].name, baseline))
-    return Report(opened[0].name, baseline, [_describe(contender) for contender in opened], rows)
+    return BenchReport(opened[0].name, baseline, [_describe(contender) for contender in opened], rows)
 
 
-def run_once(model: Model, work: Work, steps: int, batch: int, seed: int) -> Run:
+def run_once(model: Model, work: Work, steps: int, batch: int, seed: int) -> RequestTimes:
     """One request of ``batch`` texts."""
     prompts = None if work.prompts is None else [work.prompts[i % len(work.prompts)] for i in range(batch)]
     number = batch if prompts is None else 1
-    run = Run()
+    run = RequestTimes()
     ids: list[np.ndarray] = []
     pieces: list[list[float]] = [[]]  # a batch that is more than one call holds is written in several
     told_late = model.backend.device == "cuda"  # a sample is one launch there, and its steps are told at its end
@@ -190,7 +190,9 @@ def run_once(model: Model, work: Work, steps: int, batch: int, seed: int) -> Run
     return run
 
 
-def _rows(runs: dict[str, list[Run]], steps: int, batch: int, reference: str, baseline: str) -> Iterator[Row]:
+def _rows(
+    runs: dict[str, list[RequestTimes]], steps: int, batch: int, reference: str, baseline: str
+) -> Iterator[Measured]:
     want = np.concatenate([run.ids for run in runs[reference]])
     base = np.median(np.concatenate([run.steps for run in runs[baseline]]))
     for name, mine in runs.items():
@@ -203,7 +205,7 @@ def _rows(runs: dict[str, list[Run]], steps: int, batch: int, reference: str, ba
         same = np.concatenate([run.ids for run in mine]) == want
         step_p50, step_p90 = np.quantile(step, (0.5, 0.9)) * 1e3
         sample_p50, sample_p90 = np.quantile(sample, (0.5, 0.9)) * 1e3
-        yield Row(
+        yield Measured(
             name,
             steps,
             batch,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from elf_rt import machine
-from elf_rt.measure.bench import Report, Row
+from elf_rt.measure.bench import BenchReport, Measured
 from elf_rt.sampling import integrator
 
 STYLES = ("o-", "s--", "^:", "v-.")  # lines that lie on each other can be told apart
@@ -33,7 +33,7 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def lines(result: dict[str, Any], report: Report) -> Iterator[str]:
+def lines(result: dict[str, Any], report: BenchReport) -> Iterator[str]:
     """The tables. Steps, samples and cpu (of all cores together) in milliseconds."""
     here = result["machine"]
     yield f"{here['cpu']}, {here['cores']} cores, {' '.join(here['isa']) or 'instructions unknown'}"
@@ -88,19 +88,19 @@ def lines(result: dict[str, Any], report: Report) -> Iterator[str]:
         },
     )
     for entry in report.contenders:
-        if "attention" in entry:  # of a backend that chooses at load
+        if "attention" in entry:  # only a backend that chooses at load tells this
             chosen = f"attention by {entry['attention']}, blocks by {entry['blocks']}"
             yield f"{entry['name']}: {chosen}" + (f"; {entry['passed over']}" if entry["passed over"] else "")
 
 
-def draw(report: Report, title: str, path: Path, file_format: str) -> None:
+def draw(report: BenchReport, title: str, path: Path, file_format: str) -> None:
     """Latency of a sample against steps, at the smallest batch, and against the batch, at the most steps."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, ScalarFormatter, StrMethodFormatter
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     batch, steps = min(row.batch for row in report.rows), max(row.steps for row in report.rows)
-    panels: tuple[tuple[str, str, Callable[[Row], int], Callable[[Row], bool]], ...] = (
+    panels: tuple[tuple[str, str, Callable[[Measured], int], Callable[[Measured], bool]], ...] = (
         ("steps", f"Time of one text, batch {batch}", lambda row: row.steps, lambda row: row.batch == batch),
         ("batch", f"Time per text, steps = {steps}", lambda row: row.batch, lambda row: row.steps == steps),
     )
@@ -120,7 +120,7 @@ def draw(report: Report, title: str, path: Path, file_format: str) -> None:
     figure.savefig(path, format=file_format, dpi=150)
 
 
-def _table(rows: Sequence[Row | dict[str, Any]], columns: dict[str, Callable[[Any], str]]) -> Iterator[str]:
+def _table(rows: Sequence[Measured | dict[str, Any]], columns: dict[str, Callable[[Any], str]]) -> Iterator[str]:
     cells = [[name.strip() for name in columns], *([text(row) for text in columns.values()] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     for line in cells:

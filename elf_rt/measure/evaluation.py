@@ -212,7 +212,7 @@ class LanguageModel:
             model = transformers.AutoModelForCausalLM.from_pretrained(self.path, local_files_only=True)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             reason = first_line(error)
-            raise InputError(f"cannot open the language model at {path}: {reason}") from None
+            raise InputError(f"cannot open the language model at {path}: {reason}") from error
         self._device = "cuda" if self._torch.cuda.is_available() else "cpu"
         self._model = model.to(self._device).eval()
         limit = getattr(model.config, "max_position_embeddings", None) or MAX_LM_TOKENS

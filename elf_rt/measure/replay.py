@@ -21,7 +21,7 @@ KINDS = {"spec": "U", "text": "U", "ids": "iu", "final_ids": "iu", "dec_ids": "i
 
 
 @dataclass(frozen=True)
-class Call:
+class RecordedCall:
     """A denoising call, and the decoding call at the same z. z, x_prev, x: (R, L, C). t, s: (R,). ids: (R, L)."""
 
     z: np.ndarray
@@ -33,7 +33,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Run:
+class RecordedRun:
     """A sampling run: what it starts from, and what the reference model made of it.
 
     grid: (N + 1,). z0, latents, source: (B, L, C). eps: (n, B, L, C), one for each step that adds noise, or None.
@@ -52,7 +52,9 @@ class Run:
     texts: list[str] | None
 
 
-def read_replay(path: Path, config: ModelConfig, needed: Sequence[str] = ()) -> tuple[Call | None, list[Run]]:
+def read_replay(
+    path: Path, config: ModelConfig, needed: Sequence[str] = ()
+) -> tuple[RecordedCall | None, list[RecordedRun]]:
     """The recorded call, where there is one, and the runs of a file.
 
     Args:
@@ -116,23 +118,23 @@ class _Checked:
                 raise InputError(f"{self._path}: {name} has shape {shape}, the model takes texts of 1 to {most} tokens")
 
 
-def _call(arrays: Mapping[str, np.ndarray]) -> Call:
+def _call(arrays: Mapping[str, np.ndarray]) -> RecordedCall:
     ids = arrays["dec_ids"] if "dec_ids" in arrays else arrays["dec_logits"].argmax(-1)
     z, x_prev, t, s, x = (arrays[f"fwd_{name}"] for name in CALL)
-    return Call(z, x_prev, t, s, x, ids)
+    return RecordedCall(z, x_prev, t, s, x, ids)
 
 
-def _run(path: Path, config: ModelConfig, arrays: Mapping[str, np.ndarray], prefix: str) -> Run:
+def _run(path: Path, config: ModelConfig, arrays: Mapping[str, np.ndarray], prefix: str) -> RecordedRun:
     run = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
     params = _parse_spec(path, str(run["spec"]))
     try:
         grid = schedule.check_grid(run["t"])
     except InputError as error:
-        raise InputError(f"{path}: {prefix}t: {error}") from None
+        raise InputError(f"{path}: {prefix}t: {error}") from error
     noisy = max(schedule.make_table(params, config, row, conditional="cond" in run).noisy_steps for row in grid)
     if grid.shape[1] != params.steps + 1 or len(run["eps"]) < noisy:
         raise InputError(f"{path}: {prefix}t and {prefix}eps are not those of {params.steps} steps")
-    return Run(
+    return RecordedRun(
         params,
         run["t"],
         run["z0"],
@@ -159,4 +161,4 @@ def _parse_spec(path: Path, text: str) -> SamplingParams:
             sc_cfg=float(spec.get("sc", 1.0)),
         )
     except (KeyError, ValueError) as error:
-        raise InputError(f"{path}: a run's spec is damaged ({error}): {text[:60]!r}") from None
+        raise InputError(f"{path}: a run's spec is damaged ({error}): {text[:60]!r}") from error

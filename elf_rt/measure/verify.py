@@ -11,7 +11,7 @@ import numpy as np
 from elf_rt.bundle import MIN_AGREEMENT, Bundle
 from elf_rt.errors import InputError
 from elf_rt.measure.evaluation import edit_distance
-from elf_rt.measure.replay import Call, Run, read_replay
+from elf_rt.measure.replay import RecordedCall, RecordedRun, read_replay
 from elf_rt.model import Model, load, open_engine
 from elf_rt.network import Backend
 from elf_rt.sampling.engine import Engine
@@ -38,7 +38,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Report:
+class VerifyReport:
     precision: str
     backend: str
     checks: tuple[Check, ...]
@@ -57,7 +57,7 @@ class Report:
         return {**asdict(self), "passed": self.passed}
 
 
-def verify(model: Model, replay: Path | None = None) -> Report:
+def verify(model: Model, replay: Path | None = None) -> VerifyReport:
     """Replay a file (the bundle's own by default) and judge it.
 
     float32 must give latents within 5e-5 and every token id; other precisions 99 % of the ids and an edit distance of
@@ -70,16 +70,16 @@ def verify(model: Model, replay: Path | None = None) -> Report:
     """
     if replay is None:
         replay, needed = model.bundle.path(REPLAY), ["call", "final_ids", *(["text"] if model.codec.tokenizer else [])]
-    else:  # of the official code, for example
+    else:  # a file of another program, such as the official code, may have less
         needed = []
     call, runs = read_replay(replay, model.config, needed)
     checks = [] if call is None else [_check(model.backend, "network call", *_call(model.run, call))]
     for run in runs:
         checks += _run(model, run)
-    return Report(model.backend.precision, model.backend.name, tuple(checks))
+    return VerifyReport(model.backend.precision, model.backend.name, tuple(checks))
 
 
-def verify_rows(backend: Backend, bundle: Bundle, rows: Sequence[int]) -> Report:
+def verify_rows(backend: Backend, bundle: Bundle, rows: Sequence[int]) -> VerifyReport:
     """Repeat the recorded network call in calls of these numbers of rows.
 
     Raises:
@@ -91,12 +91,12 @@ def verify_rows(backend: Backend, bundle: Bundle, rows: Sequence[int]) -> Report
     try:
         for count in rows:
             index = np.arange(count) % len(call.z)
-            repeated = Call(*(getattr(call, field.name)[index] for field in fields(Call)))
+            repeated = RecordedCall(*(getattr(call, field.name)[index] for field in fields(RecordedCall)))
             compared = _call(partial(_in_one_call, engine), repeated)
             checks.append(_check(backend, f"network call of {count} rows", *compared))
     finally:
         engine.close()
-    return Report(backend.precision, backend.name, tuple(checks))
+    return VerifyReport(backend.precision, backend.name, tuple(checks))
 
 
 def verify_folder(
@@ -106,7 +106,7 @@ def verify_folder(
     backend: str = "auto",
     precision: str = "auto",
     threads: int | None = None,
-) -> Report:
+) -> VerifyReport:
     """Open a bundle, read every file of it, and ``verify`` it."""
     with load(folder, backend, precision=precision, threads=threads, check=True) as model:
         if precision not in ("auto", model.backend.precision):
@@ -129,7 +129,7 @@ def _check(
     return Check(name, error, agreement, distance, passed)
 
 
-def _run(model: Model, run: Run) -> Iterator[Check]:
+def _run(model: Model, run: RecordedRun) -> Iterator[Check]:
     """The ids of the decoding call; then the final ones, and the texts, where they were recorded."""
     outcome = model.sample(z0=run.z0, grid=run.grid, eps=run.eps, source=run.source, mask=run.mask, params=run.params)
     guidance = f", w = {run.params.guidance_scale:g}" if run.source is not None else ""
@@ -147,7 +147,7 @@ def _run(model: Model, run: Run) -> Iterator[Check]:
         yield Check(f"{name}, texts", 0.0, same, 1.0 - same, same == 1.0)
 
 
-def _call(write: Write, call: Call) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _call(write: Write, call: RecordedCall) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(x, ids, expected x, expected ids) of one denoising call, and the decoding call at the same z."""
     length, rows = call.z.shape[1], list(zip(call.z, call.x_prev, call.t, call.s, strict=True))
     once = [

@@ -169,11 +169,11 @@ def _open_folder(folder: Path, records: Sequence[Record], job: Job, resume: bool
 @contextmanager
 def _connected(address: str) -> Iterator[None]:
     """Ray, initialised here unless it is already."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else it tells a web service of each cluster
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would tell a web service of each cluster
     try:
         import ray
     except ImportError as error:
-        raise BackendError(f"Ray cannot be imported ({first_line(error)}): pip install 'elf-rt[ray]'") from None
+        raise BackendError(f"Ray cannot be imported ({first_line(error)}): pip install 'elf-rt[ray]'") from error
 
     if ray.is_initialized():
         yield
@@ -181,7 +181,7 @@ def _connected(address: str) -> Iterator[None]:
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError) as error:
-        raise BackendError(f"no Ray cluster at {address}: {first_line(error)}") from None
+        raise BackendError(f"no Ray cluster at {address}: {first_line(error)}") from error
     try:
         yield
     finally:

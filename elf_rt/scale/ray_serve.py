@@ -1,8 +1,8 @@
 """A Ray Serve application: ``serve run elf_rt.scale.ray_serve:app bundle=/models/name.elfrt``.
 
 A replica holds one model, whose engine batches: Serve hands it more requests than fit in a call, and does no batching
-of its own. ``POST /`` takes a JSON object with the fields of ``Request`` and answers with one; with "stream", with one
-a line: drafts, each with its whole text, then the answer.
+of its own. ``POST /`` takes a JSON object with the fields of ``TextRequest`` and answers with one; with "stream", with
+one a line: drafts, each with its whole text, then the answer.
 """
 
 import json
@@ -37,7 +37,7 @@ class Settings(BaseModel):
     max_waiting: int = 256
 
 
-class Request(BaseModel):
+class TextRequest(BaseModel):
     """One text. drafts_every: steps between the drafts of a stream."""
 
     model_config = ConfigDict(extra="forbid")
@@ -81,7 +81,7 @@ class Writer:
     async def __call__(self, http: HttpRequest) -> Response:
         """One request over HTTP. Its text is cancelled when its client leaves."""
         try:
-            request = Request.model_validate_json(await http.body())
+            request = TextRequest.model_validate_json(await http.body())
             pending = self._start(request)
             if request.stream:
                 return StreamingResponse(_pieces(pending), media_type="application/x-ndjson")
@@ -98,7 +98,7 @@ class Writer:
         """Serve asks, and replaces a replica of which this fails."""
         self._model.stats()
 
-    def _start(self, request: Request) -> elf_rt.Pending:
+    def _start(self, request: TextRequest) -> elf_rt.Pending:
         given = {name: getattr(request, name) for name in ("steps", "sampler", "guidance_scale")}
         params = self._model.params(request.preset, **given)
         text = elf_rt.Text(

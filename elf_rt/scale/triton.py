@@ -14,7 +14,7 @@ from elf_rt.request import Text
 
 PROBE_PROMPT = "a"  # what the delay is measured on, and the model warmed up with
 PROBE_STEPS = 8
-DELAY = 0.05  # of the time of one text
+DELAY = 0.05  # share of a text's time that Triton waits for others
 WARMUP_STEPS = 2
 
 INPUTS = {  # name -> (type, whether a request may leave it out)

@@ -133,4 +133,4 @@ def _decoded(prompt: bytes) -> str:
     try:
         return prompt.decode()
     except UnicodeDecodeError as error:
-        raise InputError(f"PROMPT is not UTF-8 (byte {error.start})") from None
+        raise InputError(f"PROMPT is not UTF-8 (byte {error.start})") from error

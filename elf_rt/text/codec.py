@@ -68,8 +68,8 @@ class TextCodec:
         for index, prompt in enumerate(prompts):
             try:
                 prompt.encode("utf-8")
-            except (AttributeError, UnicodeEncodeError):
-                raise InputError(f"prompt {index + 1} is not a text in UTF-8: {prompt!r}") from None
+            except (AttributeError, UnicodeEncodeError) as error:
+                raise InputError(f"prompt {index + 1} is not a text in UTF-8: {prompt!r}") from error
             ids, _ = self.tokenizer.encode(prompt)
             if not ids or not prompt.strip():
                 raise InputError(f"prompt {index + 1} has no token in it: {prompt!r}")

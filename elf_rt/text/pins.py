@@ -17,7 +17,7 @@ from elf_rt.text.encoder import Encoder
 from elf_rt.text.tokenizer import TextTokenizer
 
 BLANK = re.compile(r"\s*\[(\d+)\]")  # white space before a blank is the blank's: a word carries its leading space
-MAX_DIGITS = 9  # of a blank's length: no canvas is near it
+MAX_DIGITS = 9  # no canvas has as many tokens
 FILLER = "\ue000"  # a private-use character, so no tokenizer has merged it with its neighbours
 
 
@@ -79,7 +79,7 @@ class Pinned:
             raise InputError(f"a template needs a blank such as [2], which stands for two tokens: {template!r}")
         if 0 in blanks:
             raise InputError(f"a blank needs at least one token, got [0] in {template!r}")
-        if sum(blanks) > room:  # before a list of them is made
+        if sum(blanks) > room:  # a list of so many would fill the memory
             raise InputError(f"the blanks need {sum(blanks)} tokens, but a text has room for {room}")
         text = BLANK.sub(FILLER, template)
         fillers = [i for i, char in enumerate(text) if char == FILLER]

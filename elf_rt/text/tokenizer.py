@@ -15,7 +15,7 @@ from typing import Any
 from elf_rt.errors import InputError, first_line
 
 MOST_BYTES = 1 << 28
-PANIC = "PanicException"  # of pyo3, which has no name to import
+PANIC = "PanicException"  # pyo3's class cannot be imported, so its name tells it
 
 
 class TextTokenizer:
@@ -37,7 +37,7 @@ class TextTokenizer:
             self._library = Tokenizer.from_str(content)
             self._library.no_padding()
             self._library.no_truncation()
-            if getattr(self._library.model, "dropout", None):  # of BPE's merges: it would give other ids at each call
+            if getattr(self._library.model, "dropout", None):  # dropout of merges would give other ids at each call
                 self._library.model.dropout = None
             self.vocab: dict[str, int] = self._library.get_vocab(with_added_tokens=True)
 
@@ -63,7 +63,7 @@ class TextTokenizer:
             yield
         except BaseException as error:
             if isinstance(error, Exception) or type(error).__name__ == PANIC:  # the library raises nothing narrower
-                raise InputError(f"{self.path} {what}: {first_line(error)}") from None
+                raise InputError(f"{self.path} {what}: {first_line(error)}") from error
             raise
 
 
@@ -79,9 +79,9 @@ def _checked(path: Path, content: str | None) -> str:
         for part in _parts(values):
             _check_part(part)
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not a tokenizer.json: {first_line(error)}") from None
+        raise InputError(f"{path} is not a tokenizer.json: {first_line(error)}") from error
     return content
 
 

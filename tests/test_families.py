@@ -1,4 +1,4 @@
-"""Public variants of ELF, as small random checkpoints of exactly their layout, against ELF in numpy and float64."""
+"""Public families of ELF, as small random checkpoints of exactly their layout, against ELF in numpy and float64."""
 
 import dataclasses
 import warnings
@@ -19,14 +19,14 @@ from elf_rt.backends.ort import OrtBackend
 from elf_rt.bundle import Bundle
 from elf_rt.errors import CheckpointError
 from elf_rt.export.checkpoint import load_checkpoint
+from elf_rt.export.families import family_of
 from elf_rt.export.graph import LOGITS_AT_ONCE
 from elf_rt.export.precision import Precision, PrecisionPlan
 from elf_rt.export.random_init import random_state
 from elf_rt.export.reference import ELF
-from elf_rt.export.variants import variant_of
 from elf_rt.measure.verify import verify, verify_folder
 from elf_rt.model import Model, load
-from elf_rt.params import VARIANT_PRESETS, ModelConfig
+from elf_rt.params import FAMILY_PRESETS, ModelConfig
 
 INPUTS = "z", "x_prev", "t", "s", "mode"
 SIZES = ModelConfig(
@@ -135,7 +135,7 @@ def test_t5gemma_on_every_backend(tmp_path):
     verify_everywhere(bundle, replay(tmp_path / "replay.npz", network, spec, run, latents, 1.0))
     opened = Bundle.open(bundle)
     assert (opened.config.head_gelu, opened.config.latent_mean, opened.config.latent_std) == ("none", 0.013, 0.71)
-    assert opened.presets == VARIANT_PRESETS["ELF-B-T5Gemma2"]
+    assert opened.presets == FAMILY_PRESETS["ELF-B-T5Gemma2"]
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def test_mmd_students_on_every_backend(tmp_path, student, renew):
     opened = Bundle.open(bundle)
     assert opened.config.decoder_head_norm
     assert opened.config.head_gelu == "tanh"
-    assert opened.presets == VARIANT_PRESETS["ELF-MMD"]
+    assert opened.presets == FAMILY_PRESETS["ELF-MMD"]
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +196,7 @@ def test_conditional_mmd_students_on_every_backend(tmp_path, conditional):
     run = {"z0": z, "t": np.r_[0.0, 0.0, 0.0, 0.0, 1.0], "eps": eps, "cond": cond, "cond_mask": mask}
     spec = "method: refine\nsteps: 4\nschedule: uniform\ngamma: 1.0\nsc: 1.0\n"
     verify_everywhere(bundle, replay(tmp_path / "replay.npz", network, spec, run, latents, 1.0))
-    assert Bundle.open(bundle).presets == VARIANT_PRESETS["ELF-MMD conditional"]
+    assert Bundle.open(bundle).presets == FAMILY_PRESETS["ELF-MMD conditional"]
 
 
 def test_gpt2_sources_are_normalised_by_channel_and_have_no_eos(conditional):
@@ -254,7 +254,7 @@ def test_statistics_on_the_hub(tmp_path, monkeypatch):
         asked.append((repo, patterns))
         return tmp_path / "hub"
 
-    monkeypatch.setattr("elf_rt.export.variants.download", download)
+    monkeypatch.setattr("elf_rt.export.families.download", download)
     with pytest.raises(CheckpointError, match=r"the Hub model some/Model has no ELF-B/elf/latent_stats\.pt"):
         load_checkpoint(source)
     (tmp_path / "hub" / "ELF-B" / "elf").mkdir(parents=True)
@@ -294,7 +294,7 @@ def test_the_lightning_reproduction_has_the_exact_gelu(tmp_path):
     torch.save({"state_dict": trained, "ema": {"shadow": ema}, "global_step": 5}, tmp_path / "last.ckpt")
     (tmp_path / "config.yml").write_text(yaml.safe_dump(MMD | {"objective": None, "sampling_configs_path": None}))
     checkpoint = load_checkpoint(tmp_path)
-    assert (checkpoint.config.head_gelu, variant_of(checkpoint.settings)) == ("none", "")
+    assert (checkpoint.config.head_gelu, family_of(checkpoint.settings)) == ("none", "")
     assert torch.equal(checkpoint.state["final_layer.norm_final.weight"], ema["final_layer.norm.weight"])
 
 
@@ -317,7 +317,7 @@ def test_the_norm_that_a_config_names_must_be_there(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "variant"),
+    ("settings", "family"),
     [
         ({"objective": "ird"}, "ELF-MMD"),
         ({"objective": "mmd", "max_input_length": 256}, "ELF-MMD conditional"),
@@ -330,9 +330,9 @@ def test_the_norm_that_a_config_names_must_be_there(tmp_path):
         ({"seq_len": 1024, "model": "ELF-M", "encoder": "google-t5/t5-small"}, ""),
     ],
 )
-def test_which_presets_settings_ask_for(settings, variant):
-    assert variant_of(settings) == variant
-    assert not variant or variant in VARIANT_PRESETS
+def test_which_presets_settings_ask_for(settings, family):
+    assert family_of(settings) == family
+    assert not family or family in FAMILY_PRESETS
 
 
 @pytest.mark.parametrize(("precision", "opset"), [(Precision.FP32, 20), (Precision.FP16, 23), (Precision.BF16, 20)])
