@@ -100,7 +100,7 @@ def load_of(codec: TextCodec, presets: Mapping[str, SamplingParams], text: Text,
     checked = check(codec, presets, text)
     rows = schedule.guidance_rows(checked.params, codec.config, conditional=bool(checked.source or checked.pins))
     steps = checked.params.steps
-    return Load(steps + 1, mean_rows(steps, len(rows), drafts_every), checked.length)
+    return Load(steps + 1, steps + 1, mean_rows(steps, len(rows), drafts_every), checked.length)
 
 
 def check_many(

@@ -1,4 +1,4 @@
-"""How long texts will take: known answers, and the driver's ring run in full."""
+"""How long texts will take: known answers, and the driver's turns run call by call."""
 
 import math
 import random
@@ -6,74 +6,97 @@ from collections import deque
 
 import pytest
 
-from elf_rt.sampling.outlook import Load, Outlook, Pace
+from elf_rt.sampling.outlook import NEARLY_DONE, Load, Outlook, Pace
 
 LINEAR = {8: Pace(4, {1: 1.0, 2: 2.0, 4: 4.0})}  # a millisecond a row
+ONE_ROW = {8: Pace(1, {1: 1.0})}
+
+
+def text(calls: int, rows: float = 1.0, length: int = 8) -> Load:
+    return Load(calls, calls, rows, length)
 
 
 def test_alone_a_text_takes_its_calls():
-    assert Outlook([], 8, LINEAR).finishes([Load(9, 1.0, 8)]) == pytest.approx([0.009])
+    assert Outlook([], 8, LINEAR).finishes([text(9)]) == pytest.approx([0.009])
 
 
 def test_a_cheap_wide_call_is_shared():
     flat = {8: Pace(4, {1: 1.0, 2: 1.0, 4: 1.0})}
-    assert Outlook([], 8, flat).finishes([Load(5, 1.0, 8)] * 4) == pytest.approx([0.005] * 4)
+    assert Outlook([], 8, flat).finishes([text(5)] * 4) == pytest.approx([0.005] * 4)
 
 
-def test_a_short_text_does_not_wait_for_a_long_one():
-    outlook = Outlook([Load(64, 1.0, 8)], 8, LINEAR)
-    long, short = outlook.finishes([Load(4, 1.0, 8)])
-    assert (short, long) == pytest.approx((0.008, 0.068))
+def test_a_short_text_takes_turns_with_a_long_one():
+    outlook = Outlook([text(64)], 8, LINEAR)
+    assert outlook.finishes([text(4)]) == pytest.approx([0.008])
+    assert outlook.finishes() == pytest.approx([0.064])
+
+
+def test_where_calls_are_full_a_short_text_has_two_of_three():
+    outlook = Outlook([text(64)] * 8, 16, ONE_ROW)
+    assert outlook.finishes([text(4)]) == pytest.approx([0.006])
+
+
+def test_the_end_of_a_text_comes_sooner_than_its_turns():
+    """Each has every second call, until the first to come near its end has two of three."""
+    first, second = Outlook([], 8, ONE_ROW).finishes([text(20), text(40)])
+    assert first == pytest.approx(2e-3 * (20 - NEARLY_DONE) + 1.5e-3 * NEARLY_DONE)
+    assert second == pytest.approx(0.060)
 
 
 def test_texts_wait_where_slots_are_taken():
-    outlook = Outlook([Load(3, 1.0, 8), Load(5, 1.0, 8)], 2, LINEAR)
-    assert outlook.finishes([Load(1, 1.0, 8)])[-1] == pytest.approx(0.008)
+    assert Outlook([text(3), text(5)], 2, LINEAR).finishes([text(1)]) == pytest.approx([0.008])
 
 
 def test_lengths_take_calls_of_their_own():
     pace = {**LINEAR, 16: Pace(4, {1: 3.0})}
-    assert Outlook([Load(2, 1.0, 8)], 8, pace).finishes([Load(2, 1.0, 16)]) == pytest.approx([0.008, 0.008])
+    assert Outlook([text(2)], 8, pace).finishes([text(2, length=16)]) == pytest.approx([0.008])
 
 
-def test_texts_to_come_take_turns_too():
-    outlook = Outlook([], 8, LINEAR)
-    (alone,) = outlook.finishes([Load(10, 1.0, 8)])
-    (crowded,) = outlook.finishes([Load(10, 1.0, 8)], ((0.005 * k, Load(100, 1.0, 8)) for k in range(99)))
-    assert alone == pytest.approx(0.010)
-    # Every 5 ms a row more, up to 8: rounds of 2, 3, … ms, of which ten are to be done.
-    rounds = sum(5 / rows for rows in range(2, 8))
-    assert crowded == pytest.approx(1e-3 * (30 + 8 * (10 - rounds)))
+def test_texts_that_follow_take_turns_too():
+    """Rounds of 3 ms, then of 2 ms while one of the two others, or one that followed, is left."""
+    outlook = Outlook([text(10), text(10)], 8, LINEAR)
+    assert outlook.finishes([text(30)]) == pytest.approx([0.030 + 0.020])
+    assert outlook.finishes([text(30)], followed=0.5) == pytest.approx([0.030 + 0.020 + 0.010])
+    assert outlook.finishes([text(30)], followed=1.0) == pytest.approx([0.090])
+
+
+def test_a_text_that_follows_is_whole():
+    outlook = Outlook([Load(1, 10, 1.0, 8)], 8, LINEAR)
+    assert outlook.finishes([text(11)], followed=1.0) == pytest.approx([0.022])
 
 
 def test_lengths_without_a_call_are_not_known():
-    assert not Outlook([], 8, {8: Pace(4, {})}).known([Load(1, 1.0, 8)])
-    assert Outlook([], 8, LINEAR).known([Load(1, 1.0, 8)])
+    assert not Outlook([], 8, {8: Pace(4, {})}).known([text(1)])
+    assert Outlook([], 8, LINEAR).known([text(1)])
 
 
+@pytest.mark.parametrize("max_rows", [1, 8])
 @pytest.mark.parametrize("seed", range(5))
-def test_rounds_are_the_ring_run_in_full(seed):
+def test_crowds_are_the_turns_run_in_full(seed, max_rows):
     """Call by call, as the driver does it, with whole rows."""
     draw = random.Random(seed)
-    loads = [Load(draw.randint(2, 64), float(draw.choice([1, 1, 2])), 8) for _ in range(40)]
-    pace = Pace(8, {1: 1.0, 2: 1.4, 4: 2.2, 8: 4.0})
+    loads = [text(draw.randint(2, 64), float(draw.choice([1, 1, 2]))) for _ in range(40)]
+    pace = Pace(max_rows, {1: 1.0, 2: 1.4, 4: 2.2, 8: 4.0})
     told = Outlook([], 16, {8: pace}).finishes(loads)
     waiting, ring, left, now = deque(range(40)), deque[int](), [load.calls for load in loads], 0.0
-    ends = [0.0] * 40
+    ends, turn = [0.0] * 40, 0
     while waiting or ring:
         while waiting and len(ring) < 16:
             ring.append(waiting.popleft())
-        taken, room = [], pace.max_rows
-        while ring and room >= loads[ring[0]].rows:
-            taken.append(ring.popleft())
-            room -= int(loads[taken[-1]].rows)
-        rows = pace.max_rows - room
-        size = 1 << math.ceil(math.log2(rows))
+        turn += 1
+        order = sorted(ring, key=lambda k: min(left[k], NEARLY_DONE + 1) * (1 if turn % 3 else -1))
+        taken, rows = [], 0
+        for k in order:
+            if not taken or rows + loads[k].rows <= max_rows:
+                taken.append(k)
+                rows += int(loads[k].rows)
+        size = 1 << math.ceil(math.log2(min(rows, max_rows)))
         now += 1e-3 * pace.ms[size] / size * rows
-        for text in taken:
-            left[text] -= 1
-            ends[text] = now
-            if left[text]:
-                ring.append(text)
+        for k in taken:
+            ring.remove(k)
+            left[k] -= 1
+            ends[k] = now
+            if left[k]:
+                ring.append(k)
     errors = sorted(abs(a - b) / b for a, b in zip(told, ends, strict=True))
-    assert errors[20] < 0.05 and errors[-1] < 0.25, errors
+    assert errors[20] < 0.03 and errors[36] < 0.1, errors  # the last ones are texts of a few calls, which wait for one

@@ -1,21 +1,27 @@
-"""How long texts will take, told before they start: the driver's ring, run ahead in thought.
+"""How long texts will take, told before they start: the driver's turns, run ahead in thought.
 
-Texts take turns, so one round of the ring advances each text by one call and lasts as long as the calls that hold all
-their rows. Between two moments at which a text joins or leaves, rounds are equal: time is counted in rounds there.
+Texts take turns, those that are nearly done before the others (``elf_rt.sampling.driver``). So there are two crowds,
+each of which advances at one speed, and between two moments at which a text joins, leaves, or comes near its end, both
+speeds are constant.
 """
 
 import heapq
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+NEARLY_DONE = 5  # calls left from which on a text goes first: those of 4 steps
+SHARE = 2 / 3  # of the rows of all calls that go to such texts, where others wait
 
 
 @dataclass(frozen=True)
 class Load:
-    """What a text still asks for. calls: until it is written; rows: of each of them, on average."""
+    """What a text still asks for. calls: until it is written; whole: of the whole text; rows: of each of them, on
+    average."""
 
     calls: int
+    whole: int
     rows: float
     length: int
 
@@ -28,7 +34,8 @@ class Pace:
     ms: Mapping[int, float]
 
     def seconds(self, rows: float) -> float:
-        """One round of so many rows. Sizes that were not measured cost a row what the nearest one costs."""
+        """Of so many rows, in as few calls as hold them. A size that was not measured costs a row what the nearest one
+        costs."""
         size = 1 << (math.ceil(min(rows, self.max_rows)) - 1).bit_length()
         nearest = min(self.ms, key=lambda known: abs(math.log2(known / size)))
         return 1e-3 * self.ms[nearest] / nearest * rows
@@ -46,73 +53,111 @@ class Outlook:
         """Whether calls of all lengths were made before, so that their milliseconds are known."""
         return all(load.length in self.pace and self.pace[load.length].ms for load in (*self.texts, *new))
 
-    def finishes(self, new: Sequence[Load] = (), expected: Iterable[tuple[float, Load]] = ()) -> list[float]:
-        """Seconds until each text is over: those of the outlook, then the new ones, which come now.
+    def finishes(self, new: Sequence[Load] = (), followed: float = 0.0) -> list[float]:
+        """Seconds until each of the new texts is over, which come now; without new ones, until each of the others is.
 
         Args:
-            expected: texts that will come, by the seconds until then, in this order.
+            followed: the share of the texts that are over after which another one like it comes: 1 where a server
+                stays as busy as it is, 0 where nothing comes any more.
         """
-        ours = [*self.texts, *new]
-        ends, coming = [0.0] * len(ours), iter(expected)
-        ring, waiting = _Ring(self.pace), enumerate(ours)
-        for index, load in waiting:
-            ring.join(index, load)
-            if len(ring) == self.slots:
-                break
-        left, now, arrival = len(ours), 0.0, next(coming, None)
-        while left:
-            end = now + ring.seconds_to_next()
-            if arrival is not None and arrival[0] < end:
-                now += ring.run(max(0.0, arrival[0] - now))
-                if len(ring) < self.slots and arrival[1].length in self.pace:
-                    ring.join(None, arrival[1])
-                arrival = next(coming, None)
-                continue
-            now, over = end, ring.leave()
-            if over is not None:
-                ends[over], left = now, left - 1
-            _join_next(ring, waiting)
-        return ends
+        asked = len(new) or len(self.texts)
+        waiting = deque(enumerate([*self.texts, *new], asked - len(self.texts) - len(new)))
+        ends: dict[int, float] = {}  # those that were asked for are 0, 1, …
+        turns, now, owed = _Turns(self.pace), 0.0, 0.0
+        while not ends.keys() >= set(range(asked)):
+            while waiting and len(turns) < self.slots:
+                turns.join(*waiting.popleft())
+            seconds, index, load = turns.next_over()
+            now += seconds
+            ends[index] = now
+            owed += followed
+            if owed >= 1:
+                owed -= 1
+                waiting.append((-1, replace(load, calls=load.whole)))
+        return [ends[index] for index in range(asked)]
 
 
-def _join_next(ring: "_Ring", waiting: Iterator[tuple[int, Load]]) -> None:
-    for index, load in waiting:
-        ring.join(index, load)
-        return
+@dataclass
+class _Text:
+    left: float  # calls
+    joined: int
+    index: int
+    load: Load
 
 
-class _Ring:
-    """Texts that take turns, each until its last round."""
+class _Turns:
+    """The texts in flight. Those that are nearly done go by the calls that they have left. The others take turns, so
+    they advance together: `_rounds` counts the calls of each, and a heap holds them by the round that is their last
+    one before they are nearly done."""
 
     def __init__(self, pace: Mapping[int, Pace]) -> None:
         self._pace = pace
-        self._rounds = 0.0  # so far
-        self._rows: defaultdict[int, float] = defaultdict(float)  # of a round, by length
-        self._texts: list[tuple[float, int, int | None, Load]] = []  # a heap by last round
+        self._nearly_done: list[_Text] = []
+        self._others: list[tuple[float, int, int, Load]] = []
+        self._rows: dict[int, float] = dict.fromkeys(pace, 0.0)  # of a round of the others, by length
+        self._rounds = 0.0
         self._joined = 0
 
     def __len__(self) -> int:
-        return len(self._texts)
+        return len(self._nearly_done) + len(self._others)
 
-    def join(self, index: int | None, load: Load) -> None:
+    def join(self, index: int, load: Load) -> None:
         self._joined += 1
-        self._rows[load.length] += load.rows
-        heapq.heappush(self._texts, (self._rounds + load.calls, self._joined, index, load))
+        if load.calls <= NEARLY_DONE:
+            self._come_near(_Text(load.calls, self._joined, index, load))
+        else:
+            last = self._rounds + load.calls - NEARLY_DONE
+            heapq.heappush(self._others, (last, self._joined, index, load))
+            self._rows[load.length] += load.rows
 
-    def leave(self) -> int | None:
-        """The text whose last round it is."""
-        self._rounds, _, index, load = heapq.heappop(self._texts)
-        self._rows[load.length] -= load.rows
-        return index
+    def _come_near(self, text: _Text) -> None:
+        self._nearly_done.append(text)
+        self._nearly_done.sort(key=lambda text: (text.left, text.joined))
 
-    def seconds_to_next(self) -> float:
-        return (self._texts[0][0] - self._rounds) * self._round() if self._texts else 0.0
+    def next_over(self) -> tuple[float, int, Load]:
+        """Let time pass until a text is over: the seconds of it, and which one it is."""
+        passed = 0.0
+        while True:
+            first = self._next_call()
+            fast, slow = self._speeds(first)
+            seconds = first[0].left / fast if first else math.inf
+            others = (self._others[0][0] - self._rounds) / slow if self._others else math.inf
+            now = min(seconds, others)
+            passed += now
+            self._rounds += now * slow if self._others else 0
+            for text in first:
+                text.left -= now * fast
+            if seconds <= others:
+                over = self._nearly_done.pop(0)
+                return passed, over.index, over.load
+            self._rounds, joined, index, load = heapq.heappop(self._others)
+            self._rows[load.length] -= load.rows
+            self._come_near(_Text(NEARLY_DONE, joined, index, load))
 
-    def run(self, seconds: float) -> float:
-        """Let time pass in which nobody leaves."""
-        if self._texts:
-            self._rounds += seconds / self._round()
-        return seconds
+    def _next_call(self) -> list[_Text]:
+        """Those of the nearly done that fit in a call, with the fewest calls left."""
+        chosen, room = [], 0.0
+        for text in self._nearly_done:
+            if not chosen:
+                length, room = text.load.length, float(self._pace[text.load.length].max_rows)
+            elif text.load.length != length or text.load.rows > room:
+                continue
+            chosen.append(text)
+            room -= text.load.rows
+        return chosen
 
-    def _round(self) -> float:
-        return sum(self._pace[length].seconds(rows) for length, rows in self._rows.items() if rows > 1e-6)
+    def _speeds(self, first: Sequence[_Text]) -> tuple[float, float]:
+        """Calls a second of each of these texts, and of those that are not nearly done."""
+        rows = dict(self._rows)
+        for text in first:
+            rows[text.load.length] += text.load.rows
+        of_row = {n: self._pace[n].seconds(count) / count for n, count in rows.items() if count > 1e-6}
+        of_first = sum(text.load.rows * of_row[text.load.length] for text in first)
+        of_others = sum(count * of_row[n] for n, count in self._rows.items() if count > 1e-6)
+        together = 1 / (of_first + of_others)
+        if not first or not self._others or all(rows[n] <= self._pace[n].max_rows for n in of_row):
+            return together, together
+        length = first[0].load.length
+        whole_call = min(rows[length], self._pace[length].max_rows) * of_row[length]
+        fast = max(together, min(1 / whole_call, SHARE / of_first))
+        return fast, (1 - fast * of_first) / of_others

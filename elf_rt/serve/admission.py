@@ -1,36 +1,34 @@
 """Who is let in: a bounded number of texts, deadlines that will be met, and what is told to the others."""
 
-import itertools
 import math
 import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from elf_rt.model import Model, Text
 from elf_rt.sampling.driver import MAX_SLOTS
-from elf_rt.sampling.outlook import Load
 from elf_rt.serve.errors import ApiError
 from elf_rt.serve.metrics import Metrics
 
-WINDOW = 5.0  # seconds in which arrivals are counted
-EXPECTED = 4 * MAX_SLOTS  # the most texts that are assumed to come
+RECENT = 32  # texts that were over last, which say whether others follow them
 ENOUGH = 8  # written texts that say how far predictions are from what happened
 
 
 class Gate:
     """Counts the texts that are let in and not over. ready: warmed up; draining: nobody is let in any more.
 
-    A prediction runs the ring ahead: the texts in flight, those that wait, these, and as many more as came in the last
-    seconds, since they will take turns too. Its unit is network time; what else a text costs here, per call, is learnt
-    from the texts that were written.
+    A prediction runs the driver ahead: the texts in flight, those that wait, these, and others that follow those that
+    are over, in the share in which they did so lately, since they will take turns too. Its unit is network time; what
+    else a text costs here, per call, is learnt from the texts that were written.
     """
 
     def __init__(self, model: Model, max_waiting: int, metrics: Metrics) -> None:
         self._model, self._limit, self._metrics = model, MAX_SLOTS + max_waiting, metrics
         self._lock = threading.Lock()
-        self._arrivals: deque[tuple[float, Load]] = deque(maxlen=1024)
+        self._came: deque[float] = deque(maxlen=16 * RECENT)  # when
+        self._over: deque[float] = deque(maxlen=RECENT)
         self._ratios: deque[float] = deque(maxlen=64)
         self.open = 0
         self.ready = False
@@ -54,6 +52,8 @@ class Gate:
 
     def leave(self, texts: int) -> None:
         self.open -= texts
+        with self._lock:
+            self._over.extend([time.monotonic()] * texts)
 
     def predict(self, texts: Sequence[Text], drafts_every: int, deadline_ms: int | None) -> list[float | None]:
         """Milliseconds until each text is written if it is submitted now; None while no call of its length was
@@ -63,18 +63,15 @@ class Gate:
             InputError: a text is not possible. ApiError: a text would miss the deadline, or nobody can tell.
         """
         outlook, loads = self._model.outlook(texts, drafts_every)
-        now = time.monotonic()
         with self._lock:
-            recent = [load for at, load in self._arrivals if now - at < WINDOW]
-            ratio = self._ratio()
+            followed, ratio = self._followed(), self._ratio()
         predicted: list[float | None] = [None] * len(loads)
         if outlook.known(loads):
-            finishes = outlook.finishes(loads, _repeated(recent))
-            predicted = [1e3 * ratio * seconds for seconds in finishes[len(outlook.texts) :]]
+            predicted = [1e3 * ratio * seconds for seconds in outlook.finishes(loads, followed)]
         if deadline_ms is not None:
             self._refuse_late(predicted, deadline_ms)
         with self._lock:
-            self._arrivals.extend((now, load) for load in loads)
+            self._came.extend([time.monotonic()] * len(loads))
         return predicted
 
     def learn(self, predicted_ms: float, actual_ms: float) -> None:
@@ -84,6 +81,12 @@ class Gate:
 
     def _ratio(self) -> float:
         return statistics.median(self._ratios) if len(self._ratios) >= ENOUGH else 1.0
+
+    def _followed(self) -> float:
+        """Texts that came for each that was over lately; 1 while none was."""
+        if not self._over:
+            return 1.0
+        return min(1.0, sum(at > self._over[0] for at in self._came) / len(self._over))
 
     def _refuse_late(self, predicted: Sequence[float | None], deadline_ms: int) -> None:
         if None in predicted:
@@ -103,9 +106,3 @@ class Gate:
     def _refusal(self, texts: int, status: int, message: str, code: str, retry_after: int | None = None) -> ApiError:
         self._metrics.rejected.labels(code).inc(texts)
         return ApiError(status, message, code=code, retry_after=retry_after)
-
-
-def _repeated(recent: Sequence[Load]) -> Iterator[tuple[float, Load]]:
-    """Texts like those that came in the window, spread evenly; not for ever, so that a prediction is soon made."""
-    for number, load in enumerate(itertools.islice(itertools.cycle(recent), EXPECTED), 1):
-        yield number * WINDOW / len(recent), load
