@@ -19,6 +19,7 @@ from elf_rt.export.graph import FUSED_OPSET
 from elf_rt.export.precisions import PrecisionWriter, Proof
 from elf_rt.export.reference import ELF
 from elf_rt.export.replay import Run, plan_runs, record
+from elf_rt.export.sources import WEIGHT_SUFFIXES
 from elf_rt.export.special_tokens import special_ids
 from elf_rt.export.tokenizer import check_tokenizer, write_tokenizer
 from elf_rt.manifest import TokenizerPart
@@ -69,7 +70,7 @@ def range_texts(config: ModelConfig) -> int:
 def default_output(source: str) -> Path:
     """The bundle's folder, named after the checkpoint, in the current folder."""
     path = Path(source)
-    name = path.stem if path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".safetensors") else path.name
+    name = path.stem if path.suffix in WEIGHT_SUFFIXES else path.name
     return Path(f"{name or path.resolve().name}{SUFFIX}")
 
 

@@ -23,6 +23,7 @@ from elf_rt.export.reference import ELF
 from elf_rt.params import ModelConfig, SamplingParams
 
 Call = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # z, x_prev, t, s, mode
+RECORDED = ("ode", "sde", "refine")  # samplers of the official code, which ``sample`` follows
 FLOP_BUDGET = 1e13  # a run of a large model shrinks to so much: about a minute on two cores
 
 
@@ -101,6 +102,7 @@ def plan_runs(
     batch: int = 4,
 ) -> list[Run]:
     """Runs of the official sampler at the guidance of every preset, and one without a source where the model takes one.
+    A preset whose sampler the official code lacks is recorded as ode.
 
     cond (B, L, C) and mask (B, L) are source latents to run on. Steps and batch shrink for a large model.
     """
@@ -112,7 +114,7 @@ def plan_runs(
         fitting = int(min(batch, max(1, FLOP_BUDGET // (cost * max_steps))))
         params = SamplingParams(
             steps=int(min(params.steps, max_steps, max(4, FLOP_BUDGET // (cost * fitting)))),
-            sampler="ode" if params.sampler == "ab2" else params.sampler,
+            sampler=params.sampler if params.sampler in RECORDED else "ode",
             guidance_scale=params.guidance_scale,
             sc_cfg=params.sc_cfg,
             gamma=params.gamma,

@@ -69,9 +69,7 @@ def _source(path: Path, given: Path) -> Source:
     for start in (place, given, place.resolve()):  # config may lie beside a link, or beside what it leads to
         if start.is_dir():
             own[start] = None
-        if (
-            not start.is_dir() or step_in_name(start.name) is not None
-        ):  # a checkpoint that is a folder lies in the run's folder
+        if not start.is_dir() or step_in_name(start.name) is not None:  # checkpoint_10/ lies in its run's folder
             own[start.parent] = None
     inside_run = [folder.resolve() for folder in own]
     around = [f.parent for f in inside_run if f.name in _PARTS_OF_RUNS or step_in_name(f.name) is not None]
