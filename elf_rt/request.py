@@ -186,8 +186,8 @@ def check_seeds(seeds: Sequence[int] | np.ndarray) -> list[int]:
     """A caller's seeds, at least one."""
     try:
         checked = [check_seed(seed) for seed in seeds]
-    except TypeError:
-        raise InputError(f"seeds must be a sequence of whole numbers, got {seeds!r}") from None
+    except TypeError as error:
+        raise InputError(f"seeds must be a sequence of whole numbers, got {seeds!r}") from error
     if not checked:
         raise InputError("seeds must hold at least one seed")
     return checked
