@@ -26,6 +26,7 @@ from elf_rt.errors import InputError
     help="JSONL with a field input; its other fields are kept, but text, seed and ms; - reads standard input.",
 )
 @click.option(
+    "-o",
     "--output",
     "output_path",
     type=click.Path(allow_dash=True, path_type=Path),

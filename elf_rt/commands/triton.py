@@ -10,7 +10,7 @@ from elf_rt.console import note
 
 @click.command("triton")
 @bundle_argument
-@click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="The new folder.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The new folder.")
 @backend_options
 @click.option("--max-batch", type=click.IntRange(1), default=16, help="Texts that start together.")
 @click.option("--max-queue", type=click.IntRange(1), default=128, help="Requests that may wait; more are refused.")
