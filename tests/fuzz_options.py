@@ -80,6 +80,7 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         **dict.fromkeys(["--batch", "--length", "--opt-level", "--sm"], SHAPES),
         "--timing-cache": PATHS,
         "--target": ["auto", "tensorrt", "tensorrt-rtx", "x"],
+        "--precision": ["fp16", "fp32", "bf16", "auto"],
     },
     "info": {},
     "export": {
