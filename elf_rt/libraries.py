@@ -43,6 +43,8 @@ def why_absent(name: str, needed: str, install: str) -> str | None:
 
 def needs(what: str, error: ImportError | OSError, install: str) -> BackendError:
     """The error of a command that could not import what it works with. OSError: torch's, for a shared library."""
+    if isinstance(error, ModuleNotFoundError) and str(error.name).startswith("elf_rt."):
+        return BackendError(f"{what} is not in the source folder that Python found here: pip install -e . in the clone")
     if isinstance(error, ModuleNotFoundError):
         return BackendError(f"{what} needs {error.name}: {install}")
     return BackendError(f"{what} cannot import a library that is installed ({first_line(error)}): {install}")

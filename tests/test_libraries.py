@@ -50,6 +50,8 @@ def test_absent_libraries_and_parts():
     for name in ("no_such_engine", "no_such_engine.core"):
         assert why_absent(name, "x", "pip install it") == "not installed: pip install it"
     assert why_absent("json", "loads", "") is None
+    told = str(needs("export", ModuleNotFoundError("No module", name="elf_rt.export"), "pip install 'elf-rt[export]'"))
+    assert "pip install -e ." in told and "elf-rt[export]" not in told
     told = str(needs("export", ImportError("libtorch.so: undefined symbol: x"), "pip install 'elf-rt[export]'"))
     assert told == (
         "export cannot import a library that is installed (libtorch.so: undefined symbol: x): "
