@@ -506,7 +506,7 @@ def settle(cost: CallCost, seconds, limit=64) -> tuple[int, list[int]]:
     """What it settles at, and the rows that it asked for on the way; seconds: of a call, by rows."""
     asked = []
     for _ in range(500):
-        rows, settled = cost.worth(16, limit)
+        rows, settled = cost.worth(16, limit, wanted=limit)
         if settled:
             return rows, asked
         asked.append(rows)
@@ -527,6 +527,16 @@ def test_a_call_holds_the_fewest_rows_that_pay(seconds, want):
     rows, asked = settle(CallCost(), seconds)
     assert rows == want
     assert max(asked) <= 4 * want  # two larger sizes were tried, no more
+
+
+def test_no_larger_call_is_tried_for_rows_that_are_not_there():
+    """Three texts of two rows want 6: a call of 4 pays, and 8 was tried; so nothing is left to find out for them."""
+    cost = CallCost()
+    for rows, seconds in ((2, 2.0), (4, 3.0), (6, 4.5)):
+        for _ in range(10):
+            cost.record(rows, 16, seconds)
+    assert cost.worth(16, 64, wanted=6) == cost.worth(16, 64, wanted=8) == (4, False)
+    assert cost.worth(16, 64, wanted=9) == (16, False)
 
 
 def test_costs_are_found_through_noise():

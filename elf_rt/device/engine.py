@@ -109,11 +109,15 @@ class DeviceEngine:
     def captures(self) -> int:
         return self._calls.captures
 
-    def max_rows(self, length: int) -> int:
-        return self.cost.worth(length, self._calls.most(length))[0]
+    def max_rows(self, length: int, wanted: int = 1) -> int:
+        return self.cost.worth(length, self._calls.most(length), wanted)[0]
+
+    def short_rows(self, length: int) -> int:
+        return self.cost.short(length, self._calls.most(length))
 
     def share(self, length: int) -> int:
-        return share_of(*self.cost.worth(length, self._calls.most(length)), self._calls.most(length))
+        most = self._calls.most(length)
+        return share_of(*self.cost.worth(length, most, most), most)
 
     def open(self, program: Program) -> DeviceSlot:
         self._backend.max_rows(program.length, program.max_rows)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 SAMPLES = 16  # recent calls of each size
 ENOUGH = 4  # calls that say what a size costs; the first one, which may set something up, does not count
 TOLERANCE = 1.02  # a call of fewer rows is as good as the best one when a row of it costs at most so much more
+SHORT = 1.5  # the same while a short call is wanted
 
 
 @dataclass
@@ -27,21 +28,31 @@ class CallCost:
         if size.calls > 1:
             size.seconds.append(seconds / rows)
 
-    def worth(self, length: int, limit: int) -> tuple[int, bool]:
+    def worth(self, length: int, limit: int, wanted: int) -> tuple[int, bool]:
         """How many rows a call should hold, and whether that is settled: the fewest, up to the limit, of which one
-        costs about as little as in any other size. Sizes of which too little is known are tried, upwards until two in a
-        row did not pay."""
-        costs = {
+        costs about as little as in any other size. Where more rows are wanted than any call had, larger calls are
+        tried, until two sizes in a row did not pay."""
+        costs = self._known(length, limit)
+        if not costs:
+            return 1, limit == 1
+        best, largest = min(costs, key=costs.__getitem__), max(costs)
+        settled = largest > 2 * best or 2 * largest > limit
+        if not settled and wanted > largest:
+            return 2 * largest, False
+        return _fewest(costs, TOLERANCE), settled
+
+    def short(self, length: int, limit: int) -> int:
+        """The rows of a call that is soon over, at a price: a row may cost half as much again as in the best size."""
+        costs = self._known(length, limit)
+        return _fewest(costs, SHORT) if costs else 1
+
+    def _known(self, length: int, limit: int) -> dict[int, float]:
+        """Seconds of a row, by size."""
+        return {
             rows: min(size.seconds)
             for (at, rows), size in sorted(self._sizes.items())
             if at == length and rows <= limit and len(size.seconds) >= ENOUGH
         }
-        if not costs:
-            return 1, limit == 1
-        best, largest = min(costs, key=costs.__getitem__), max(costs)
-        if largest <= 2 * best and 2 * largest <= limit:
-            return 2 * largest, False
-        return next(rows for rows, cost in costs.items() if cost <= TOLERANCE * costs[best]), True
 
     def seconds(self, rows: int, length: int) -> float | None:
         """The usual seconds of a call of so many rows, or None when none was made."""
@@ -55,6 +66,11 @@ class CallCost:
             for at, rows in sorted(self._sizes)
             if at == length and (seconds := self.seconds(rows, length)) is not None
         }
+
+
+def _fewest(costs: dict[int, float], tolerance: float) -> int:
+    best = min(costs.values())
+    return next(rows for rows, cost in costs.items() if cost <= tolerance * best)
 
 
 def round_up(rows: int) -> int:

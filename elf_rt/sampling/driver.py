@@ -1,9 +1,9 @@
 """The one thread that owns an engine: it lets texts in, gives each its turn, and tells what became of them.
 
 Everything is decided between two calls: who joins, who is cancelled, which texts the next call holds. Texts take turns
-in a ring, as many as a call should hold, so nobody waits for another's last step. In two calls of three, texts that are
-nearly done go first: a text of a few steps is back at once, and yet all advance. Of one caller no more texts are in
-flight than fit in a call, so a long request has its first texts early, and leaves slots to others.
+in a ring, as many as a call should hold, so nobody waits for another's last step. Texts of few steps go first, in
+shorter calls, up to two rows of three: so they are back at once, and yet all advance. Of one caller no more texts are
+in flight than fit in a call, so a long request has its first texts early, and leaves slots to others.
 """
 
 import os
@@ -17,7 +17,7 @@ from typing import Any
 
 from elf_rt.errors import BackendError, ElfError, GpuMemoryError, first_line
 from elf_rt.sampling.engine import Engine, Progress, Slot
-from elf_rt.sampling.outlook import NEARLY_DONE, Load, Outlook, Pace
+from elf_rt.sampling.outlook import FEW, OTHERS, Load, Outlook, Pace
 from elf_rt.sampling.program import Event, Program, StepDone, Times, Written
 
 MAX_SLOTS = 128  # texts in flight
@@ -96,7 +96,8 @@ class Driver:
         self._rows_of: Counter[object] = Counter()  # in flight, by caller
         self._count: Counter[str] = Counter()
         self._steps: deque[tuple[float, int]] = deque(maxlen=256)
-        self._last_rows = self._turns = 0
+        self._last_rows = 0
+        self._owed = 0  # rows, times OTHERS, to texts that do not go first
         self._closing: str | None = None
         self._pid = os.getpid()
         opened: deque[Engine[Any] | BaseException] = deque()
@@ -171,7 +172,7 @@ class Driver:
             tasks = [*self._flying, *(task for queue in self._waiting.values() for task in queue)]
             texts = [task.load for task in tasks]
         cost, every = self._engine.cost, {*lengths, *(text.length for text in texts)}
-        pace = {length: Pace(self._engine.max_rows(length), cost.by_rows(length)) for length in every}
+        pace = {n: Pace(self._engine.max_rows(n), self._engine.short_rows(n), cost.by_rows(n)) for n in every}
         return Outlook(texts, MAX_SLOTS, pace)
 
     def close(self) -> None:
@@ -282,20 +283,29 @@ class Driver:
 
     def _take_turn(self, engine: Engine[Any]) -> list[Task]:
         """The first text and those behind it of its length, as many as a call should hold."""
-        self._turns += 1
-        first = 1 if self._turns % 3 else -1  # see outlook.SHARE
-        order = sorted(self._ring, key=lambda task: first * min(task.passes_left, NEARLY_DONE + 1))
-        length = order[0].program.length
-        room = engine.max_rows(length)
+        few = [task for task in self._ring if task.program.last <= FEW]
+        others = [task for task in self._ring if task.program.last > FEW]
+        theirs = bool(others) and self._owed >= OTHERS * others[0].rows
+        ring = [*others, *few] if theirs else [*few, *others]
+        length = ring[0].program.length
+        ring = [task for task in ring if task.program.length == length]
+        room = engine.max_rows(length, sum(task.rows for task in ring))
+        if few and others:
+            room = min(room, engine.short_rows(length))
         taken: dict[Task, None] = {}
-        for task in order:
-            if task.program.length == length and (not taken or task.rows <= room):
+        for task in ring:
+            if not taken or task.rows <= room:
                 taken[task] = None
                 room -= task.rows
-            if room <= 0:
-                break
+        self._owe(others, taken)
         self._ring = deque(task for task in self._ring if task not in taken)
         return list(taken)
+
+    def _owe(self, others: Sequence[Task], taken: Iterable[Task]) -> None:
+        """Keep account of the share of the texts that do not go first, and of what this call gives them."""
+        rows = sum(task.rows for task in taken)
+        had = sum(task.rows for task in others if task in taken)
+        self._owed = max(0, self._owed + rows - OTHERS * had) if others else 0
 
     def _collect(self, engine: Engine[Any]) -> None:
         """Wait for the oldest call, and tell its texts what it did."""

@@ -76,8 +76,12 @@ class Engine(Protocol[S]):
         """CUDA graphs captured so far."""
         ...
 
-    def max_rows(self, length: int) -> int:
-        """The rows that a call of this length should hold now."""
+    def max_rows(self, length: int, wanted: int = 1) -> int:
+        """The rows that a call of this length should hold now, where so many are wanted."""
+        ...
+
+    def short_rows(self, length: int) -> int:
+        """The rows of a call of this length that should be over soon."""
         ...
 
     def share(self, length: int) -> int:
@@ -173,11 +177,15 @@ class HostEngine:
         self._called: list[HostSlot] = []  # those of the last call, whose outputs are still to be read
         self._done: deque[Call] = deque()
 
-    def max_rows(self, length: int) -> int:
-        return self.cost.worth(length, self._most(length))[0]
+    def max_rows(self, length: int, wanted: int = 1) -> int:
+        return self.cost.worth(length, self._most(length), wanted)[0]
+
+    def short_rows(self, length: int) -> int:
+        return self.cost.short(length, self._most(length))
 
     def share(self, length: int) -> int:
-        return share_of(*self.cost.worth(length, self._most(length)), self._most(length))
+        most = self._most(length)
+        return share_of(*self.cost.worth(length, most, most), most)
 
     def _most(self, length: int) -> int:
         limits = (max(1, MAX_TOKENS // length), self._limit, self._backend.max_rows(length))

@@ -1,8 +1,7 @@
 """How long texts will take, told before they start: the driver's turns, run ahead in thought.
 
-Texts take turns, those that are nearly done before the others (``elf_rt.sampling.driver``). So there are two crowds,
-each of which advances at one speed, and between two moments at which a text joins, leaves, or comes near its end, both
-speeds are constant.
+Texts take turns, those of few steps before the others (``elf_rt.sampling.driver``). Between two moments at which a text
+joins or leaves, all of a kind advance at one speed.
 """
 
 import heapq
@@ -10,9 +9,11 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
+from typing import Any
 
-NEARLY_DONE = 5  # calls left from which on a text goes first: those of 4 steps
-SHARE = 2 / 3  # of the rows of all calls that go to such texts, where others wait
+FEW = 5  # calls of a text that goes first: 4 steps and the decoding one
+OTHERS = 3  # one row of so many is for the other texts, where some wait
 
 
 @dataclass(frozen=True)
@@ -28,17 +29,18 @@ class Load:
 
 @dataclass(frozen=True)
 class Pace:
-    """Calls of one length. max_rows: of one call; ms: of a call by its rows, in sizes 1, 2, 4, …"""
+    """Calls of one length. max_rows: of one call, and short_rows while texts of few steps are in flight beside others;
+    ms: of a call by its rows, in sizes 1, 2, 4, …"""
 
     max_rows: int
+    short_rows: int
     ms: Mapping[int, float]
 
-    def seconds(self, rows: float) -> float:
-        """Of so many rows, in as few calls as hold them. A size that was not measured costs a row what the nearest one
-        costs."""
-        size = 1 << (math.ceil(min(rows, self.max_rows)) - 1).bit_length()
+    def of_row(self, rows: float) -> float:
+        """Seconds of a row in a call of so many. A size that was not measured costs a row what the nearest one does."""
+        size = 1 << (math.ceil(rows) - 1).bit_length()
         nearest = min(self.ms, key=lambda known: abs(math.log2(known / size)))
-        return 1e-3 * self.ms[nearest] / nearest * rows
+        return 1e-3 * self.ms[nearest] / nearest
 
 
 @dataclass(frozen=True)
@@ -77,87 +79,77 @@ class Outlook:
         return [ends[index] for index in range(asked)]
 
 
-@dataclass
-class _Text:
-    left: float  # calls
-    joined: int
-    index: int
-    load: Load
-
-
 class _Turns:
-    """The texts in flight. Those that are nearly done go by the calls that they have left. The others take turns, so
-    they advance together: `_rounds` counts the calls of each, and a heap holds them by the round that is their last
-    one before they are nearly done."""
+    """The texts in flight. Those of few steps go first, in the order in which they came. The others advance together:
+    `_rounds` counts the calls of each, and a heap holds them by the round that is their last one."""
 
     def __init__(self, pace: Mapping[int, Pace]) -> None:
         self._pace = pace
-        self._nearly_done: list[_Text] = []
+        self._few: deque[list[Any]] = deque()  # calls left, index, load
         self._others: list[tuple[float, int, int, Load]] = []
         self._rows: dict[int, float] = dict.fromkeys(pace, 0.0)  # of a round of the others, by length
         self._rounds = 0.0
         self._joined = 0
 
     def __len__(self) -> int:
-        return len(self._nearly_done) + len(self._others)
+        return len(self._few) + len(self._others)
 
     def join(self, index: int, load: Load) -> None:
+        if load.whole <= FEW:
+            self._few.append([load.calls, index, load])
+            return
         self._joined += 1
-        if load.calls <= NEARLY_DONE:
-            self._come_near(_Text(load.calls, self._joined, index, load))
-        else:
-            last = self._rounds + load.calls - NEARLY_DONE
-            heapq.heappush(self._others, (last, self._joined, index, load))
-            self._rows[load.length] += load.rows
-
-    def _come_near(self, text: _Text) -> None:
-        self._nearly_done.append(text)
-        self._nearly_done.sort(key=lambda text: (text.left, text.joined))
+        heapq.heappush(self._others, (self._rounds + load.calls, self._joined, index, load))
+        self._rows[load.length] += load.rows
 
     def next_over(self) -> tuple[float, int, Load]:
         """Let time pass until a text is over: the seconds of it, and which one it is."""
-        passed = 0.0
-        while True:
-            first = self._next_call()
-            fast, slow = self._speeds(first)
-            seconds = first[0].left / fast if first else math.inf
-            others = (self._others[0][0] - self._rounds) / slow if self._others else math.inf
-            now = min(seconds, others)
-            passed += now
-            self._rounds += now * slow if self._others else 0
-            for text in first:
-                text.left -= now * fast
-            if seconds <= others:
-                over = self._nearly_done.pop(0)
-                return passed, over.index, over.load
-            self._rounds, joined, index, load = heapq.heappop(self._others)
-            self._rows[load.length] -= load.rows
-            self._come_near(_Text(NEARLY_DONE, joined, index, load))
+        first = self._first()
+        fast, slow = self._speeds([load for _, _, load in first])
+        until_first = min((left for left, _, _ in first), default=math.inf) / fast
+        until_other = (self._others[0][0] - self._rounds) / slow if self._others else math.inf
+        passed = min(until_first, until_other)
+        self._rounds += passed * slow
+        for text in first:
+            text[0] -= passed * fast
+        if until_first <= until_other:
+            over = min(first, key=itemgetter(0))
+            self._few.remove(over)
+            return passed, over[1], over[2]
+        self._rounds, _, index, load = heapq.heappop(self._others)
+        self._rows[load.length] -= load.rows
+        return passed, index, load
 
-    def _next_call(self) -> list[_Text]:
-        """Those of the nearly done that fit in a call, with the fewest calls left."""
-        chosen, room = [], 0.0
-        for text in self._nearly_done:
-            if not chosen:
-                length, room = text.load.length, float(self._pace[text.load.length].max_rows)
-            elif text.load.length != length or text.load.rows > room:
-                continue
-            chosen.append(text)
-            room -= text.load.rows
+    def _first(self) -> list[list[Any]]:
+        """Those of few steps that are in the next call."""
+        if not self._few:
+            return []
+        length = self._few[0][2].length
+        pace, rows = self._pace[length], 0.0
+        chosen: list[list[Any]] = []
+        room = pace.short_rows if self._others else pace.max_rows
+        for text in self._few:
+            if text[2].length == length and (not chosen or rows + text[2].rows <= room):
+                chosen.append(text)
+                rows += text[2].rows
         return chosen
 
-    def _speeds(self, first: Sequence[_Text]) -> tuple[float, float]:
-        """Calls a second of each of these texts, and of those that are not nearly done."""
+    def _speeds(self, first: Sequence[Load]) -> tuple[float, float]:
+        """Calls a second of each of these texts, which go first, and of each of the others."""
         rows = dict(self._rows)
-        for text in first:
-            rows[text.load.length] += text.load.rows
-        of_row = {n: self._pace[n].seconds(count) / count for n, count in rows.items() if count > 1e-6}
-        of_first = sum(text.load.rows * of_row[text.load.length] for text in first)
-        of_others = sum(count * of_row[n] for n, count in self._rows.items() if count > 1e-6)
+        for load in first:
+            rows[load.length] += load.rows
+        of_row, held = {}, {}
+        for length, count in rows.items():
+            if count > 1e-6:
+                pace = self._pace[length]
+                held[length] = min(count, pace.short_rows if first and self._others else pace.max_rows)
+                of_row[length] = pace.of_row(held[length])
+        of_first = sum(load.rows * of_row[load.length] for load in first)
+        of_others = sum(self._rows[length] * seconds for length, seconds in of_row.items())
         together = 1 / (of_first + of_others)
-        if not first or not self._others or all(rows[n] <= self._pace[n].max_rows for n in of_row):
+        if not first or not self._others or all(rows[length] <= held[length] for length in held):
             return together, together
-        length = first[0].load.length
-        whole_call = min(rows[length], self._pace[length].max_rows) * of_row[length]
-        fast = max(together, min(1 / whole_call, SHARE / of_first))
+        length = first[0].length
+        fast = max(together, min(1 / (held[length] * of_row[length]), (1 - 1 / OTHERS) / of_first))
         return fast, (1 - fast * of_first) / of_others

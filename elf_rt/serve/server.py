@@ -59,7 +59,7 @@ def warm_up(model: Model) -> None:
     Not much longer than ``WARM_SECONDS``, unless one text takes longer.
     """
     texts, last = 1, 0.0
-    while texts <= min(WARM_TEXTS, 2 * model.stats().max_rows) and 2 * last < WARM_SECONDS:
+    while texts <= min(WARM_TEXTS, 4 * model.stats().max_rows) and 2 * last < WARM_SECONDS:
         params = model.params(steps=WARM_STEPS)
         prompt = "a" if model.config.max_input_length else None
         results = model.write([Text(prompt, seed, params=params) for seed in range(texts)])
