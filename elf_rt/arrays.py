@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import IO
 
 import numpy as np
@@ -41,7 +42,10 @@ def read_header(file: IO[bytes]) -> Header:
     version = np.lib.format.read_magic(file)
     if version not in HEADERS:
         raise ValueError(f"version {version} of the format")
-    shape, fortran, dtype = HEADERS[version](file, max_header_size=MOST_HEADER_BYTES)
+    try:
+        shape, fortran, dtype = HEADERS[version](file, max_header_size=MOST_HEADER_BYTES)
+    except (SyntaxError, TokenError, RecursionError, MemoryError, TypeError) as error:  # of Python's parser, by numpy
+        raise ValueError(f"a header that is none ({type(error).__name__})") from None
     if fortran and len(shape) > 1:
         raise ValueError("columns first")
     if dtype.hasobject or dtype.names is not None or any(size < 0 for size in shape):

@@ -87,7 +87,7 @@ class Bundle:
                 reason = why_not_here(path)
                 altered = "was altered after export (its sha256 differs): download it or export the checkpoint again"
                 raise BundleError(f"{path} {reason or altered}")
-            self._checked[name] = self._plain(name)
+            self._checked[name] = self._copy(name) if self._is_link(name) else path
         return self._checked[name]
 
     def part(self, files: Mapping[str, str]) -> dict[str, Path]:
@@ -97,6 +97,8 @@ class Bundle:
             BundleError: a file is altered, or a graph is not the one of its role and of the manifest's sizes.
         """
         paths = {role: self.path(name) for role, name in files.items()}
+        if any(map(self._is_link, files.values())):  # an engine looks for the weights beside their graph
+            paths = {role: self._copy(name) for role, name in files.items()}
         ends: dict[Path, int] = {}
         for role in INPUTS.keys() & paths.keys():
             graph = read_graph(paths[role])
@@ -160,13 +162,14 @@ class Bundle:
                 got = f"{ports[name][-1]} wide" if name in ports else "missing"
                 raise BundleError(f"{path} is of another model than {MANIFEST}: {name} is {got}, not {width}: {AGAIN}")
 
-    def _plain(self, name: str) -> Path:
-        """A file where an engine may read it: none follows links out of a graph's folder, as the Hub's cache, DVC and
-        git-annex make them. What they lead to is linked hard into a folder of ours, or copied where that cannot be."""
-        path = self.folder / name
-        real = path.resolve()
-        if real == self.folder.resolve() / name:
-            return path
+    def _is_link(self, name: str) -> bool:
+        """As the Hub's cache, DVC and git-annex make them, of all files or of the large ones."""
+        return (self.folder / name).resolve() != self.folder.resolve() / name
+
+    def _copy(self, name: str) -> Path:
+        """A file where an engine may read it, for none follows links out of a graph's folder. What they lead to is
+        linked hard into a folder of ours, or copied where that cannot be."""
+        real = (self.folder / name).resolve()
         if self._copies is None:
             cache = user_cache()
             with contextlib.suppress(OSError):
@@ -175,6 +178,8 @@ class Bundle:
             self._copies = Path(folder)
             weakref.finalize(self, _remove_copies, folder, os.getpid())
         copy = self._copies / name
+        if copy.exists():
+            return copy
         copy.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.link(real, copy)

@@ -41,17 +41,15 @@ def remembered_sha256(path: Path) -> str:
         return sha256(path)
     known = user_cache() / "sha256" / hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
     identity = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev]
-    with contextlib.suppress(OSError, ValueError):
-        *remembered, digest = json.loads(known.read_text(encoding="ascii"))
+    if (content := read_sealed(known)) is not None:
+        *remembered, digest = json.loads(content)
         if remembered == identity:
             return str(digest)
     digest = sha256(path)
     age = time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns)
     if age > SETTLED_SECONDS * 1e9:
         with contextlib.suppress(OSError, BundleError):  # a cache that cannot be written costs the next start a second
-            known.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_file(known) as work:
-                work.write_text(json.dumps([*identity, digest]), encoding="ascii")
+            write_sealed(known, json.dumps([*identity, digest]).encode())
     return digest
 
 
@@ -66,6 +64,8 @@ def is_inside(name: str) -> bool:
 def why_not_here(path: Path) -> str | None:
     """What stands where a file should be, and how to fetch the file; None: nothing that is known to stand for one."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return "is no file, but a folder, a pipe or a device: put the file in its place"
         with path.open("rb") as file:
             start = file.read(256).lstrip().lower()
     except FileNotFoundError:

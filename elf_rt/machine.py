@@ -33,17 +33,20 @@ BF16_FLAGS = frozenset(("avx512_bf16", "amx_bf16", "bf16"))
 def user_cache() -> Path:
     """elf-rt's folder in the user's cache, by the platform's custom. It may not exist yet.
 
-    A user without a home (a container's, under a number of its own) has it for the time of this process.
+    A user without a home (a container's, under a number of its own) has it for the time of this process. A variable
+    that names no absolute path counts as unset, by the XDG specification: it would mean a place in any folder.
     """
+    variable, usual = ("LOCALAPPDATA", "AppData/Local") if sys.platform == "win32" else ("XDG_CACHE_HOME", ".cache")
+    named = Path(os.environ.get(variable, ""))
+    return (named if named.is_absolute() else _home() / usual) / "elf-rt"
+
+
+def _home() -> Path:
     try:
         home = Path.home()
     except (RuntimeError, KeyError):  # neither HOME nor an entry in passwd
-        home = _passing_home()
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
-    return base / "elf-rt"
+        return _passing_home()
+    return home if home.is_absolute() else _passing_home()
 
 
 @cache

@@ -143,9 +143,9 @@ def _check(tensors: Mapping[str, Any], shapes: Mapping[str, TensorShape], path: 
     faults = {
         "missing": [name for name in shapes if name not in tensors],
         "unexpected": [printable(name) for name in tensors if name not in shapes],
-        "not a plain tensor": [printable(name) for name in tensors if not _is_plain(tensors[name])],
+        "not a plain tensor": [printable(name) for name in tensors if not torch.is_tensor(tensors[name])],
     }
-    plain = {name: tensors[name] for name in shapes if name in tensors and _is_plain(tensors[name])}
+    plain = {name: tensors[name] for name in shapes if torch.is_tensor(tensors.get(name))}
     for name, tensor in plain.items():
         if tensor.dtype not in FLOATS:
             raise refuse_type(path, name, str(tensor.dtype).removeprefix("torch."))
@@ -158,17 +158,6 @@ def _check(tensors: Mapping[str, Any], shapes: Mapping[str, TensorShape], path: 
     listed = "; ".join(f"{kind}: {few(names)}" for kind, names in faults.items() if names)
     if listed:
         raise CheckpointError(f"{path} is not a whole ELF model: {listed}")
-
-
-def _is_plain(value: Any) -> bool:
-    """A dense float tensor on the CPU whose every element is stored (no stride trick that grows when copied)."""
-    return (
-        isinstance(value, torch.Tensor)
-        and value.layout is torch.strided
-        and value.device.type == "cpu"
-        and not value.is_quantized
-        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
-    )
 
 
 def _mismatch(tensor: torch.Tensor, shape: TensorShape) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from elf_rt.errors import CheckpointError
-from elf_rt.export.foreign import few, read_json
+from elf_rt.export.foreign import few, printable, read_json
 from elf_rt.export.gpt2 import GPT2Sizes
 from elf_rt.export.hub import download
 from elf_rt.export.layouts import is_sharded, read_stored
@@ -50,7 +50,7 @@ def write_encoder(
         entry = _write_table(folder, root, latent_dim, vocab_size, statistics)
     else:
         entry = _write_network(folder, root, latent_dim, vocab_size, max_length, statistics)
-    return entry | {"source": Path(source).name if Path(source).exists() else str(source)}
+    return entry | {"source": printable(Path(source).name if Path(source).exists() else source)}
 
 
 def _local(source: str | Path, files: list[str] = _HUB_FILES) -> Path:

@@ -1,7 +1,9 @@
 """Files that others wrote, read once and with bounds: what a file is, and its text, JSON or YAML."""
 
 import json
+import re
 import reprlib
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,12 @@ import yaml
 from elf_rt.errors import CheckpointError
 
 AGAIN = "copy or download it again"
-MOST_TEXT = 4 << 20  # bytes of a config; the released ones have 2 kB
+MOST_TEXT = 4 << 20  # bytes of a JSON
+MOST_YAML = 1 << 17  # bytes of a config, of which PyYAML reads 40 kB a second; the released ones have 2 kB
 MOST_INDEX = 256 << 20  # bytes of a JSON that lists tensors, or of a tokenizer
 MOST_ALIASES, MOST_MERGED = 1_000, 10_000  # a YAML's aliases can multiply until they fill the memory
 _HEAD = 512
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 # What a file's first bytes say it is, where it cannot be used: what to do then.
 _OTHER_KINDS: tuple[tuple[bytes, str], ...] = (
@@ -61,6 +65,8 @@ def refuse_other_kinds(path: Path) -> bytes:
         CheckpointError: it is not there, empty, or of another kind; the message says which and what to do.
     """
     try:
+        if not path.is_dir() and not stat.S_ISREG(path.stat().st_mode):
+            raise CheckpointError(f"{path} is a pipe or a device: copy what it gives into a file, and name that")
         with path.open("rb") as file:
             head = file.read(_HEAD)
     except OSError as error:
@@ -85,7 +91,7 @@ def read_text(path: Path, most: int = MOST_TEXT) -> str:
         with path.open("rb") as file:
             content = file.read(most + 1)
         if len(content) > most:
-            raise CheckpointError(f"{path} is longer than {most >> 20} MB, so it is not what its name says")
+            raise CheckpointError(f"{path} is longer than {most >> 10} kB, so it is not what its name says")
         return content.decode("utf-8-sig")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
@@ -98,6 +104,8 @@ def read_json(path: Path, most: int = MOST_TEXT) -> dict[str, Any]:
     text = read_text(path, most)
     try:
         content = json.loads(text)
+        if _SURROGATE.search(text):
+            json.dumps(content, ensure_ascii=False).encode()  # half a pair is no text, and cannot be written again
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {_reason(error)}") from error
     if not isinstance(content, dict):
@@ -107,10 +115,10 @@ def read_json(path: Path, most: int = MOST_TEXT) -> dict[str, Any]:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping; its tags build nothing. Raises CheckpointError as `read_text` does, or where it is no mapping."""
-    text = read_text(path) if path.exists() and path.stat().st_size else _nothing(path)
+    text = read_text(path, MOST_YAML) if path.exists() and path.stat().st_size else _nothing(path)
     try:
         settings = yaml.load(text, Loader=_PlainLoader)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+    except Exception as error:  # its constructors raise whatever int(), dict() and the like do
         raise CheckpointError(f"{path} is not YAML: {_reason(error)}") from error
     if not isinstance(settings, dict):
         raise CheckpointError(f"{path} must hold a YAML mapping (max_length: ...), got a {type(settings).__name__}")

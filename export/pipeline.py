@@ -1,6 +1,5 @@
 """From a checkpoint to a bundle, the whole way: read, measure, write the graphs, record the replay, prove it."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from elf_rt.errors import CheckpointError, InputError, warn
 from elf_rt.export.checkpoint import Checkpoint, load_checkpoint
 from elf_rt.export.encoder import encoder_beside, find_tokenizer, write_encoder
 from elf_rt.export.families import family_of
+from elf_rt.export.foreign import printable, read_json
 from elf_rt.export.graph import FUSED_OPSET
 from elf_rt.export.precisions import PrecisionWriter, Proof
 from elf_rt.export.reference import ELF
@@ -140,7 +140,7 @@ def _describe(checkpoint: Checkpoint, options: ExportOptions, presets: dict[str,
     return {
         "exporter": f"elf-rt {__version__}",
         "source": {
-            "checkpoint": checkpoint.path.name,
+            "checkpoint": printable(checkpoint.path.name),
             "sha256": checkpoint.sha256,
             "weights": checkpoint.weights,
             "layout": checkpoint.layout,
@@ -230,13 +230,8 @@ def _with_texts(arrays: dict[str, np.ndarray], codec: TextCodec) -> dict[str, np
 
 def read_presets(path: Path) -> dict[str, SamplingParams]:
     """Named presets from a JSON file: {"name": {"steps": 8, ...}}."""
-    try:
-        presets = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(presets, dict) or not all(isinstance(values, dict) for values in presets.values()):
+    presets = read_json(path)
+    if not all(isinstance(values, dict) for values in presets.values()):
         raise CheckpointError(f'{path} must hold presets by name, such as {{"fast": {{"steps": 8}}}}')
     made = {}
     for name, values in presets.items():

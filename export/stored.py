@@ -55,7 +55,8 @@ class Stored:
 
 
 def flatten(tree: Mapping[Any, Any], most: int = 1_000_000) -> dict[str, Any]:
-    """Nested mappings as one, keys joined by dots; lists stay values. A mapping that holds itself is refused."""
+    """Nested mappings as one, keys joined by dots; lists stay values. A mapping that holds itself is refused, and a
+    tensor that is no plain one becomes None."""
     flat: dict[str, Any] = {}
     left: list[tuple[str, Any]] = [(str(key), value) for key, value in reversed(list(tree.items()))]
     while left:
@@ -66,8 +67,17 @@ def flatten(tree: Mapping[Any, Any], most: int = 1_000_000) -> dict[str, Any]:
         if isinstance(value, Mapping):
             left += [(f"{path}.{key}", inner) for key, inner in reversed(list(value.items()))]
         else:
-            flat[path] = value
+            flat[path] = _plain(value) if isinstance(value, torch.Tensor) else value
     return flat
+
+
+def _plain(value: torch.Tensor) -> torch.Tensor | None:
+    """A dense tensor on the CPU whose every element is stored: no stride trick that grows when it is copied, no list of
+    tensors in one, no sign or scale kept apart."""
+    dense = value.layout is torch.strided and not value.is_nested and not value.is_quantized
+    if not dense or value.device.type != "cpu":
+        return None
+    return value.resolve_neg() if value.numel() * value.element_size() <= value.untyped_storage().nbytes() else None
 
 
 def refuse_type(where: object, name: str, kind: str) -> CheckpointError:

@@ -22,7 +22,8 @@ _ROOTS = {  # first parts of an ELF's names
     *("unembed_kernel", "unembed_bias"),
 }
 _ONLY_ELF = {"unembed_kernel", "unembed_bias", "proj_kernel", "proj_bias", "t_emb_tokens", "text_proj"}
-_AVERAGE = re.compile(r"(^|[^a-z])(ema|average[ds]?|averaging|avg|swa|shadow)([^a-z]|$)", re.IGNORECASE)
+_NO_AVERAGE = re.compile(r"^(online|current)|(^|[^a-z])(non?|not|without|before)([^a-z]|$)", re.IGNORECASE)  # `non_ema`
+_AVERAGE = re.compile(r"(^|[^a-z])(ema|average[ds]?|averaging|avg|swa|shadow|polyak)([^a-z]|$)", re.IGNORECASE)
 _TRAINING = re.compile(
     r"(^|[._])(opt|opt_states?|optim\w*|grads?|grad_\w+|exp_avg\w*|mu|nu|momentum|velocity)([._]|$)", re.IGNORECASE
 )
@@ -86,7 +87,7 @@ def find_sets(stored: Stored) -> list[WeightSet]:
 
 def _is_average(where: str, stored: Stored) -> bool:
     for part in reversed(where.split(".")):  # the innermost that tells: `ema.online_model` is not the average
-        if part.startswith(("online", "current")):
+        if _NO_AVERAGE.search(part):
             return False
         if _AVERAGE.search(part):
             return True
@@ -97,13 +98,13 @@ def _is_average(where: str, stored: Stored) -> bool:
 
 
 def _nameless_average(stored: Stored) -> str | None:
-    """Where an average is kept as a list in the order of the parameters, as torch_ema and diffusers do."""
-    lists = (path for path, value in stored.top.items() if isinstance(value, Mapping))
-    for outer in lists:
-        for key, value in stored.top[outer].items():
-            path = f"{outer}.{key}"
-            if isinstance(value, (list, tuple)) and _AVERAGE.search(path) and any(map(torch.is_tensor, value)):
-                return path
+    """Where an average is kept in the order of the parameters, as torch_ema and diffusers do: a list, or by number."""
+    for path in stored.leaves if stored.top else ():
+        *_, name = path.split(".")
+        value = stored.leaves[path]
+        values = value if isinstance(value, (list, tuple)) else [value] if name.isdecimal() else []
+        if _AVERAGE.search(path) and any(torch.is_tensor(each) and each.ndim for each in values):
+            return path
     return None
 
 

@@ -313,10 +313,27 @@ def test_tensors_that_tell_the_sizes_may_be_missing_too(tmp_path, official):
     assert all(name in str(caught.value) for name in sized) and "mis-shaped" not in str(caught.value)
 
 
-def test_a_tensor_larger_than_its_storage_is_refused(tmp_path, official):
-    state = official["ema_params1"] | {"unembed_kernel": torch.zeros(1).expand(32, 97)}
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(1).expand(32, 97),  # larger than its storage
+        torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]),
+        torch.eye(32, 97).to_sparse(),
+        torch.zeros(32, 97, device="meta"),
+        torch.quantize_per_tensor(torch.zeros(32, 97), 0.1, 0, torch.qint8),
+        None,
+    ],
+)
+def test_a_tensor_that_is_no_plain_one_is_refused(tmp_path, official, tensor):
+    state = official["ema_params1"] | {"unembed_kernel": tensor}
     with pytest.raises(CheckpointError, match="not a plain tensor: unembed_kernel"):
         load_checkpoint(write(tmp_path, state))
+
+
+def test_a_sign_that_is_kept_apart_is_applied(tmp_path, official):
+    state = official["ema_params1"]
+    flipped = state | {"unembed_bias": torch._neg_view(state["unembed_bias"])}
+    assert np.array_equal(load_checkpoint(write(tmp_path, flipped)).state["unembed_bias"], -state["unembed_bias"])
 
 
 def test_head_width_must_fit(tmp_path, official):

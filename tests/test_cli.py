@@ -298,7 +298,12 @@ def test_presets_that_go_are_told(run_cli, tmp_path):
     shutil.copy(GOLDEN / "uncond" / "checkpoint_10", source)
     shutil.copy(GOLDEN / "uncond" / "config.yml", tmp_path)
     (tmp_path / "presets.json").write_text('{"fast": {"steps": 2}}')
-    assert run_cli("export", source, "--precision", "fp32", "--presets", "presets.json").code == 0
+    args = ["export", source, "--precision", "fp32", "--presets"]
+    assert run_cli(*args, "presets.json").code == 0
+    (tmp_path / "half.json").write_text('{"\\ud800": {"steps": 2}}')
+    run_cli(*args, "half.json").assert_clear_error("half.json is not JSON", "surrogates")
+    os.mkfifo(tmp_path / "pipe")  # nobody writes into it
+    run_cli(*args, "pipe").assert_clear_error("is a pipe or a device")
     again = run_cli("export", source, "--precision", "fp32")
     assert again.code == 0 and "had presets that this one has not: fast" in again.err
 

@@ -212,7 +212,8 @@ def test_yaml_that_would_grow_or_run(tmp_path, text):
         ("max_length: " + "9" * 6000, "4300 digits"),
         ("version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
         ("<html></html>", "web page"),
-        ("x" * (5 << 20), "longer than 4 MB"),
+        ("x: [" + "1," * 100_000 + "]", "longer than 128 kB"),
+        ("max_length: 16\nx: !!bool perhaps\n", "is not YAML"),
     ],
 )
 def test_yaml_that_costs_too_much(tmp_path, text, message):

@@ -87,6 +87,9 @@ TWO_SETS = {
     },
     "averaged beside": lambda r, e: {"model": r, "swa": {"n_averaged": torch.tensor(4)} | prefixed(e, "module.")},
     "capital letters": lambda r, e: {"weights": r, "EMA": e},
+    "non_ema": lambda r, e: {"model_non_ema": r, "model_ema": e},
+    "without_ema": lambda r, e: {"ema": {"net_without_ema": r, "net": e}},
+    "Polyak's": lambda r, e: {"params": r, "polyak_params": e},
 }
 
 
@@ -109,6 +112,7 @@ ONE_SET = {
     "compiled blocks": lambda s: {
         name.replace("blocks.0.", "blocks.0._orig_mod._checkpoint_wrapped_module."): t for name, t in s.items()
     },
+    "named for what it is not": lambda s: {"state_dict_no_ema": s},
     "inside a larger module": lambda s: prefixed(s, "denoiser.net.") | {"denoiser.sigma.weight": torch.zeros(2)},
 }
 
@@ -131,9 +135,18 @@ def test_an_averaged_model_of_torch(run, ema):
     assert_same(checkpoint.state, ema)
 
 
-def test_an_average_without_names_is_not_passed_over(run, raw, ema):
-    torch.save({"model": raw, "ema": {"decay": 0.9, "shadow_params": list(ema.values())}}, run / "model.pt")
-    refused(run / "model.pt", "no EMA weights", "ema.shadow_params", "--raw")
+@pytest.mark.parametrize(
+    ("keep", "where"),
+    [
+        (lambda values: {"ema": {"decay": 0.9, "shadow_params": values}}, "ema.shadow_params"),
+        (lambda values: {"shadow_params": values}, "shadow_params"),
+        (lambda values: {"callbacks": {"EMA": {"state": {"ema_weights": tuple(values)}}}}, "EMA.state.ema_weights"),
+        (lambda values: {"ema": dict(enumerate(values))}, "ema.0"),
+    ],
+)
+def test_an_average_without_names_is_not_passed_over(run, raw, ema, keep, where):
+    torch.save({"model": raw, **keep(list(ema.values()))}, run / "model.pt")
+    refused(run / "model.pt", "no EMA weights", where, "--raw")
     assert load_checkpoint(run / "model.pt", raw=True).weights == "raw"
 
 
