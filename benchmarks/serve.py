@@ -3,8 +3,9 @@
     python benchmarks/serve.py BUNDLE [BUNDLE …] [--clients 1,8,64] [--texts 256] [--json FILE] [--plot FILE]
 
 Texts have 4, 8, 16, 32 or 64 steps in turns. Each client asks for its next text when it has the last one. ``fair``: the
-longest that a text took, against the time of its steps if all clients had an equal share; ``predicted``: the median
-error of what each was told it would take.
+longest that a text took, against the time of its calls if all clients had an equal share; ``predicted``: the median
+error of what each was told it would take; ``steady``: the same of those that were asked for while all clients were
+there, without the first and the last one of each.
 """
 
 import argparse
@@ -53,7 +54,7 @@ async def asked(url: str, bodies: Sequence[dict[str, Any]], clients: int) -> dic
     """The same texts by so many clients."""
     waiting = iter(bodies)
     seconds: list[tuple[int, float]] = []
-    errors: list[float] = []
+    errors: list[tuple[float, float]] = []  # by the time at which the text was asked for
 
     async def ask(client: httpx.AsyncClient) -> None:
         for body in waiting:
@@ -62,14 +63,15 @@ async def asked(url: str, bodies: Sequence[dict[str, Any]], clients: int) -> dic
             answer.raise_for_status()
             seconds.append((body["steps"], time.perf_counter() - begun))
             timings = answer.json()["choices"][0]["timings"]
-            errors.append(abs(timings["predicted_ms"] / timings["total_ms"] - 1))
+            errors.append((begun, abs(timings["predicted_ms"] / timings["total_ms"] - 1)))
 
     connections = [httpx.AsyncClient(timeout=SECONDS) for _ in range(clients)]  # each has a connection of its own
     begun = time.perf_counter()
     await asyncio.gather(*map(ask, connections))
     wall = time.perf_counter() - begun
     await asyncio.gather(*(client.aclose() for client in connections))
-    of_step = statistics.median(took / (steps + 1) for steps, took in seconds)
+    of_call = clients * wall / sum(steps + 1 for steps, _ in seconds)  # if all clients had an equal share
+    by_time = [error for _, error in sorted(errors)]
     times = sorted(took for _, took in seconds)
     return {
         "clients": clients,
@@ -77,8 +79,9 @@ async def asked(url: str, bodies: Sequence[dict[str, Any]], clients: int) -> dic
         "p50_ms": 1e3 * times[len(times) // 2],
         "p99_ms": 1e3 * times[min(len(times) - 1, int(0.99 * len(times)))],
         "short_p50_ms": 1e3 * statistics.median(took for steps, took in seconds if steps == STEPS[0]),
-        "fair": max(took / (steps + 1) for steps, took in seconds) / of_step,
-        "prediction_error": statistics.median(errors),
+        "fair": max(took / (steps + 1) for steps, took in seconds) / of_call,
+        "prediction_error": statistics.median(by_time),
+        "steady_prediction_error": statistics.median(by_time[clients : len(by_time) - clients] or by_time),
     }
 
 
@@ -110,12 +113,12 @@ def measure(bundle: Path, options: argparse.Namespace) -> dict[str, Any]:
 def report(record: dict[str, Any]) -> None:
     write = record["write_texts_per_second"]
     print(f"{record['bundle']}, {record['engine']}: write {write:.2f} texts a second")
-    print("clients  texts/s  of write   p50 ms   p99 ms  4 steps ms  fair  predicted")
+    print("clients  texts/s  of write   p50 ms   p99 ms  4 steps ms  fair  predicted  steady")
     for row in record["loads"]:
         print(
             f"{row['clients']:7}  {row['texts_per_second']:7.2f}  {row['texts_per_second'] / write:8.2f}"
             f"  {row['p50_ms']:7.0f}  {row['p99_ms']:7.0f}  {row['short_p50_ms']:10.0f}  {row['fair']:4.2f}"
-            f"  {row['prediction_error']:8.1%}"
+            f"  {row['prediction_error']:8.1%}  {row['steady_prediction_error']:6.1%}"
         )
 
 

@@ -8,6 +8,7 @@ import pytest
 from elf_rt.sampling.outlook import FEW, OTHERS, Load, Outlook, Pace
 
 LINEAR = {8: Pace(4, 4, {1: 1.0, 2: 2.0, 4: 4.0})}  # a millisecond a row
+HALF = 0.0005  # of a call of one row, which is under way where texts are
 ONE_ROW = {8: Pace(1, 1, {1: 1.0})}
 
 
@@ -26,42 +27,38 @@ def test_a_cheap_wide_call_is_shared():
 
 def test_a_short_text_takes_turns_with_a_long_one():
     outlook = Outlook([text(64)], 8, LINEAR)
-    assert outlook.finishes([text(4)]) == pytest.approx([0.008])
-    assert outlook.finishes() == pytest.approx([0.064])
+    assert outlook.finishes([text(4)]) == pytest.approx([HALF + 0.008])
+    assert outlook.finishes() == pytest.approx([HALF + 0.064])
 
 
 def test_where_calls_are_full_a_short_text_has_two_of_three():
     outlook = Outlook([text(64)] * 8, 16, ONE_ROW)
-    assert outlook.finishes([text(4)]) == pytest.approx([0.006])
+    assert outlook.finishes([text(4)]) == pytest.approx([HALF + 0.006])
 
 
 def test_a_short_text_has_shorter_calls():
     """Calls of four rows take 4 ms, and of two rows 3 ms: one is the short text's."""
     pace = {8: Pace(4, 2, {1: 2.0, 2: 3.0, 4: 4.0})}
-    assert Outlook([text(64)] * 8, 16, pace).finishes([text(4)]) == pytest.approx([0.012])
-    assert Outlook([text(64)] * 8, 16, pace).finishes()[0] == pytest.approx(64 * 0.008)
+    assert Outlook([text(64)] * 8, 16, pace).finishes([text(4)]) == pytest.approx([4 * HALF + 0.012])
+    assert Outlook([text(64)] * 8, 16, pace).finishes()[0] == pytest.approx(4 * HALF + 64 * 0.008)
 
 
 def test_texts_wait_where_slots_are_taken():
-    assert Outlook([text(3), text(5)], 2, LINEAR).finishes([text(1)]) == pytest.approx([0.008])
+    assert Outlook([text(3), text(5)], 2, LINEAR).finishes([text(1)]) == pytest.approx([2 * HALF + 0.008])
 
 
 def test_lengths_take_calls_of_their_own():
     pace = {**LINEAR, 16: Pace(4, 4, {1: 3.0})}
-    assert Outlook([text(2)], 8, pace).finishes([text(2, length=16)]) == pytest.approx([0.008])
+    assert Outlook([text(2)], 8, pace).finishes([text(2, length=16)]) == pytest.approx([HALF + 0.008])
 
 
 def test_texts_that_follow_take_turns_too():
     """Rounds of 3 ms, then of 2 ms while one of the two others, or one that followed, is left."""
     outlook = Outlook([text(10), text(10)], 8, LINEAR)
-    assert outlook.finishes([text(30)]) == pytest.approx([0.030 + 0.020])
-    assert outlook.finishes([text(30)], followed=0.5) == pytest.approx([0.030 + 0.020 + 0.010])
-    assert outlook.finishes([text(30)], followed=1.0) == pytest.approx([0.090])
-
-
-def test_a_text_that_follows_is_whole():
-    outlook = Outlook([Load(1, 10, 1.0, 8)], 8, LINEAR)
-    assert outlook.finishes([text(11)], followed=1.0) == pytest.approx([0.022])
+    for followed, seconds in ((0.0, 0.030 + 0.020), (0.5, 0.030 + 0.020 + 0.010), (1.0, 0.090)):
+        assert outlook.finishes([text(30)], followed, [text(10)]) == pytest.approx([2 * HALF + seconds])
+    (mixed,) = outlook.finishes([text(30)], 1.0, [text(10), text(40)])
+    assert mixed == pytest.approx(2 * HALF + 0.090)  # a longer one is not less of a load
 
 
 def test_lengths_without_a_call_are_not_known():

@@ -97,6 +97,9 @@ class Driver:
         self._count: Counter[str] = Counter()
         self._steps: deque[tuple[float, int]] = deque(maxlen=256)
         self._last_rows = 0
+        self._since = 0.0  # when the call before was over, or the first one of a busy time begun
+        self._lasted: deque[tuple[float, float]] = deque(maxlen=64)  # seconds of recent calls with all around them, and
+        # those that such calls usually take
         self._owed = 0  # rows, times OTHERS, to texts that do not go first
         self._closing: str | None = None
         self._pid = os.getpid()
@@ -173,7 +176,9 @@ class Driver:
             texts = [task.load for task in tasks]
         cost, every = self._engine.cost, {*lengths, *(text.length for text in texts)}
         pace = {n: Pace(self._engine.max_rows(n), self._engine.short_rows(n), cost.by_rows(n)) for n in every}
-        return Outlook(texts, MAX_SLOTS, pace)
+        with self._wake:
+            whole, usual = (sum(seconds) for seconds in zip(*self._lasted, strict=True)) if self._lasted else (1.0, 1.0)
+        return Outlook(texts, MAX_SLOTS, pace, whole / usual)
 
     def close(self) -> None:
         """Stop after the calls under way; texts that are not over end with a BackendError. Waits for the thread."""
@@ -213,6 +218,7 @@ class Driver:
             with self._wake:
                 while self._closing is None and not (self._waiting or self._flying or self._under_way):
                     self._wake.wait()
+                    self._since = time.perf_counter()
                 if self._closing is not None:
                     return
                 everybody = [*self._flying, *(task for queue in self._waiting.values() for task in queue)]
@@ -283,7 +289,7 @@ class Driver:
 
     def _take_turn(self, engine: Engine[Any]) -> list[Task]:
         """The first text and those behind it of its length, as many as a call should hold."""
-        few = [task for task in self._ring if task.program.last <= FEW]
+        few = sorted((task for task in self._ring if task.program.last <= FEW), key=lambda task: task.submitted)
         others = [task for task in self._ring if task.program.last > FEW]
         theirs = bool(others) and self._owed >= OTHERS * others[0].rows
         ring = [*others, *few] if theirs else [*few, *others]
@@ -316,10 +322,13 @@ class Driver:
             self._fail(engine, [*tasks, *(task for later in self._under_way for task in later)], error)
             self._under_way.clear()
             return
+        now, usual = time.perf_counter(), engine.cost.seconds(call.rows, tasks[0].program.length)
         with self._wake:
             self._count["calls"] += 1
             self._last_rows = call.rows
-            self._steps.append((time.perf_counter(), len(tasks)))
+            self._steps.append((now, len(tasks)))
+            self._lasted.append((now - self._since, usual or call.network))
+            self._since = now
         for task, progress in zip(tasks, call.progress, strict=True):
             task.times.network += call.network
             task.times.integrator += call.integrator

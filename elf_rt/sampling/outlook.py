@@ -6,9 +6,10 @@ joins or leaves, all of a kind advance at one speed.
 
 import heapq
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import cycle
 from operator import itemgetter
 from typing import Any
 
@@ -45,38 +46,50 @@ class Pace:
 
 @dataclass(frozen=True)
 class Outlook:
-    """texts: in flight and waiting, first come first. slots: texts that may be in flight. pace: by length."""
+    """texts: in flight and waiting, first come first. slots: texts that may be in flight. pace: by length.
+    overhead: what calls and the time between them took lately, over what the calls usually take."""
 
     texts: Sequence[Load]
     slots: int
     pace: Mapping[int, Pace]
+    overhead: float = 1.0
 
     def known(self, new: Sequence[Load] = ()) -> bool:
         """Whether calls of all lengths were made before, so that their milliseconds are known."""
         return all(load.length in self.pace and self.pace[load.length].ms for load in (*self.texts, *new))
 
-    def finishes(self, new: Sequence[Load] = (), followed: float = 0.0) -> list[float]:
+    def finishes(self, new: Sequence[Load] = (), followed: float = 0.0, following: Sequence[Load] = ()) -> list[float]:
         """Seconds until each of the new texts is over, which come now; without new ones, until each of the others is.
 
         Args:
-            followed: the share of the texts that are over after which another one like it comes: 1 where a server
-                stays as busy as it is, 0 where nothing comes any more.
+            followed: the share of the texts that are over after which another one comes: 1 where a server stays as
+                busy as it is, 0 where nothing comes any more.
+            following: what comes then, in turns.
         """
         asked = len(new) or len(self.texts)
         waiting = deque(enumerate([*self.texts, *new], asked - len(self.texts) - len(new)))
         ends: dict[int, float] = {}  # those that were asked for are 0, 1, …
-        turns, now, owed = _Turns(self.pace), 0.0, 0.0
+        turns, now, owed = _Turns(self.pace), self._call_under_way(), 0.0
+        to_come = cycle(load for load in following if load.length in self.pace)
         while not ends.keys() >= set(range(asked)):
             while waiting and len(turns) < self.slots:
                 turns.join(*waiting.popleft())
-            seconds, index, load = turns.next_over()
+            seconds, index = turns.next_over()
             now += seconds
             ends[index] = now
             owed += followed
-            if owed >= 1:
+            if owed >= 1 and (load := next(to_come, None)):
                 owed -= 1
-                waiting.append((-1, replace(load, calls=load.whole)))
-        return [ends[index] for index in range(asked)]
+                waiting.append((-1, load))
+        return [self.overhead * ends[index] for index in range(asked)]
+
+    def _call_under_way(self) -> float:
+        """Half of it is still to come, on average."""
+        rows: Counter[int] = Counter()
+        for load in self.texts:
+            rows[load.length] += math.ceil(load.rows)
+        held = {length: min(count, self.pace[length].max_rows) for length, count in rows.items()}
+        return 0.5 * max((count * self.pace[length].of_row(count) for length, count in held.items()), default=0.0)
 
 
 class _Turns:
@@ -102,7 +115,7 @@ class _Turns:
         heapq.heappush(self._others, (self._rounds + load.calls, self._joined, index, load))
         self._rows[load.length] += load.rows
 
-    def next_over(self) -> tuple[float, int, Load]:
+    def next_over(self) -> tuple[float, int]:
         """Let time pass until a text is over: the seconds of it, and which one it is."""
         first = self._first()
         fast, slow = self._speeds([load for _, _, load in first])
@@ -115,10 +128,10 @@ class _Turns:
         if until_first <= until_other:
             over = min(first, key=itemgetter(0))
             self._few.remove(over)
-            return passed, over[1], over[2]
+            return passed, over[1]
         self._rounds, _, index, load = heapq.heappop(self._others)
         self._rows[load.length] -= load.rows
-        return passed, index, load
+        return passed, index
 
     def _first(self) -> list[list[Any]]:
         """Those of few steps that are in the next call."""

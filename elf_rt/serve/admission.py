@@ -1,7 +1,6 @@
 """Who is let in: a bounded number of texts, deadlines that will be met, and what is told to the others."""
 
 import math
-import statistics
 import threading
 import time
 from collections import deque
@@ -9,27 +8,25 @@ from collections.abc import Sequence
 
 from elf_rt.model import Model, Text
 from elf_rt.sampling.driver import MAX_SLOTS
+from elf_rt.sampling.outlook import Load
 from elf_rt.serve.errors import ApiError
 from elf_rt.serve.metrics import Metrics
 
 RECENT = 32  # texts that were over last, which say whether others follow them
-ENOUGH = 8  # written texts that say how far predictions are from what happened
 
 
 class Gate:
     """Counts the texts that are let in and not over. ready: warmed up; draining: nobody is let in any more.
 
     A prediction runs the driver ahead: the texts in flight, those that wait, these, and others that follow those that
-    are over, in the share in which they did so lately, since they will take turns too. Its unit is network time; what
-    else a text costs here, per call, is learnt from the texts that were written.
+    are over, in the share in which they did so lately, since they will take turns too.
     """
 
     def __init__(self, model: Model, max_waiting: int, metrics: Metrics) -> None:
         self._model, self._limit, self._metrics = model, MAX_SLOTS + max_waiting, metrics
         self._lock = threading.Lock()
-        self._came: deque[float] = deque(maxlen=16 * RECENT)  # when
+        self._came: deque[tuple[float, Load]] = deque(maxlen=4 * RECENT)  # when
         self._over: deque[float] = deque(maxlen=RECENT)
-        self._ratios: deque[float] = deque(maxlen=64)
         self.open = 0
         self.ready = False
         self.draining = False
@@ -64,29 +61,21 @@ class Gate:
         """
         outlook, loads = self._model.outlook(texts, drafts_every)
         with self._lock:
-            followed, ratio = self._followed(), self._ratio()
+            followed, following = self._followed(), [load for _, load in self._came] or loads
         predicted: list[float | None] = [None] * len(loads)
         if outlook.known(loads):
-            predicted = [1e3 * ratio * seconds for seconds in outlook.finishes(loads, followed)]
+            predicted = [1e3 * seconds for seconds in outlook.finishes(loads, followed, following)]
         if deadline_ms is not None:
             self._refuse_late(predicted, deadline_ms)
         with self._lock:
-            self._came.extend([time.monotonic()] * len(loads))
+            self._came.extend((time.monotonic(), load) for load in loads)
         return predicted
-
-    def learn(self, predicted_ms: float, actual_ms: float) -> None:
-        """What a text took beside what was predicted."""
-        with self._lock:
-            self._ratios.append(self._ratio() * actual_ms / predicted_ms)
-
-    def _ratio(self) -> float:
-        return statistics.median(self._ratios) if len(self._ratios) >= ENOUGH else 1.0
 
     def _followed(self) -> float:
         """Texts that came for each that was over lately; 1 while none was."""
         if not self._over:
             return 1.0
-        return min(1.0, sum(at > self._over[0] for at in self._came) / len(self._over))
+        return min(1.0, sum(at > self._over[0] for at, _ in self._came) / len(self._over))
 
     def _refuse_late(self, predicted: Sequence[float | None], deadline_ms: int) -> None:
         if None in predicted:

@@ -221,8 +221,6 @@ class Job:
         tokens = int((ids != codec.pad_id).sum())
         self._tokens += tokens
         self._service.metrics.written(reason, timings, tokens, writing.predicted_ms)
-        if writing.predicted_ms:
-            self._service.gate.learn(writing.predicted_ms, timings.total_ms)
         times = CompletionTimings(
             total_ms=round(timings.total_ms, 3),
             waited_ms=round(timings.waited_ms, 3),
