@@ -104,11 +104,8 @@ def write_bundle(name: str, folder: Path, env: dict[str, str]) -> None:
         options = [str(example), "-o", str(folder), "--precision", "fp32", "--presets", str(example / "presets.json")]
         command = ["-m", "elf_rt", "export", *options, *(["--no-append-eos"] if name == "shakespeare" else [])]
     else:
-        script = (
-            "from elf_rt.export.random_bundle import write_random_bundle as write; from elf_rt.params import RELEASED"
-        )
         folder.mkdir()
-        command = ["-c", f"{script}\nfrom pathlib import Path\nwrite(Path({str(folder)!r}), RELEASED[{name!r}])"]
+        command = ["-c", RANDOM, str(folder), name]
     subprocess.run([sys.executable, "-P", *command], env=env, check=True, capture_output=True)
 
 

@@ -4,13 +4,14 @@
 
 Texts have 4, 8, 16, 32 or 64 steps in turns. Each client asks for its next text when it has the last one. ``fair``: the
 longest that a text took, against the time of its calls if all clients had an equal share; ``predicted``: the median
-error of what each was told it would take; ``steady``: the same of those that were asked for while all clients were
-there, without the first and the last one of each.
+error of what each was told it would take; ``steady``: the same without as many texts at the beginning and at the
+end as there are clients, when the load grows and shrinks.
 """
 
 import argparse
 import asyncio
 import json
+import math
 import signal
 import statistics
 import subprocess
@@ -81,7 +82,7 @@ async def asked(url: str, bodies: Sequence[dict[str, Any]], clients: int) -> dic
         "short_p50_ms": 1e3 * statistics.median(took for steps, took in seconds if steps == STEPS[0]),
         "fair": max(took / (steps + 1) for steps, took in seconds) / of_call,
         "prediction_error": statistics.median(by_time),
-        "steady_prediction_error": statistics.median(by_time[clients : len(by_time) - clients] or by_time),
+        "steady_prediction_error": statistics.median(by_time[clients : len(by_time) - clients] or [math.nan]),
     }
 
 

@@ -221,6 +221,11 @@ def test_a_short_text_joins_long_ones_at_the_next_call():
     driver.close()
 
 
+def test_no_text_at_all_is_fine(model):
+    assert model.write([]) == [] == model.run([])
+    assert len(model.generate(n=1, seed=0, steps=1)) == 1
+
+
 def test_few_steps_go_first_and_yet_all_advance():
     """Of three calls, two are for texts that are nearly done: here texts of one step, which come one after another."""
     gate = Gate()

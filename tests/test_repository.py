@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MOST_LINES = 400
-LONGER = {"tests/test_layouts.py": 600, "tests/test_engine.py": 560}  # a table of layouts; one engine's whole behaviour
+LONGER = {"tests/test_layouts.py": 620, "tests/test_engine.py": 560}  # a table of layouts; one engine's whole behaviour
 
 
 def tracked(*patterns: str) -> list[str]:

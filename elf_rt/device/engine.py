@@ -172,7 +172,11 @@ class DeviceEngine:
 
     def collect(self) -> Call:
         call = self._under_way.popleft()
-        call.end.wait()
+        try:
+            call.end.wait()
+        except Exception:
+            self._under_way.clear()  # what is behind it will not come either
+            raise
         seconds = call.end.seconds_since(call.begin)
         self.cost.record(call.rows, call.turns[0][0].program.length, seconds)
         return Call([self._progress(*turn, call.number) for turn in call.turns], call.rows, seconds, 0.0)
@@ -332,7 +336,8 @@ class DeviceEngine:
 
     def _make_room(self, length: int) -> bool:
         """Free what was made for other lengths; False where there is nothing."""
-        idle = [slot for at, slots in self._idle.items() if at != length for slot in slots]
+        busy = {slot for call in self._under_way for slot, *_ in call.turns}  # of a text that was cancelled
+        idle = [slot for at, slots in self._idle.items() if at != length for slot in slots if slot not in busy]
         if not idle and not self._calls.others(length):
             return False
         self._advance_left(set(), self._number % (DEPTH + 1))  # the outputs of the last call may go with its bucket

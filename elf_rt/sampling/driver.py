@@ -7,6 +7,7 @@ in flight than fit in a call, so a long request has its first texts early, and l
 """
 
 import os
+import statistics
 import threading
 import time
 from collections import Counter, OrderedDict, deque
@@ -98,8 +99,9 @@ class Driver:
         self._steps: deque[tuple[float, int]] = deque(maxlen=256)
         self._last_rows = 0
         self._since = 0.0  # when the call before was over, or the first one of a busy time begun
-        self._lasted: deque[tuple[float, float]] = deque(maxlen=64)  # seconds of recent calls with all around them, and
-        # those that such calls usually take
+        self._lasted: deque[float] = deque(
+            maxlen=64
+        )  # time of recent calls and around them, over what calls usually take
         self._owed = 0  # rows, times OTHERS, to texts that do not go first
         self._closing: str | None = None
         self._pid = os.getpid()
@@ -132,6 +134,8 @@ class Driver:
         with self._wake:
             if self._closing is not None:
                 raise BackendError(self._closing)
+            if not tasks:
+                return []
             self._waiting.setdefault(caller, deque()).extend(tasks)
             self._wake.notify()
         return tasks
@@ -173,12 +177,11 @@ class Driver:
         """What is to be written, and how fast calls of its lengths and of these ones are."""
         with self._wake:
             tasks = [*self._flying, *(task for queue in self._waiting.values() for task in queue)]
-            texts = [task.load for task in tasks]
+            texts, under_way = [task.load for task in tasks], len(self._under_way)
+            overhead = statistics.median(self._lasted or [1.0])
         cost, every = self._engine.cost, {*lengths, *(text.length for text in texts)}
         pace = {n: Pace(self._engine.max_rows(n), self._engine.short_rows(n), cost.by_rows(n)) for n in every}
-        with self._wake:
-            whole, usual = (sum(seconds) for seconds in zip(*self._lasted, strict=True)) if self._lasted else (1.0, 1.0)
-        return Outlook(texts, MAX_SLOTS, pace, whole / usual)
+        return Outlook(texts, MAX_SLOTS, pace, overhead, under_way)
 
     def close(self) -> None:
         """Stop after the calls under way; texts that are not over end with a BackendError. Waits for the thread."""
@@ -214,6 +217,7 @@ class Driver:
             engine.close()
 
     def _loop(self, engine: Engine[Any]) -> None:
+        self._since = time.perf_counter()
         while True:
             with self._wake:
                 while self._closing is None and not (self._waiting or self._flying or self._under_way):
@@ -279,6 +283,7 @@ class Driver:
             else:
                 self._fail(engine, tasks, error)
             return
+        self._owe(tasks, rows)
         for task, draft in zip(tasks, drafts, strict=True):
             if not task.times.calls:
                 task.times.waited = now - task.submitted
@@ -303,15 +308,16 @@ class Driver:
             if not taken or task.rows <= room:
                 taken[task] = None
                 room -= task.rows
-        self._owe(others, taken)
         self._ring = deque(task for task in self._ring if task not in taken)
         return list(taken)
 
-    def _owe(self, others: Sequence[Task], taken: Iterable[Task]) -> None:
-        """Keep account of the share of the texts that do not go first, and of what this call gives them."""
-        rows = sum(task.rows for task in taken)
-        had = sum(task.rows for task in others if task in taken)
-        self._owed = max(0, self._owed + rows - OTHERS * had) if others else 0
+    def _owe(self, tasks: Sequence[Task], rows: Sequence[int]) -> None:
+        """Keep account of the share of the texts that do not go first, and of what a call gave them."""
+        had = sum(count for task, count in zip(tasks, rows, strict=True) if task.program.last > FEW)
+        if had or any(task.program.last > FEW for task in self._ring):
+            self._owed = max((1 - OTHERS) * sum(rows), self._owed + sum(rows) - OTHERS * had)
+        else:
+            self._owed = 0
 
     def _collect(self, engine: Engine[Any]) -> None:
         """Wait for the oldest call, and tell its texts what it did."""
@@ -327,7 +333,7 @@ class Driver:
             self._count["calls"] += 1
             self._last_rows = call.rows
             self._steps.append((now, len(tasks)))
-            self._lasted.append((now - self._since, usual or call.network))
+            self._lasted.append((now - self._since) / (usual or call.network))
             self._since = now
         for task, progress in zip(tasks, call.progress, strict=True):
             task.times.network += call.network

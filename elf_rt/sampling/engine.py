@@ -233,8 +233,8 @@ class HostEngine:
             self._called.remove(slot)
 
     def num_bytes(self) -> int:
-        slots = sum(slot.z.nbytes + slot.x_last.nbytes for slot in self._slots)
-        return slots + sum(array.nbytes for graph in self._bound.values() for array in graph.arrays.values())
+        slots = sum(slot.z.nbytes + slot.x_last.nbytes for slot in list(self._slots))  # another thread may be asking
+        return slots + sum(array.nbytes for graph in list(self._bound.values()) for array in graph.arrays.values())
 
     def close(self) -> None:
         self._slots.clear()

@@ -47,12 +47,14 @@ class Pace:
 @dataclass(frozen=True)
 class Outlook:
     """texts: in flight and waiting, first come first. slots: texts that may be in flight. pace: by length.
-    overhead: what calls and the time between them took lately, over what the calls usually take."""
+    overhead: what calls and the time between them took lately, over what the calls usually take. under_way: calls that
+    come before all others."""
 
     texts: Sequence[Load]
     slots: int
     pace: Mapping[int, Pace]
     overhead: float = 1.0
+    under_way: int = 0
 
     def known(self, new: Sequence[Load] = ()) -> bool:
         """Whether calls of all lengths were made before, so that their milliseconds are known."""
@@ -69,7 +71,7 @@ class Outlook:
         asked = len(new) or len(self.texts)
         waiting = deque(enumerate([*self.texts, *new], asked - len(self.texts) - len(new)))
         ends: dict[int, float] = {}  # those that were asked for are 0, 1, …
-        turns, now, owed = _Turns(self.pace), self._call_under_way(), 0.0
+        turns, now, owed = _Turns(self.pace), self._calls_under_way(), 0.0
         to_come = cycle(load for load in following if load.length in self.pace)
         while not ends.keys() >= set(range(asked)):
             while waiting and len(turns) < self.slots:
@@ -83,13 +85,14 @@ class Outlook:
                 waiting.append((-1, load))
         return [self.overhead * ends[index] for index in range(asked)]
 
-    def _call_under_way(self) -> float:
-        """Half of it is still to come, on average."""
+    def _calls_under_way(self) -> float:
+        """Seconds of them. Half of the first one is over, on average."""
         rows: Counter[int] = Counter()
         for load in self.texts:
             rows[load.length] += math.ceil(load.rows)
         held = {length: min(count, self.pace[length].max_rows) for length, count in rows.items()}
-        return 0.5 * max((count * self.pace[length].of_row(count) for length, count in held.items()), default=0.0)
+        longest = max((count * self.pace[length].of_row(count) for length, count in held.items()), default=0.0)
+        return max(0.0, self.under_way - 0.5) * longest
 
 
 class _Turns:

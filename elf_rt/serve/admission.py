@@ -5,6 +5,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
 
 from elf_rt.model import Model, Text
 from elf_rt.sampling.driver import MAX_SLOTS
@@ -27,6 +29,7 @@ class Gate:
         self._lock = threading.Lock()
         self._came: deque[tuple[float, Load]] = deque(maxlen=4 * RECENT)  # when
         self._over: deque[float] = deque(maxlen=RECENT)
+        self._accepted: dict[object, list[Load]] = {}  # and not submitted yet: their prompts are being encoded
         self.open = 0
         self.ready = False
         self.draining = False
@@ -49,27 +52,39 @@ class Gate:
 
     def leave(self, texts: int) -> None:
         self.open -= texts
-        with self._lock:
-            self._over.extend([time.monotonic()] * texts)
 
-    def predict(self, texts: Sequence[Text], drafts_every: int, deadline_ms: int | None) -> list[float | None]:
+    def predict(
+        self, texts: Sequence[Text], drafts_every: int, deadline_ms: int | None, asked_by: object
+    ) -> list[float | None]:
         """Milliseconds until each text is written if it is submitted now; None while no call of its length was
-        made. May be called from any thread.
+        made. They count as there from now on, so ``submitted`` is to be called. May be called from any thread.
 
         Raises:
             InputError: a text is not possible. ApiError: a text would miss the deadline, or nobody can tell.
         """
         outlook, loads = self._model.outlook(texts, drafts_every)
-        with self._lock:
-            followed, following = self._followed(), [load for _, load in self._came] or loads
         predicted: list[float | None] = [None] * len(loads)
-        if outlook.known(loads):
-            predicted = [1e3 * seconds for seconds in outlook.finishes(loads, followed, following)]
-        if deadline_ms is not None:
-            self._refuse_late(predicted, deadline_ms)
         with self._lock:
+            accepted = list(chain.from_iterable(self._accepted.values()))
+            outlook = replace(outlook, texts=[*outlook.texts, *accepted])
+            if outlook.known(loads):
+                following = [load for _, load in self._came] or loads
+                predicted = [1e3 * seconds for seconds in outlook.finishes(loads, self._followed(), following)]
+            if deadline_ms is not None:
+                self._refuse_late(predicted, deadline_ms)
             self._came.extend((time.monotonic(), load) for load in loads)
+            self._accepted[asked_by] = loads
         return predicted
+
+    def submitted(self, asked_by: object) -> None:
+        """These texts are known to the model now, or will not come."""
+        with self._lock:
+            self._accepted.pop(asked_by, None)
+
+    def written(self) -> None:
+        """A text is over that was let in."""
+        with self._lock:
+            self._over.append(time.monotonic())
 
     def _followed(self) -> float:
         """Texts that came for each that was over lately; 1 while none was."""

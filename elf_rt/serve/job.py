@@ -168,14 +168,17 @@ class Job:
         texts, drafts_every = self._texts(), 0
         if asked.diffusing:
             drafts_every = 1 if asked.drafts_every is None else asked.drafts_every
-        predicted = service.gate.predict(texts, drafts_every, asked.deadline_ms)
-        for index, (text, ms) in enumerate(zip(texts, predicted, strict=True)):
-            pending = service.model.submit(text, drafts_every=drafts_every)
-            with self._lock:
-                self._writings.append(Writing(index, text.seed or 0, pending, ms))
-                if self._closed:
-                    pending.cancel()
-                    return
+        predicted = service.gate.predict(texts, drafts_every, asked.deadline_ms, self)
+        try:
+            for index, (text, ms) in enumerate(zip(texts, predicted, strict=True)):
+                pending = service.model.submit(text, drafts_every=drafts_every)
+                with self._lock:
+                    self._writings.append(Writing(index, text.seed or 0, pending, ms))
+                    if self._closed:
+                        pending.cancel()
+                        return
+        finally:
+            service.gate.submitted(self)
         service.metrics.prompt_tokens.inc(self._prompt_tokens)
 
     def _texts(self) -> list[Text]:
@@ -221,6 +224,7 @@ class Job:
         tokens = int((ids != codec.pad_id).sum())
         self._tokens += tokens
         self._service.metrics.written(reason, timings, tokens, writing.predicted_ms)
+        self._service.gate.written()
         times = CompletionTimings(
             total_ms=round(timings.total_ms, 3),
             waited_ms=round(timings.waited_ms, 3),
