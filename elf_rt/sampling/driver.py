@@ -99,9 +99,7 @@ class Driver:
         self._steps: deque[tuple[float, int]] = deque(maxlen=256)
         self._last_rows = 0
         self._since = 0.0  # when the call before was over, or the first one of a busy time begun
-        self._lasted: deque[float] = deque(
-            maxlen=64
-        )  # time of recent calls and around them, over what calls usually take
+        self._lasted: deque[float] = deque(maxlen=64)  # what recent turns took, over the usual time of their calls
         self._owed = 0  # rows, times OTHERS, to texts that do not go first
         self._closing: str | None = None
         self._pid = os.getpid()
