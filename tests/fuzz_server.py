@@ -4,6 +4,7 @@ Each line of standard input is JSON: args, folder, streams (files for standard o
 server prints the child's process id, and when it has ended, its exit code (negative: the signal that killed it).
 """
 
+import atexit
 import importlib
 import io
 import json
@@ -68,7 +69,9 @@ def main() -> None:
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
-            os._exit(run(json.loads(line)))
+            code = run(json.loads(line))
+            atexit._run_exitfuncs()  # as an ordinary end does
+            os._exit(code)
         print(child, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 

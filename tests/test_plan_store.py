@@ -34,7 +34,7 @@ def hold(*_, **__):
     time.sleep(60)
 
 bundle, moment = Bundle.open(sys.argv[1]), sys.argv[2]
-request = building.Request("fp16", (89,), parse_profiles("1", None, bundle.config))
+request = building.PlanRequest("fp16", (89,), parse_profiles("1", None, bundle.config))
 spec = building.plan_spec(bundle, Recipe.load("tensorrt-rtx"), Machine(this_machine().os, None), request)
 if moment == "parsed":
     building.set_attention = hold
