@@ -1,25 +1,21 @@
 """manifest.json: what it must hold, read and checked in one place. Fields that are not named here are ignored."""
 
-import dataclasses
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, Self, TypeVar
+from typing import Any, Self
 
-from elf_rt.errors import BundleError, ElfError, first_line
+from elf_rt.errors import BundleError
+from elf_rt.fields import Field, Wrong, read_json
 from elf_rt.files import is_inside, why_not_here
 from elf_rt.params import ModelConfig, SamplingParams
 
 FORMAT = "elf-rt-bundle"
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
-MOST_BYTES = 1 << 24
 MOST_IDS = 1 << 24
 ENCODERS = {"embedding": ("table",), "onnx": ("encoder", "weights")}  # kind -> its files
 GRAPHS = ("denoiser", "discretizer", "weights")  # the files that every variant has
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -96,19 +92,19 @@ class Manifest:
             )
         try:
             return cls._parse(Field("", values))
-        except _Wrong as wrong:
+        except Wrong as wrong:
             raise BundleError(f"{path} is incomplete or altered: {wrong}: export the checkpoint again") from wrong
 
     @classmethod
-    def _parse(cls, root: "Field") -> Self:
+    def _parse(cls, root: Field) -> Self:
         files = {name: entry.text() for name, entry in root.get("files").items()}
         for name in files:
             if not is_inside(name):
-                raise _Wrong(f"files names a file outside the bundle, {name}")
+                raise Wrong(f"files names a file outside the bundle, {name}")
         config = root.get("model").build(ModelConfig)
         presets = {name: entry.build(SamplingParams) for name, entry in root.get("presets").items()}
         if "default" not in presets:
-            raise _Wrong("presets.default is missing")
+            raise Wrong("presets.default is missing")
         return cls(
             config=config,
             presets=presets,
@@ -130,18 +126,12 @@ def _load(path: Path) -> dict[str, Any]:
     if reason := why_not_here(path):
         raise BundleError(f"{path} {reason}")
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise ValueError(f"it has more than {MOST_BYTES >> 20} MB")
-        values = json.loads(path.read_bytes(), parse_constant=_no_number)
-    except (OSError, ValueError, RecursionError) as error:
-        raise BundleError(f"{path} is not JSON ({first_line(error)}): export the checkpoint again") from error
+        values = read_json(path)
+    except Wrong as wrong:
+        raise BundleError(f"{path} is not JSON ({wrong}): export the checkpoint again") from wrong
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise BundleError(f"{path} is not the manifest of an elf-rt bundle")
     return values
-
-
-def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number")
 
 
 def listed_files(path: Path) -> list[str]:
@@ -154,21 +144,21 @@ def listed_files(path: Path) -> list[str]:
     return [name for name in files if is_inside(name)] if isinstance(files, dict) else []
 
 
-def _tokenizer(entry: "Field", vocab_size: int, files: Mapping[str, str]) -> TokenizerPart:
+def _tokenizer(entry: Field, vocab_size: int, files: Mapping[str, str]) -> TokenizerPart:
     pad_id, eos_id = (entry.get(key).whole(0, vocab_size - 1) for key in ("pad_id", "eos_id"))
     file = entry.get("file").file(files) if "file" in entry.object() else None
     append_eos, ends_at_eos = (entry.get(key).flag() for key in ("append_eos", "ends_at_eos"))
     return TokenizerPart(pad_id, eos_id, append_eos, ends_at_eos, file)
 
 
-def _encoder(entry: "Field", files: Mapping[str, str]) -> EncoderPart:
+def _encoder(entry: Field, files: Mapping[str, str]) -> EncoderPart:
     kind = entry.get("kind").one_of(ENCODERS)
     return EncoderPart(
         kind, entry.get("files").files(ENCODERS[kind], files), entry.get("vocab_size").whole(1, MOST_IDS)
     )
 
 
-def _items(plan: "Field") -> tuple[Item, ...]:
+def _items(plan: Field) -> tuple[Item, ...]:
     return tuple(
         Item(
             entry.get("name").text(),
@@ -177,67 +167,3 @@ def _items(plan: "Field") -> tuple[Item, ...]:
         )
         for entry in plan.list()
     )
-
-
-class _Wrong(Exception):
-    """A field that is not as it must be; the message names it."""
-
-
-@dataclass(frozen=True)
-class Field:
-    """A value of the JSON with its path, for messages such as "source.sha256 must be text, got null"."""
-
-    path: str
-    value: Any
-
-    def fail(self, must: str) -> NoReturn:
-        raise _Wrong(f"{self.path} must be {must}, got {json.dumps(self.value, ensure_ascii=False)[:60]}")
-
-    def object(self) -> dict[str, Any]:
-        return self.value if isinstance(self.value, dict) else self.fail("an object")
-
-    def get(self, key: str) -> "Field":
-        path = f"{self.path}.{key}".lstrip(".")
-        if key not in self.object():
-            raise _Wrong(f"{path} is missing")
-        return Field(path, self.value[key])
-
-    def items(self) -> "Iterable[tuple[str, Field]]":
-        return [(key, self.get(key)) for key in self.object()]
-
-    def list(self) -> "Iterable[Field]":
-        values = self.value if isinstance(self.value, list) else self.fail("a list")
-        return [Field(f"{self.path}[{i}]", value) for i, value in enumerate(values)]
-
-    def text(self) -> str:
-        return self.value if isinstance(self.value, str) else self.fail("text")
-
-    def flag(self) -> bool:
-        return self.value if isinstance(self.value, bool) else self.fail("true or false")
-
-    def one_of(self, valid: Iterable[str]) -> str:
-        return self.text() if self.text() in valid else self.fail(f"one of {', '.join(valid)}")
-
-    def whole(self, least: int, most: int) -> int:
-        fits = type(self.value) is int and least <= self.value <= most
-        return self.value if fits else self.fail(f"a whole number from {least} to {most}")
-
-    def number(self, least: float, most: float) -> float:
-        fits = type(self.value) in (int, float) and least <= self.value <= most
-        return float(self.value) if fits else self.fail(f"a number from {least:g} to {most:g}")
-
-    def file(self, files: Mapping[str, str]) -> str:
-        return self.text() if self.text() in files else self.fail("a name that stands in files")
-
-    def files(self, roles: Iterable[str], files: Mapping[str, str]) -> dict[str, str]:
-        """Names of files by role; there may be more roles than those that must be there."""
-        return {role: self.get(role).file(files) for role in dict.fromkeys((*roles, *self.object()))}
-
-    def build(self, kind: type[T]) -> T:
-        """A dataclass of the object's fields, all of which must be there; its own words about a value that does not
-        fit."""
-        values = {field.name: self.get(field.name).value for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-        try:
-            return kind(**values)
-        except (ElfError, TypeError) as error:
-            raise _Wrong(f"{self.path}: {first_line(error)}") from error

@@ -22,13 +22,15 @@ from typing import Any, Self
 from elf_rt.bundle import Bundle
 from elf_rt.device.cudart import Gpu, find_gpu
 from elf_rt.errors import BackendError
-from elf_rt.files import atomic_file, sha256
+from elf_rt.fields import MOST_COUNT, Field, Wrong, read_json
+from elf_rt.files import atomic_file, is_inside, sha256
 from elf_rt.libraries import import_library, why_absent
 
 RECORD = "plan.json"
 FORMAT = "elf-rt-plan"
 SCHEMA_VERSION = 1
 GRAPHS = ("denoiser", "discretizer")
+MOST_SIZE = 1 << 30  # of an axis
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,12 @@ class Range:
     best: int
     most: int
 
+    @classmethod
+    def read(cls, entry: Field) -> Self:
+        least = entry.get("least").whole(1, MOST_SIZE)
+        best = entry.get("best").whole(least, MOST_SIZE)
+        return cls(least, best, entry.get("most").whole(best, MOST_SIZE))
+
     def __str__(self) -> str:
         return str(self.best) if self.least == self.most else f"{self.least}:{self.best}:{self.most}"
 
@@ -151,6 +159,19 @@ class Engine:
     matmuls: dict[str, int] = field(default_factory=dict)
     layers: dict[str, int] = field(default_factory=dict)
 
+    @classmethod
+    def read(cls, entry: Field) -> Self:
+        file = entry.get("file").text()
+        sizes = (entry.optional(name) for name in ("weights_bytes", "scratch_bytes"))
+        return cls(
+            file if is_inside(file) else entry.get("file").fail("the name of a file beside it"),
+            entry.get("sha256").text(),
+            entry.get("num_bytes").whole(0, MOST_COUNT),
+            entry.get("seconds").number(0, 1e9),
+            *(size and size.whole(0, MOST_COUNT) for size in sizes),
+            *(entry.get(name).counts() for name in ("attention", "matmuls", "layers")),
+        )
+
     def summary(self, precision: str) -> str:
         """Size, scratch memory, attention, and how much computes in a precision, by the graph's own types."""
         parts = [f"{self.num_bytes / 1e6:.1f} MB"]
@@ -190,22 +211,33 @@ class Record:
         path = folder / RECORD
         mend = "delete that folder and run elf-rt build-engine"
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            if values.pop("format") != FORMAT or values.pop("schema_version") != SCHEMA_VERSION:
+            root = Field("", read_json(path))
+            if (root.get("format").value, root.get("schema_version").value) != (FORMAT, SCHEMA_VERSION):
                 raise BackendError(f"{path} was written by another version of elf-rt: {mend}")
-            return cls(
-                **{
-                    **values,
-                    "sms": tuple(values["sms"]),
-                    "profiles": tuple(
-                        Profile(Range(**profile["rows"]), Range(**profile["length"])) for profile in values["profiles"]
-                    ),
-                    "engines": {name: Engine(**engine) for name, engine in values["engines"].items()},
-                    "replayed": tuple(values.get("replayed", ())),
-                }
-            )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BackendError(f"{path} is damaged ({type(error).__name__}: {error}): {mend}") from error
+            return cls._parse(root)
+        except Wrong as wrong:
+            raise BackendError(f"{path} is damaged ({wrong}): {mend}") from wrong
+
+    @classmethod
+    def _parse(cls, root: Field) -> Self:
+        key, version, os, precision = (root.get(name).text() for name in ("key", "version", "os", "precision"))
+        gpu, replayed, why_not = (root.optional(name) for name in ("gpu", "replayed", "not_replayed"))
+        profiles = root.get("profiles").list()
+        return cls(
+            key=key,
+            library=root.get("library").one_of(LIBRARIES),
+            version=version,
+            sms=tuple(sm.whole(1, 9999) for sm in root.get("sms").list()),
+            gpu=gpu and gpu.text(),
+            os=os,
+            precision=precision,
+            profiles=tuple(Profile(Range.read(each.get("rows")), Range.read(each.get("length"))) for each in profiles),
+            graphs={name: entry.text() for name, entry in root.get("graphs").items()},
+            settings=root.get("settings").object(),
+            engines={name: Engine.read(root.get("engines").get(name)) for name in GRAPHS},
+            replayed=tuple(rows.whole(1, MOST_SIZE) for rows in replayed.list()) if replayed else (),
+            not_replayed=why_not.text() if why_not else cls.not_replayed,
+        )
 
     def write(self, folder: Path) -> None:
         values = {"format": FORMAT, "schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}

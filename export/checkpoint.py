@@ -36,7 +36,7 @@ class Checkpoint:
     step: int | None  # training step, where the checkpoint tells it
     weights: str  # "ema" | "raw" | "unknown": what the checkpoint proves
     config: ModelConfig
-    settings: dict[str, Any]  # the YAML mapping or the one in the file; empty where a released preset was taken
+    settings: Settings  # of the YAML, or in the file; without values where a released preset was taken
     settings_from: Path | None  # the YAML
     statistics: np.ndarray | None  # (2, P, C) of the latents, per channel; None: config has one mean and deviation
     state: dict[str, torch.Tensor]
@@ -44,7 +44,7 @@ class Checkpoint:
     @property
     def ignored(self) -> list[str]:
         """Fields of the config that have no meaning here."""
-        return [printable(name) for name in self.settings if name not in USED]
+        return [printable(name) for name in self.settings.values if name not in USED]
 
     @property
     def folder(self) -> Path:
@@ -91,7 +91,7 @@ def load_checkpoint(source: str | Path, *, config: Path | None = None, raw: bool
         step=step_of(stored, path),
         weights=chosen.kind,
         config=model,
-        settings=dict(settings.values),
+        settings=settings,
         settings_from=settings.where if settings.where != path else None,
         statistics=statistics,
         state={

@@ -27,14 +27,17 @@ def describe_export(source: str, output: Path, options: ExportOptions) -> list[t
     c = found.config
     weights = sum(tensor.numel() for tensor in found.state.values())
     kind = f"sources of up to {c.max_input_length} tokens" if c.max_input_length else "unconditional"
-    presets = presets_for(c, family_of(found.settings)) | options.presets
+    presets = presets_for(c, family_of(found.settings.values)) | options.presets
     size = sum(BYTES[name] * weights for name in options.precisions)
     blocks = f"{c.depth} blocks of width {c.hidden_size}, {c.num_heads} heads of {c.head_dim}"
     return [
         ("checkpoint", f"{found.path}: {found.summary}"),
         ("model", f"{blocks}, {weights / 1e6:.1f} M weights"),
         ("", f"{c.max_length} tokens, {kind}, latents of {c.latent_dim}, vocabulary {c.vocab_size}"),
-        ("config", str(found.settings_from or ("in the checkpoint" if found.settings else "none: a released model's"))),
+        (
+            "config",
+            str(found.settings_from or ("in the checkpoint" if found.settings.values else "none: a released model's")),
+        ),
         ("encoder", _encoder(found, options)),
         ("tokenizer", _tokenizer(found, options)),
         ("presets", ", ".join(presets)),

@@ -13,6 +13,7 @@ from elf_rt.export.foreign import few, printable, read_json
 from elf_rt.export.gpt2 import GPT2Sizes
 from elf_rt.export.hub import download
 from elf_rt.export.layouts import is_sharded, read_stored
+from elf_rt.export.settings import Settings
 from elf_rt.export.stored import FLOATS, refuse_type
 from elf_rt.export.t5 import T5Sizes
 from elf_rt.export.tokenizer import BYTE_LEVEL, is_byte_level
@@ -182,7 +183,7 @@ def run_encoder(path: Path, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.asarray(latents)
 
 
-def encoder_beside(folder: Path, settings: Mapping[str, Any]) -> str | None:
+def encoder_beside(folder: Path, settings: Settings) -> str | None:
     """The encoder that lies in a checkpoint's folder, or the one that its YAML names."""
     table = folder / "encoder.safetensors"
     named = settings.get("encoder_model_name")

@@ -98,7 +98,7 @@ def export_bundle(
     model.load_state_dict(checkpoint.state)
     model.eval()
     with atomic_folder(output) as folder:
-        official = presets_for(checkpoint.config, family_of(checkpoint.settings))
+        official = presets_for(checkpoint.config, family_of(checkpoint.settings.values))
         manifest = _describe(checkpoint, options, official | options.presets)
         manifest |= _write_text_side(folder, checkpoint, options)
         write_manifest(folder, manifest | {"variants": {}})  # enough for the text side

@@ -4,11 +4,12 @@ A vocabulary may have them anywhere: T5 first (0 and 1), GPT-2 last.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from elf_rt.errors import CheckpointError
+from elf_rt.export.settings import Settings
+from elf_rt.manifest import MOST_IDS
 from elf_rt.text.tokenizer import TextTokenizer
 
 T5_IDS = {"pad_token": 0, "eos_token": 1}  # ids of the official models, for a model without a tokenizer
@@ -19,7 +20,7 @@ NAMES = {  # role -> names that tokenizers give the token
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json")
 
 
-def special_ids(settings: Mapping[str, Any], tokenizer: TextTokenizer | None) -> dict[str, int]:
+def special_ids(settings: Settings, tokenizer: TextTokenizer | None) -> dict[str, int]:
     """{"pad_id": ..., "eos_id": ...} of a run's YAML and its tokenizer. Where nothing pads, EOS does.
 
     The YAML's ``pad_token_id`` and ``eos_token_id`` come first, then the files that name them beside the tokenizer,
@@ -39,10 +40,9 @@ def special_ids(settings: Mapping[str, Any], tokenizer: TextTokenizer | None) ->
     return {"pad_id": eos if pad is None else pad, "eos_id": eos}
 
 
-def _find(role: str, settings: Mapping[str, Any], tokenizer: TextTokenizer | None) -> int | None:
-    given = settings.get(f"{role}_id")
-    if given is not None and (type(given) is not int or given < 0):
-        raise CheckpointError(f"{role}_id in the YAML must be a whole number, 0 or more, got {given!r}")
+def _find(role: str, settings: Settings, tokenizer: TextTokenizer | None) -> int | None:
+    key = f"{role}_id"
+    given = settings.integer(key, 0, MOST_IDS) if key in settings else None
     if tokenizer is None:
         return T5_IDS[role] if given is None else given
     named = {name: tokenizer.vocab[name] for name in _names(role, tokenizer.path) if name in tokenizer.vocab}

@@ -52,7 +52,7 @@ def test_sizes_and_settings():
         "latent_std": 0.2,
     }
     assert dataclasses.asdict(checkpoint.config) == expected
-    assert checkpoint.settings == yaml.safe_load((GOLDEN / "cond" / "config.yml").read_text(encoding="utf-8"))
+    assert checkpoint.settings.values == yaml.safe_load((GOLDEN / "cond" / "config.yml").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("case", ["cond", "head_dim_66", "no_sc_tokens", "no_self_cond", "t5", "uncond"])

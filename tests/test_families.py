@@ -294,7 +294,7 @@ def test_the_lightning_reproduction_has_the_exact_gelu(tmp_path):
     torch.save({"state_dict": trained, "ema": {"shadow": ema}, "global_step": 5}, tmp_path / "last.ckpt")
     (tmp_path / "config.yml").write_text(yaml.safe_dump(MMD | {"objective": None, "sampling_configs_path": None}))
     checkpoint = load_checkpoint(tmp_path)
-    assert (checkpoint.config.head_gelu, family_of(checkpoint.settings)) == ("none", "")
+    assert (checkpoint.config.head_gelu, family_of(checkpoint.settings.values)) == ("none", "")
     assert torch.equal(checkpoint.state["final_layer.norm_final.weight"], ema["final_layer.norm.weight"])
 
 

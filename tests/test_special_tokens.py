@@ -1,6 +1,7 @@
 """Pad and EOS are where the vocabulary has them; a tokenizer that is not what was trained is refused or mended."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +10,14 @@ from text_side import WORDS, checkpoint_with_text, word_tokenizer
 import elf_rt
 from elf_rt.bundle import Bundle
 from elf_rt.errors import CheckpointError
-from elf_rt.export.special_tokens import special_ids
+from elf_rt.export import special_tokens
+from elf_rt.export.settings import Settings
 from elf_rt.text.codec import TextCodec
 from elf_rt.text.tokenizer import TextTokenizer
+
+
+def special_ids(values, tokenizer):
+    return special_tokens.special_ids(Settings(values, Path("config.yml")), tokenizer)
 
 
 def tokenizer_file(folder, values):
@@ -27,7 +33,11 @@ def tokenizer_file(folder, values):
 def test_ids_are_found_by_name(tmp_path, pad, eos, names):
     tokenizer = tokenizer_file(tmp_path, word_tokenizer(pad, eos, names))
     assert special_ids({}, tokenizer) == {"pad_id": pad, "eos_id": eos}
-    assert special_ids({"pad_token_id": pad, "eos_token_id": eos}, tokenizer) == {"pad_id": pad, "eos_id": eos}
+    for given in (
+        {"pad_token_id": pad, "eos_token_id": eos},
+        {"model": {"pad_token_id": str(pad)}, "data": {"eos_token_id": "${tokens.end}"}, "tokens": {"end": eos}},
+    ):
+        assert special_ids(given, tokenizer) == {"pad_id": pad, "eos_id": eos}
 
 
 def test_eos_pads_where_nothing_else_does(tmp_path):
@@ -51,7 +61,7 @@ def test_the_tokenizers_own_configuration_names_them(tmp_path, content):
         ({"eos_token_id": 1}, r"says eos_token_id 1, which is 'w0' in .*; </s> is 96"),
         ({"pad_token_id": 0}, r"says pad_token_id 0, which is '<unk>' in .*; <pad> is 95"),
         ({"eos_token_id": 500}, "which is no token"),
-        ({"eos_token_id": "1"}, "must be a whole number"),
+        ({"eos_token_id": "one"}, "must be a whole number"),
         ({"eos_token_id": -1}, "must be a whole number"),
         ({"eos_token_id": True}, "must be a whole number"),
     ],

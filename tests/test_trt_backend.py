@@ -2,6 +2,7 @@
 
 import ctypes
 import dataclasses
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -356,11 +357,31 @@ class TestTheRecordIsCheckedFirst:
         (plan / "denoiser.plan").unlink()
         self.refused(bundle, r"denoiser\.plan is missing: run elf-rt build-engine")
 
-    def test_damaged_record(self, plan: Path, bundle: Bundle) -> None:
-        (plan / RECORD).write_text("{}")
-        self.refused(
-            bundle, r"plan\.json is damaged \(KeyError: 'format'\): delete that folder and run elf-rt build-engine"
-        )
+    @pytest.mark.parametrize(
+        ("change", "reason"),
+        [
+            (lambda record: record.clear(), "format is missing"),
+            (lambda record: record.update(precision=None), "precision must be text, got null"),
+            (lambda record: record.update(sms=["89"]), r"sms\[0\] must be a whole number"),
+            (lambda record: record["profiles"][0]["rows"].update(least=9), r"rows.best must be a whole number from 9"),
+            (lambda record: record["engines"].pop("denoiser"), "engines.denoiser is missing"),
+            (
+                lambda record: record["engines"]["denoiser"].update(file="../x"),
+                "file must be the name of a file beside",
+            ),
+            (
+                lambda record: record["engines"]["denoiser"].update(layers={"fp16": "all"}),
+                "layers.fp16 must be a whole",
+            ),
+        ],
+    )
+    def test_damaged_record(self, plan: Path, bundle: Bundle, change: Any, reason: str) -> None:
+        record = json.loads((plan / RECORD).read_text())
+        change(record)
+        (plan / RECORD).write_text(json.dumps(record))
+        self.refused(bundle, rf"plan\.json is damaged \(.*{reason}.*\): delete that folder and run elf-rt build-engine")
+        ((name, text),) = describe_plans(bundle, inspect_denoiser)
+        assert name == "plan" and "is damaged" in text
 
     def test_other_weights(self, plan: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
         for name in bundle.manifest.files:
