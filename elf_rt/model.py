@@ -270,7 +270,7 @@ class Model:
 
     def run(self, programs: Sequence[Program]) -> list[Written]:
         """Programs of the engine, side by side: below text and arrays."""
-        run = EventStream(self._open_driver, iter([programs]))
+        run = EventStream(self._open_driver, iter([programs]), steps=False)
         written = {index: event for index, event in run if isinstance(event, Written)}
         return [written[index] for index in range(len(programs))]
 
@@ -317,7 +317,7 @@ class Model:
         return self._driver
 
     def _run(
-        self, texts: Sequence[Checked], drafts_every: int = 0
+        self, texts: Sequence[Checked], drafts_every: int = 0, *, steps: bool = True
     ) -> tuple[EventStream, list[range], dict[int, Prepared]]:
         """The events of texts; the groups that are prepared together and share a call; and what was prepared."""
         driver, prepared, encoded = self._open_driver, dict[int, Prepared](), Encoded()
@@ -335,12 +335,12 @@ class Model:
                 start = group.stop
                 yield [each.program for each in made]
 
-        return EventStream(driver, programs()), groups, prepared
+        return EventStream(driver, programs(), steps), groups, prepared
 
     def _write(self, texts: Sequence[Checked], on_step: Callable[[int, int], None] | None) -> list[Result]:
         if not texts:
             return []
-        run, _, prepared = self._run(texts)
+        run, _, prepared = self._run(texts, steps=on_step is not None)
         results: dict[int, Result] = {}
         done, total = 0, sum(text.params.steps for text in texts)
         for index, event in run:

@@ -19,11 +19,12 @@ class EventStream:
     """The events of one caller's texts as they come, by the index of the text.
 
     Texts are made and submitted group by group, at most two groups ahead of those that are written. The first error is
-    raised; then, or when this object is closed or forgotten, the texts that are left are cancelled.
+    raised; then, or when this object is closed or forgotten, the texts that are left are cancelled. Without ``steps``
+    the caller's thread sleeps until a text is written.
     """
 
-    def __init__(self, driver: Driver, groups: Iterator[Sequence[Program]]) -> None:
-        self._driver, self._groups = driver, groups
+    def __init__(self, driver: Driver, groups: Iterator[Sequence[Program]], steps: bool = True) -> None:
+        self._driver, self._groups, self._steps = driver, groups, steps
         self._events: SimpleQueue[tuple[int, Event]] = SimpleQueue()
         self._tasks: dict[int, Task] = {}
         self._submitted = 0
@@ -60,13 +61,14 @@ class EventStream:
         if group is None:
             return
         indices = range(self._submitted, self._submitted + len(group))
-        posts = [partial(_put, self._events, index) for index in indices]
+        posts = [partial(_put, self._events, self._steps, index) for index in indices]
         self._tasks |= dict(zip(indices, self._driver.submit(group, posts, self._events), strict=True))
         self._submitted, self._size = indices.stop, len(group)
 
 
-def _put(events: "SimpleQueue[tuple[int, Event]]", index: int, event: Event) -> None:
-    events.put((index, event))
+def _put(events: "SimpleQueue[tuple[int, Event]]", steps: bool, index: int, event: Event) -> None:
+    if steps or not isinstance(event, StepDone):
+        events.put((index, event))
 
 
 class Pending:
