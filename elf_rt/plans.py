@@ -162,14 +162,17 @@ class Engine:
     @classmethod
     def read(cls, entry: Field) -> Self:
         file = entry.get("file").text()
-        sizes = (entry.optional(name) for name in ("weights_bytes", "scratch_bytes"))
+        weights, scratch = entry.optional("weights_bytes"), entry.optional("scratch_bytes")
         return cls(
             file if is_inside(file) else entry.get("file").fail("the name of a file beside it"),
             entry.get("sha256").text(),
             entry.get("num_bytes").whole(0, MOST_COUNT),
             entry.get("seconds").number(0, 1e9),
-            *(size and size.whole(0, MOST_COUNT) for size in sizes),
-            *(entry.get(name).counts() for name in ("attention", "matmuls", "layers")),
+            weights.whole(0, MOST_COUNT) if weights else None,
+            scratch.whole(0, MOST_COUNT) if scratch else None,
+            entry.get("attention").counts(),
+            entry.get("matmuls").counts(),
+            entry.get("layers").counts(),
         )
 
     def summary(self, precision: str) -> str:
@@ -228,7 +231,7 @@ class Record:
             library=root.get("library").one_of(LIBRARIES),
             version=version,
             sms=tuple(sm.whole(1, 9999) for sm in root.get("sms").list()),
-            gpu=gpu and gpu.text(),
+            gpu=gpu.text() if gpu else None,
             os=os,
             precision=precision,
             profiles=tuple(Profile(Range.read(each.get("rows")), Range.read(each.get("length"))) for each in profiles),
