@@ -456,7 +456,7 @@ def test_hugging_face_folder(tmp_path, ema):
     model.elf.load_state_dict(ema)
     model.save_pretrained(tmp_path / "hf")
     path = tmp_path / "hf" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | golden.settings))
+    path.write_text(json.dumps(json.loads(path.read_text()) | golden.settings.values))
     (tmp_path / "hf" / "modeling_elf.py").write_text(f"open({str(tmp_path / 'trace')!r}, 'w')\n")
     checkpoint = load_checkpoint(tmp_path / "hf")
     assert_same(checkpoint.state, ema)
