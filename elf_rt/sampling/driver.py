@@ -49,6 +49,11 @@ class Task:
         return len(self.program.rows(self.slot.j)) if self.slot is not None else 0
 
     @property
+    def few(self) -> bool:
+        """Whether it goes first."""
+        return self.program.last <= FEW
+
+    @property
     def passes_left(self) -> int:
         """Calls that are still to be enqueued."""
         return self.program.last + 1 - (self.slot.j if self.slot is not None else 1)
@@ -92,7 +97,7 @@ class Driver:
         self._wake = threading.Condition()
         self._waiting: OrderedDict[object, deque[Task]] = OrderedDict()  # by caller
         self._flying: dict[Task, None] = {}  # those that have a slot, in the order in which they got it
-        self._ring: deque[Task] = deque()  # those of them that have calls left; the first is next
+        self._ring: deque[Task] = deque()  # those of them that have calls left; each goes to the end after its call
         self._under_way: deque[list[Task]] = deque()  # by call
         self._rows_of: Counter[object] = Counter()  # in flight, by caller
         self._count: Counter[str] = Counter()
@@ -292,8 +297,8 @@ class Driver:
 
     def _take_turn(self, engine: Engine[Any]) -> list[Task]:
         """The first text and those behind it of its length, as many as a call should hold."""
-        few = sorted((task for task in self._ring if task.program.last <= FEW), key=lambda task: task.submitted)
-        others = [task for task in self._ring if task.program.last > FEW]
+        few = sorted((task for task in self._ring if task.few), key=lambda task: task.submitted)
+        others = [task for task in self._ring if not task.few]
         theirs = bool(others) and self._owed >= OTHERS * others[0].rows
         ring = [*others, *few] if theirs else [*few, *others]
         length = ring[0].program.length
@@ -311,8 +316,8 @@ class Driver:
 
     def _owe(self, tasks: Sequence[Task], rows: Sequence[int]) -> None:
         """Keep account of the share of the texts that do not go first, and of what a call gave them."""
-        had = sum(count for task, count in zip(tasks, rows, strict=True) if task.program.last > FEW)
-        if had or any(task.program.last > FEW for task in self._ring):
+        had = sum(count for task, count in zip(tasks, rows, strict=True) if not task.few)
+        if had or not all(task.few for task in self._ring):
             self._owed = max((1 - OTHERS) * sum(rows), self._owed + sum(rows) - OTHERS * had)
         else:
             self._owed = 0

@@ -10,8 +10,8 @@ from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
-from operator import itemgetter
-from typing import Any
+
+from elf_rt.sampling.cost import round_up
 
 FEW = 5  # calls of a text that goes first: 4 steps and the decoding one
 OTHERS = 3  # one row of so many is for the other texts, where some wait
@@ -27,6 +27,11 @@ class Load:
     rows: float
     length: int
 
+    @property
+    def few(self) -> bool:
+        """Whether it goes first."""
+        return self.whole <= FEW
+
 
 @dataclass(frozen=True)
 class Pace:
@@ -39,7 +44,7 @@ class Pace:
 
     def of_row(self, rows: float) -> float:
         """Seconds of a row in a call of so many. A size that was not measured costs a row what the nearest one does."""
-        size = 1 << (math.ceil(rows) - 1).bit_length()
+        size = round_up(math.ceil(rows))
         nearest = min(self.ms, key=lambda known: abs(math.log2(known / size)))
         return 1e-3 * self.ms[nearest] / nearest
 
@@ -68,22 +73,23 @@ class Outlook:
                 busy as it is, 0 where nothing comes any more.
             following: what comes then, in turns.
         """
-        asked = len(new) or len(self.texts)
+        left = asked = len(new) or len(self.texts)
         waiting = deque(enumerate([*self.texts, *new], asked - len(self.texts) - len(new)))
-        ends: dict[int, float] = {}  # those that were asked for are 0, 1, …
+        ends = [0.0] * asked  # texts that were not asked for have an index below 0
         turns, now, owed = _Turns(self.pace), self._calls_under_way(), 0.0
         to_come = cycle(load for load in following if load.length in self.pace)
-        while not ends.keys() >= set(range(asked)):
+        while left:
             while waiting and len(turns) < self.slots:
                 turns.join(*waiting.popleft())
             seconds, index = turns.next_over()
             now += seconds
-            ends[index] = now
+            if index >= 0:
+                ends[index], left = now, left - 1
             owed += followed
             if owed >= 1 and (load := next(to_come, None)):
                 owed -= 1
                 waiting.append((-1, load))
-        return [self.overhead * ends[index] for index in range(asked)]
+        return [self.overhead * end for end in ends]
 
     def _calls_under_way(self) -> float:
         """Seconds of them. Half of the first one is over, on average."""
@@ -95,13 +101,22 @@ class Outlook:
         return max(0.0, self.under_way - 0.5) * longest
 
 
+@dataclass(eq=False)
+class _Text:
+    """A text of few steps. left: calls."""
+
+    left: float
+    index: int
+    load: Load
+
+
 class _Turns:
     """The texts in flight. Those of few steps go first, in the order in which they came. The others advance together:
     `_rounds` counts the calls of each, and a heap holds them by the round that is their last one."""
 
     def __init__(self, pace: Mapping[int, Pace]) -> None:
         self._pace = pace
-        self._few: deque[list[Any]] = deque()  # calls left, index, load
+        self._few: list[_Text] = []
         self._others: list[tuple[float, int, int, Load]] = []
         self._rows: dict[int, float] = dict.fromkeys(pace, 0.0)  # of a round of the others, by length
         self._rounds = 0.0
@@ -111,8 +126,8 @@ class _Turns:
         return len(self._few) + len(self._others)
 
     def join(self, index: int, load: Load) -> None:
-        if load.whole <= FEW:
-            self._few.append([load.calls, index, load])
+        if load.few:
+            self._few.append(_Text(load.calls, index, load))
             return
         self._joined += 1
         heapq.heappush(self._others, (self._rounds + load.calls, self._joined, index, load))
@@ -121,33 +136,32 @@ class _Turns:
     def next_over(self) -> tuple[float, int]:
         """Let time pass until a text is over: the seconds of it, and which one it is."""
         first = self._first()
-        fast, slow = self._speeds([load for _, _, load in first])
-        until_first = min((left for left, _, _ in first), default=math.inf) / fast
+        fast, slow = self._speeds([text.load for text in first])
+        until_first = min((text.left for text in first), default=math.inf) / fast
         until_other = (self._others[0][0] - self._rounds) / slow if self._others else math.inf
         passed = min(until_first, until_other)
         self._rounds += passed * slow
         for text in first:
-            text[0] -= passed * fast
+            text.left -= passed * fast
         if until_first <= until_other:
-            over = min(first, key=itemgetter(0))
+            over = min(first, key=lambda text: text.left)
             self._few.remove(over)
-            return passed, over[1]
+            return passed, over.index
         self._rounds, _, index, load = heapq.heappop(self._others)
         self._rows[load.length] -= load.rows
         return passed, index
 
-    def _first(self) -> list[list[Any]]:
+    def _first(self) -> list[_Text]:
         """Those of few steps that are in the next call."""
         if not self._few:
             return []
-        length = self._few[0][2].length
-        pace, rows = self._pace[length], 0.0
-        chosen: list[list[Any]] = []
-        room = pace.short_rows if self._others else pace.max_rows
+        length = self._few[0].load.length
+        chosen: list[_Text] = []
+        room: float = self._pace[length].short_rows if self._others else self._pace[length].max_rows
         for text in self._few:
-            if text[2].length == length and (not chosen or rows + text[2].rows <= room):
+            if text.load.length == length and (not chosen or text.load.rows <= room):
                 chosen.append(text)
-                rows += text[2].rows
+                room -= text.load.rows
         return chosen
 
     def _speeds(self, first: Sequence[Load]) -> tuple[float, float]:
