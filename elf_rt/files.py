@@ -130,22 +130,32 @@ def sealed_folder(folder: Path, digest: Callable[[Path], str]) -> Iterator[None]
                 write_sealed(folder / SEAL, json.dumps(now).encode())
 
 
+def writable_target(path: Path) -> Path:
+    """Where a file of this path can be written: what a link leads to, so that the link stays.
+
+    Raises:
+        BundleError: it is a folder, or in none that is there and can be written in.
+    """
+    if path.is_dir():
+        raise BundleError(f"{path} is a folder: name a file")
+    path = path.resolve()
+    if not path.parent.is_dir():
+        raise BundleError(f"the folder {path.parent} does not exist")
+    if not os.access(path.parent, os.W_OK):
+        raise BundleError(f"cannot write in {path.parent}")
+    return path
+
+
 @contextlib.contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
     """A temporary path beside ``target`` that takes its name when the block succeeds.
 
     A file that is there keeps its mode and the links to it; a device or a pipe is written to directly.
     """
-    if target.is_dir():
-        raise BundleError(f"{target} is a folder: name a file")
-    if target.exists() and not target.is_file():  # before resolve(): /dev/stdout may lead to a pipe, which has no path
-        yield target
+    if target.exists() and not target.is_file() and not target.is_dir():
+        yield target  # before it is resolved: /dev/stdout may lead to a pipe, which has no path
         return
-    target = target.resolve()
-    if not target.parent.is_dir():
-        raise BundleError(f"the folder {target.parent} does not exist")
-    if not os.access(target.parent, os.W_OK):
-        raise BundleError(f"cannot write in {target.parent}")
+    target = writable_target(target)
     work = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     os.close(os.open(work, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:

@@ -125,11 +125,17 @@ def test_released_sizes_need_no_yaml(tmp_path):
     ],
 )
 def test_bad_yaml(tmp_path, text, message):
-    shutil.copy(OFFICIAL, tmp_path)
-    (tmp_path / "config.yml").write_text(text)
+    refusal_of_yaml(tmp_path, text, message)
+
+
+def refusal_of_yaml(folder, text, message):
+    """The one line, which matches the message, that a checkpoint beside this YAML is refused with."""
+    shutil.copy(OFFICIAL, folder)
+    (folder / "config.yml").write_text(text)
     with pytest.raises(CheckpointError, match=message) as caught:
-        load_checkpoint(tmp_path)
+        load_checkpoint(folder)
     assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def test_yaml_that_is_not_there(tmp_path, ema):
@@ -217,11 +223,7 @@ def test_yaml_that_would_grow_or_run(tmp_path, text):
     ],
 )
 def test_yaml_that_costs_too_much(tmp_path, text, message):
-    shutil.copy(OFFICIAL, tmp_path)
-    (tmp_path / "config.yml").write_text(text)
-    with pytest.raises(CheckpointError, match=message) as caught:
-        load_checkpoint(tmp_path)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+    assert len(refusal_of_yaml(tmp_path, text, message)) < 500
 
 
 def test_active_depth(tmp_path):

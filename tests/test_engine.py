@@ -126,6 +126,14 @@ def pend(driver, made) -> Pending:
     return Pending(driver, made, lambda written: written, lambda ids: str(ids))
 
 
+def close_while_calls_run(driver: Driver, gate: Gate) -> None:
+    closing = threading.Thread(target=driver.close)
+    closing.start()
+    gate.let(1000)
+    closing.join(LONG)
+    assert not closing.is_alive()
+
+
 def alone(made) -> Written:
     driver = stub_driver()
     try:
@@ -265,11 +273,7 @@ def test_close_ends_everybody_with_one_error():
     driver = stub_driver(gate)
     texts = [pend(driver, program(50, seed=k)) for k in range(200)]  # more than there are slots
     gate.reached()
-    closing = threading.Thread(target=driver.close)
-    closing.start()
-    gate.let(1000)
-    closing.join(LONG)
-    assert not closing.is_alive()
+    close_while_calls_run(driver, gate)
     for text in texts:
         with pytest.raises(BackendError, match="the model is closed"):
             text.result(LONG)

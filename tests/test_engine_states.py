@@ -1,6 +1,5 @@
 """The engine under any order of submits, cancels, calls and a close, against each text written alone."""
 
-import threading
 from concurrent.futures import CancelledError
 from functools import cache
 
@@ -8,7 +7,7 @@ import numpy as np
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from test_engine import LONG, Gate, alone, pend, program, stub_driver
+from test_engine import LONG, Gate, alone, close_while_calls_run, pend, program, stub_driver
 
 from elf_rt.errors import BackendError
 
@@ -90,11 +89,7 @@ def test_a_close_at_any_moment_ends_every_text():
         texts = [pend(driver, program(1 + k, seed=k)) for k in range(6)]
         for _ in range(calls):
             gate.let()
-        closing = threading.Thread(target=driver.close)
-        closing.start()
-        gate.let(1000)
-        closing.join(LONG)
-        assert not closing.is_alive()
+        close_while_calls_run(driver, gate)
         for pending in texts:
             try:
                 assert len(pending.result(LONG).ids) == 4

@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from elf_rt.errors import BundleError, InputError
+from elf_rt.errors import InputError
+from elf_rt.files import writable_target
 
 MAX_LINE = 1 << 26  # bytes; /dev/zero has no end of line
 MAX_DEPTH = 100  # lists and objects inside each other; Python's own limit depends on what calls it
@@ -90,7 +91,7 @@ class Part:
     """The lines of a file that are there already. ``<path>.part`` holds them until all are; then it takes the name."""
 
     def __init__(self, path: Path, *, resume: bool) -> None:
-        self.path = _target(path)
+        self.path = writable_target(path)
         self.part = self.path.with_name(f"{self.path.name}.part")
         self.kept = _kept(self.part) if resume else []
         if not resume and self.part.exists():
@@ -122,17 +123,6 @@ class Part:
         if self.path.exists():
             self.part.chmod(stat.S_IMODE(self.path.stat().st_mode))
         os.replace(self.part, self.path)
-
-
-def _target(path: Path) -> Path:
-    path = path.resolve()  # writing to what a link leads to keeps the link
-    if path.is_dir():
-        raise BundleError(f"{path} is a folder: name a file")
-    if not path.parent.is_dir():
-        raise BundleError(f"the folder {path.parent} does not exist")
-    if not os.access(path.parent, os.W_OK):
-        raise BundleError(f"cannot write in {path.parent}")
-    return path
 
 
 def _kept(part: Path) -> list[dict[str, Any]]:

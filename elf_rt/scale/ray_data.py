@@ -20,7 +20,7 @@ from typing import Any
 
 from elf_rt.bundle import Bundle
 from elf_rt.errors import BackendError, ElfError, InputError, first_line
-from elf_rt.files import atomic_file, sha256
+from elf_rt.files import atomic_file, sha256, writable_target
 from elf_rt.manifest import MANIFEST
 from elf_rt.model import Model, load
 from elf_rt.request import check_seed, preset_of
@@ -89,8 +89,7 @@ def write_jsonl(
         InputError, BundleError: the job is not possible. BackendError: workers failed otherwise than by dying. The
         shards that have come are kept.
     """
-    if output.is_dir():
-        raise InputError(f"{output} is a folder: name a file")
+    writable_target(output)  # before hours of work, not after
     preset_of(Bundle.open(job.bundle).presets, job.sampling.get("preset", "default"))
     folder = output.with_name(f"{output.name}.shards")
     seed = check_seed(_open_folder(folder, records, job, resume), job.n * len(records))
