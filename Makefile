@@ -62,7 +62,7 @@ gpu: $(GPU_VENV)/.done
 	$(GPU_VENV)/bin/python benchmarks/gpu.py --minutes 4.5 --output docs
 
 # The arithmetic, the engine and the bundle alone, without the network once set up.
-FAST := noise schedule solvers integrator pinned engine imports repository bundle
+FAST := noise schedule solvers integrator pinned engine cost imports repository bundle
 test-fast: $(VENV)/.test
 	$(BIN)/pytest -q -n 2 $(FAST:%=tests/test_%.py)
 

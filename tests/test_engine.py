@@ -12,20 +12,16 @@ from concurrent.futures import TimeoutError as FutureTimeout
 
 import numpy as np
 import pytest
+from stub_engine import LONG, Gate, alone, close_while_calls_run, pend, program, stub_driver
 
 import elf_rt
 from elf_rt.errors import BackendError, InputError
 from elf_rt.model import Text
-from elf_rt.params import ModelConfig, SamplingParams
+from elf_rt.params import SamplingParams
 from elf_rt.pending import Pending
 from elf_rt.sampling import schedule
-from elf_rt.sampling.cost import CallCost
-from elf_rt.sampling.driver import Driver
-from elf_rt.sampling.engine import HostEngine
 from elf_rt.sampling.program import Event, Program, StepDone, Written
 from elf_rt.sampling.schedule import Row, Table
-
-LONG = 30  # seconds after which a test that hangs fails
 
 
 @pytest.fixture(scope="module")
@@ -41,105 +37,6 @@ def idle(model) -> bool:
 
 def steps(model, count, **overrides) -> SamplingParams:
     return model.params(steps=count, **overrides)
-
-
-# A backend made of arithmetic: x̂ = z / 2 + x_prev / 4 + t, so a text's latents say which calls it took part in.
-
-
-class Graph:
-    def __init__(self, backend, graph, rows, length):
-        c = StubBackend.config.latent_dim
-        self._backend, self._kind = backend, graph
-        hidden = np.zeros((rows, length, c), np.float32)
-        if graph == "discretizer":
-            self.arrays = {"hidden": hidden, "ids": np.zeros((rows, length), np.int64)}
-        else:
-            self.arrays = {name: np.zeros((rows, length, c), np.float32) for name in ("z", "x_prev", "x")}
-            self.arrays |= {"t": np.zeros(rows, np.float32), "hidden": hidden}
-
-    def run(self):
-        arrays = self.arrays
-        if self._kind == "discretizer":
-            arrays["ids"][:] = np.round(100 * arrays["hidden"].sum(-1))
-            return
-        self._backend.before_call(len(arrays["t"]))
-        arrays["x"][:] = arrays["z"] / 2 + arrays["x_prev"] / 4 + arrays["t"][:, None, None]
-        arrays["hidden"][:] = arrays["z"]
-
-    def close(self):
-        self.arrays = {}
-
-
-class StubBackend:
-    name, precision, device = "stub", "fp32", "cpu"
-    config = ModelConfig(1, 8, 1, 8, 8, 3, 4, 8, max_length=4)
-
-    def __init__(self, before_call=lambda rows: None):
-        self.before_call = before_call
-        self.calls: list[int] = []
-
-    def bind(self, graph, rows, length):
-        return Graph(self, graph, rows, length)
-
-    def max_rows(self, length, needed=1):
-        return None
-
-    def describe(self):
-        return {}
-
-    def close(self):
-        pass
-
-
-class Gate:
-    """Lets calls through one by one, and says how many rows each has."""
-
-    def __init__(self):
-        self.rows: list[int] = []
-        self._free, self._reached = threading.Semaphore(0), threading.Semaphore(0)
-
-    def __call__(self, rows):
-        self.rows.append(rows)
-        self._reached.release()
-        assert self._free.acquire(timeout=LONG)
-
-    def reached(self):
-        assert self._reached.acquire(timeout=LONG)
-
-    def let(self, calls=1):
-        self._free.release(calls)
-
-
-def stub_driver(before_call=lambda rows: None, max_rows=None) -> Driver:
-    backend = StubBackend(before_call)
-    return Driver(lambda: HostEngine(backend, backend.config.latent_dim, max_rows), backend.config.max_length)
-
-
-def program(count=3, seed=0, length=4, **fields) -> Program:
-    params = SamplingParams(steps=count, sampler="sde")
-    (grid,) = schedule.make_grid(params, StubBackend.config, np.array([seed], np.uint64))
-    table = schedule.make_table(params, StubBackend.config, grid, conditional=False)
-    return Program(table, length, seed, 1.0, **fields)
-
-
-def pend(driver, made) -> Pending:
-    return Pending(driver, made, lambda written: written, lambda ids: str(ids))
-
-
-def close_while_calls_run(driver: Driver, gate: Gate) -> None:
-    closing = threading.Thread(target=driver.close)
-    closing.start()
-    gate.let(1000)
-    closing.join(LONG)
-    assert not closing.is_alive()
-
-
-def alone(made) -> Written:
-    driver = stub_driver()
-    try:
-        return pend(driver, made).result(LONG)
-    finally:
-        driver.close()
 
 
 @pytest.fixture
@@ -509,52 +406,3 @@ def test_a_table_of_ones_own(model):
             Table(**{"t": table.t, "coef": table.coef, "weights": table.weights, "rows": table.rows} | bad)
     with pytest.raises(InputError, match=r"table must be an elf_rt\.sampling\.schedule\.Table, got dict"):
         model.sample(seeds=[4], table={})
-
-
-def settle(cost: CallCost, seconds, limit=64) -> tuple[int, list[int]]:
-    """What it settles at, and the rows that it asked for on the way; seconds: of a call, by rows."""
-    asked = []
-    for _ in range(500):
-        rows, settled = cost.worth(16, limit, wanted=limit)
-        if settled:
-            return rows, asked
-        asked.append(rows)
-        cost.record(rows, 16, seconds(rows))
-    raise AssertionError(f"not settled: {asked}")
-
-
-@pytest.mark.parametrize(
-    ("seconds", "want"),
-    [
-        (lambda rows: 1.0 + 0.1 * max(0, rows - 8) * 20, 8),  # as dear as one row up to 8
-        (lambda rows: 1.0 * rows, 1),  # no row is cheaper beside others
-        (lambda rows: 0.5 + 0.5 * rows, 32),  # a row of 64 is cheaper by 1.5% only
-        (lambda rows: rows * (1.3 if rows > 1 else 1.0), 1),  # worse than alone
-    ],
-)
-def test_a_call_holds_the_fewest_rows_that_pay(seconds, want):
-    rows, asked = settle(CallCost(), seconds)
-    assert rows == want
-    assert max(asked) <= 4 * want  # two larger sizes were tried, no more
-
-
-def test_no_larger_call_is_tried_for_rows_that_are_not_there():
-    """Three texts of two rows want 6: a call of 4 pays, and 8 was tried; so nothing is left to find out for them."""
-    cost = CallCost()
-    for rows, seconds in ((2, 2.0), (4, 3.0), (6, 4.5)):
-        for _ in range(10):
-            cost.record(rows, 16, seconds)
-    assert cost.worth(16, 64, wanted=6) == cost.worth(16, 64, wanted=8) == (4, False)
-    assert cost.worth(16, 64, wanted=9) == (16, False)
-
-
-def test_costs_are_found_through_noise():
-    noise = np.random.default_rng(0)
-    rows, _ = settle(CallCost(), lambda rows: (1.0 + 2.0 * max(0, rows - 8)) * (1 + noise.exponential(0.3)))
-    assert rows in (4, 8, 16)
-    cost = CallCost()
-    assert cost.seconds(4, 16) is None
-    for seconds in (9.0, 0.1, 0.2, 0.3):  # the first call sets something up
-        cost.record(3, 16, seconds)
-    assert cost.by_rows(16) == {4: pytest.approx(1e3 * 0.2 / 3 * 4)}
-    assert cost.by_rows(15) == {}

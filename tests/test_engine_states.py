@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from test_engine import LONG, Gate, alone, close_while_calls_run, pend, program, stub_driver
+from stub_engine import LONG, Gate, alone, close_while_calls_run, pend, program, stub_driver
 
 from elf_rt.errors import BackendError
 
