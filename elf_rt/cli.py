@@ -138,6 +138,8 @@ def _report(error: ElfError | OSError | MemoryError) -> int:
     """Tell why a command failed, but not to somebody who has stopped to listen. Returns the exit code."""
     if isinstance(error, OSError) and error.errno == errno.EBADF:
         reason = "standard output is closed"
+    elif isinstance(error, OSError) and error.errno is None:  # numpy's, which counts items
+        reason = f"a file could not be read or written whole ({first_line(error)}): is the disk full?"
     elif isinstance(error, OSError):
         reason = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
     elif isinstance(error, MemoryError):

@@ -7,9 +7,11 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequen
 from concurrent.futures import CancelledError, Future
 from functools import partial
 from queue import SimpleQueue
+from typing import NoReturn
 
 import numpy as np
 
+from elf_rt.errors import BackendError
 from elf_rt.results import Draft, Result
 from elf_rt.sampling.driver import Driver, Task
 from elf_rt.sampling.program import Event, Program, StepDone, Written
@@ -38,6 +40,7 @@ class EventStream:
     def __next__(self) -> tuple[int, StepDone | Written]:
         if not self._tasks:
             raise StopIteration
+        _check_process(self._driver)
         index, event = self._events.get()
         if isinstance(event, BaseException):
             self.close()
@@ -50,7 +53,8 @@ class EventStream:
 
     def close(self) -> None:
         """Cancel what is not written yet."""
-        self._driver.cancel(list(self._tasks.values()))
+        if not self._driver.forked:
+            self._driver.cancel(list(self._tasks.values()))
         self._tasks.clear()
 
     def __del__(self) -> None:
@@ -64,6 +68,12 @@ class EventStream:
         posts = [partial(_put, self._events, self._steps, index) for index in indices]
         self._tasks |= dict(zip(indices, self._driver.submit(group, posts, self._events), strict=True))
         self._submitted, self._size = indices.stop, len(group)
+
+
+def _check_process(driver: Driver) -> None:
+    """A forked child has no thread that would ever end its parent's texts."""
+    if driver.forked:
+        raise BackendError("this text is written by the process that this one was forked from: submit it here again")
 
 
 def _put(events: "SimpleQueue[tuple[int, Event]]", steps: bool, index: int, event: Event) -> None:
@@ -99,8 +109,10 @@ class Pending:
         Raises:
             TimeoutError: the time is over; the text goes on.
             concurrent.futures.CancelledError: it was cancelled.
-            BackendError: it could not be written, or the model was closed.
+            BackendError: it could not be written, the model was closed, or another process submitted it.
         """
+        if not self.done():
+            _check_process(self._driver)
         return self._finish(self._written.result(timeout))
 
     def done(self) -> bool:
@@ -113,7 +125,7 @@ class Pending:
 
     def cancel(self) -> bool:
         """Drop the text before the next network call; False when it is over already."""
-        return self._driver.cancel([self._task])
+        return not self._driver.forked and self._driver.cancel([self._task])
 
     def add_done_callback(self, call: Callable[["Pending"], None]) -> None:
         """Call a function with this object when the text is over: in the driver's thread, so it must not block."""
@@ -122,6 +134,8 @@ class Pending:
     def __iter__(self) -> Iterator[Draft]:
         """The drafts from the first one on, each when it is there; ends when the text is over."""
         seen = 0
+        if not self.done():
+            _check_process(self._driver)
         while True:
             with self._changed:
                 while len(self._drafts) == seen and not self.done():
@@ -156,6 +170,9 @@ class Pending:
         except asyncio.CancelledError:  # the task that awaits was cancelled
             self.cancel()
             raise
+
+    def __reduce__(self) -> NoReturn:
+        raise BackendError("a text on its way belongs to its process: send its result(), which can be pickled")
 
     def _draft(self, done: StepDone) -> Draft:
         assert done.draft is not None

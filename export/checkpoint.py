@@ -13,7 +13,7 @@ import torch
 from elf_rt.errors import CheckpointError, warn
 from elf_rt.export.config import USED, TensorShape, active_depth, expected_shapes, make_config, read_sizes
 from elf_rt.export.families import official_names, official_settings, split_statistics
-from elf_rt.export.foreign import AGAIN, few, printable
+from elf_rt.export.foreign import few, printable
 from elf_rt.export.layouts import read_stored, step_of
 from elf_rt.export.settings import Settings, find_settings
 from elf_rt.export.sources import find_source
@@ -120,17 +120,8 @@ def _needed(tensors: Mapping[str, Any], shapes: Mapping[str, TensorShape], path:
 
 
 def _fingerprint(files: Iterable[Path], path: Path) -> str:
-    """The sha256 of the only file; of several, that of the text `sha256  name` for each.
-
-    Raises:
-        CheckpointError: a file of the Hub's cache, which is named after its sha256 there, has another one.
-    """
-    sums = {}
-    for file in files:
-        sums[file] = sha256(file)
-        blob = file.resolve()
-        if blob.parent.name == "blobs" and len(blob.name) == 64 and blob.name != sums[file]:
-            raise CheckpointError(f"{file} is not what the Hub has (its sha256 differs): delete {blob} and {AGAIN}")
+    """The sha256 of the only file; of several, that of the text `sha256  name` for each."""
+    sums = {file: sha256(file) for file in files}
     if list(sums) == [path]:
         return sums[path]
     root = path if path.is_dir() else path.parent

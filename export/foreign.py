@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from elf_rt.errors import CheckpointError
+from elf_rt.files import remembered_sha256
 
 AGAIN = "copy or download it again"
 MOST_TEXT = 4 << 20  # bytes of a JSON
@@ -62,7 +63,8 @@ def refuse_other_kinds(path: Path) -> bytes:
     """The first bytes of a file that can be what its reader wants.
 
     Raises:
-        CheckpointError: it is not there, empty, or of another kind; the message says which and what to do.
+        CheckpointError: it is not there, empty, of another kind, or damaged since the Hub gave it; the message says
+            which and what to do.
     """
     try:
         if not path.is_dir() and not stat.S_ISREG(path.stat().st_mode):
@@ -77,6 +79,9 @@ def refuse_other_kinds(path: Path) -> bytes:
     for signature, kind in _OTHER_KINDS:
         if start.startswith(signature):
             raise CheckpointError(f"{path} is {kind}")
+    blob = path.resolve()  # the Hub's cache names large files after their sha256
+    if blob.parent.name == "blobs" and len(blob.name) == 64 and blob.name != remembered_sha256(blob):
+        raise CheckpointError(f"{path} is not what the Hub has (its sha256 differs): delete {blob} and {AGAIN}")
     return head
 
 

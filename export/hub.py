@@ -1,9 +1,13 @@
 """Models on the Hugging Face Hub: downloaded once, and every way to fail in one line."""
 
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from elf_rt.errors import CheckpointError
+from elf_rt.errors import CheckpointError, first_line
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
 
 ANSWER_SECONDS = 5  # the download itself would wait for minutes
 
@@ -16,22 +20,26 @@ def download(repo: str, patterns: list[str] | None = None) -> Path:
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.utils import disable_progress_bars, logging
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    logging.set_verbosity(logging.CRITICAL)  # what goes wrong is told once, here
     try:
         offline: dict[str, Any] = {} if answers(repo) else {"local_files_only": True}
         return Path(snapshot_download(repo, allow_patterns=patterns, **offline))
     except (LocalEntryNotFoundError, ConnectionError) as error:
         raise CheckpointError(
-            f"{repo} is no file or folder here, and the Hugging Face Hub cannot be reached: go online once (if the "
-            "network has a login page, log in), or copy the model here and give its path"
+            f"{repo} is no file or folder here, and the Hugging Face Hub cannot be reached or is busy: go online once "
+            "(if the network has a login page, log in), or copy the model here and give its path"
         ) from error
-    except (HfHubHTTPError, HFValidationError) as error:
+    except Exception as error:  # the transport may raise anything, and so may an odd answer
+        if isinstance(error, HFValidationError) or (isinstance(error, HfHubHTTPError) and _is_refusal(error)):
+            reason = "gives no such model (check the name; a private or gated one needs `hf auth login`)"
+            raise CheckpointError(f"{repo} is no file or folder here, and the Hugging Face Hub {reason}") from error
         raise CheckpointError(
-            f"{repo} is no file or folder here, and the Hugging Face Hub gives no such model "
-            "(check the name; a private or gated one needs `hf auth login`)"
+            f"{repo} cannot be downloaded ({first_line(error)}): try again, or copy the model here and give its path"
         ) from error
-    except OSError as error:
-        raise CheckpointError(f"{repo} cannot be downloaded: {error.strerror or error}") from error
 
 
 def answers(repo: str) -> bool:
@@ -41,8 +49,17 @@ def answers(repo: str) -> bool:
 
     try:
         HfApi().repo_info(repo, timeout=ANSWER_SECONDS)
-    except (HfHubHTTPError, HFValidationError):
+    except HFValidationError:
         raise
+    except HfHubHTTPError as error:
+        if _is_refusal(error):
+            raise
+        return False
     except Exception:  # the transport may raise anything: no network, silence, a login page
         return False
     return True
+
+
+def _is_refusal(error: "HfHubHTTPError") -> bool:
+    """Rather than that it is busy (429) or broken (500 and above)."""
+    return error.response.status_code in (401, 403, 404)

@@ -48,7 +48,7 @@ def find_source(source: str | Path) -> Source:
     root = download(match["repo"], [sub, f"{sub}/*", "*.yml", "*.yaml", "*.json"] if sub else None)
     path = root / (sub or "")
     if not path.exists():
-        raise CheckpointError(f"the Hub model {match['repo']} has no {sub}")
+        raise CheckpointError(f"the Hub model {match['repo']} has no {sub or 'files'}")
     return _source(path, root)
 
 

@@ -166,11 +166,19 @@ def test_hub_id(tmp_path, monkeypatch, name):
 
 
 def test_hub_out_of_reach_or_unknown(monkeypatch, tmp_path):
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from httpx import Request, Response
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    def answer(status):
+        return Response(status, request=Request("GET", "https://hub"))
 
     for error, message in (
         (LocalEntryNotFoundError("offline"), "cannot be reached"),
         (HFValidationError("bad name"), "gives no such model"),
+        (HfHubHTTPError("x", response=answer(403)), "gives no such model"),
+        (HfHubHTTPError("429 Too Many Requests\nfor url", response=answer(429)), r"\(429 Too Many Requests\): try"),
+        (OSError(28, "No space left on device"), r"cannot be downloaded .*No space left on device"),
+        (TypeError("string indices must be integers"), "cannot be downloaded"),  # an answer of another server
     ):
 
         def snapshot_download(repo, allow_patterns=None, error=error):

@@ -347,6 +347,38 @@ def test_a_forked_child_writes_the_same_text_and_exits(bundle, backend, tmp_path
     assert done.returncode == 0, done.stderr
 
 
+FORK_IN_FLIGHT = """
+import os, pickle, signal, sys, elf_rt
+from elf_rt.errors import BackendError
+model = elf_rt.load(sys.argv[1], "onnxruntime", precision="fp32", threads=1)
+over = model.submit(elf_rt.Text(seed=1))
+over.result()
+pending = model.submit(elf_rt.Text(seed=0, params=model.params(steps=500)))
+stream = model.stream(seed=0, steps=500)
+next(stream)
+def told(call):
+    try: call()
+    except BackendError as error: return str(error)
+assert "belongs to its process" in told(lambda: pickle.dumps(pending))
+child = os.fork()
+if child == 0:
+    signal.alarm(30)
+    waits = (pending.result, lambda: list(pending), lambda: next(stream))
+    good = all("forked" in told(wait) for wait in waits) and not pending.cancel() and over.result()
+    sys.exit(0 if good else 3)
+status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+assert pending.cancel()
+sys.exit(abs(status))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_texts_of_the_parent_are_not_waited_for_in_a_forked_child(bundle, tmp_path):
+    command = [sys.executable, "-c", FORK_IN_FLIGHT, str(bundle("cond"))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 IN_FLIGHT = """
 import sys, elf_rt
 model = elf_rt.load(sys.argv[1], sys.argv[2], precision="fp32", threads=1)

@@ -13,11 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import export
 from safetensors.torch import save_file
+from text_side import checkpoint_with_text, word_tokenizer
 
 from elf_rt.errors import CheckpointError
 from elf_rt.export.checkpoint import load_checkpoint
 from elf_rt.export.reference import ELF
+from elf_rt.files import sha256
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "uncond"
 CONFIG = GOLDEN / "config.yml"
@@ -568,19 +571,20 @@ def test_files_of_other_kinds(run, content, words, name):
     refused(run / name, *words)
 
 
-def test_a_file_of_the_hub_is_compared_with_its_name(tmp_path, ema):
-    from elf_rt.files import sha256
-
-    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
-    blobs.mkdir()
-    snapshot.mkdir(parents=True)
-    shutil.copy(CONFIG, snapshot)
-    save_file(ema, blobs / "x")
-    blob = (blobs / "x").rename(blobs / sha256(blobs / "x"))
-    (snapshot / "model.safetensors").symlink_to(Path("..", "..", "blobs", blob.name))
-    assert_same(load_checkpoint(snapshot).state, ema)
-    flip(blob, blob.stat().st_size - 3)
-    refused(snapshot, "is not what the Hub has", "download it again")
+def test_files_of_the_hub_are_compared_with_their_names(tmp_path):
+    """One bit, in whatever is read of a model."""
+    snapshot = checkpoint_with_text(tmp_path / "snapshots", word_tokenizer())
+    (tmp_path / "blobs").mkdir()
+    linked = [snapshot / name for name in ("checkpoint_10", "encoder.safetensors", "tokenizer.json")]
+    for file in linked:
+        file.symlink_to(file.rename(tmp_path / "blobs" / sha256(file)))
+    export(snapshot, tmp_path / "b.elfrt")
+    for file in linked:
+        blob = file.resolve()
+        flip(blob, blob.stat().st_size - 3)
+        with pytest.raises(CheckpointError, match=rf"{file.name} is not what the Hub has .*download it again"):
+            export(snapshot, tmp_path / "b.elfrt")
+        flip(blob, blob.stat().st_size - 3)
 
 
 def test_links_to_runs(tmp_path, official):
