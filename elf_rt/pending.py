@@ -111,8 +111,7 @@ class Pending:
             concurrent.futures.CancelledError: it was cancelled.
             BackendError: it could not be written, the model was closed, or another process submitted it.
         """
-        if not self.done():
-            _check_process(self._driver)
+        self._check_process()
         return self._finish(self._written.result(timeout))
 
     def done(self) -> bool:
@@ -133,9 +132,8 @@ class Pending:
 
     def __iter__(self) -> Iterator[Draft]:
         """The drafts from the first one on, each when it is there; ends when the text is over."""
+        self._check_process()
         seen = 0
-        if not self.done():
-            _check_process(self._driver)
         while True:
             with self._changed:
                 while len(self._drafts) == seen and not self.done():
@@ -150,6 +148,7 @@ class Pending:
         return self._wait().__await__()
 
     async def __aiter__(self) -> AsyncIterator[Draft]:
+        self._check_process()
         seen, woken = 0, asyncio.Event()
         with self._changed:
             self._watchers.append((asyncio.get_running_loop(), woken))
@@ -165,6 +164,7 @@ class Pending:
                 await woken.wait()
 
     async def _wait(self) -> Result:
+        self._check_process()
         try:
             return self._finish(await asyncio.wrap_future(self._written))
         except asyncio.CancelledError:  # the task that awaits was cancelled
@@ -173,6 +173,10 @@ class Pending:
 
     def __reduce__(self) -> NoReturn:
         raise BackendError("a text on its way belongs to its process: send its result(), which can be pickled")
+
+    def _check_process(self) -> None:
+        if not self.done():
+            _check_process(self._driver)
 
     def _draft(self, done: StepDone) -> Draft:
         assert done.draft is not None

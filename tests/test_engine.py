@@ -1,10 +1,7 @@
 """The engine of rows under its driver: many texts at once, each as it is alone, and nothing left behind."""
 
 import asyncio
-import os
 import random
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -320,80 +317,6 @@ def test_cancelling_the_task_that_awaits_cancels_the_text(model):
     with pytest.raises(CancelledError):
         pending.result(LONG)
     assert pending.cancelled() and idle(model)
-
-
-FORK = """
-import os, signal, sys, elf_rt
-model = elf_rt.load(sys.argv[1], sys.argv[2], precision="fp32", threads=2)
-want = model.generate(seed=3, steps=2)[0].ids.tolist()
-child = os.fork()
-if child == 0:
-    signal.alarm(30)
-    same = model.generate(seed=3, steps=2)[0].ids.tolist() == want
-    sys.exit(0 if same else 3)  # in the normal way, as a worker of gunicorn --preload ends
-status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-assert model.generate(seed=3, steps=2)[0].ids.tolist() == want
-sys.exit(abs(status))
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_a_forked_child_writes_the_same_text_and_exits(bundle, backend, tmp_path):
-    pytest.importorskip(backend)
-    command = [sys.executable, "-c", FORK, str(bundle("cond")), backend]
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
-    assert done.returncode == 0, done.stderr
-
-
-FORK_IN_FLIGHT = """
-import os, pickle, signal, sys, elf_rt
-from elf_rt.errors import BackendError
-model = elf_rt.load(sys.argv[1], "onnxruntime", precision="fp32", threads=1)
-over = model.submit(elf_rt.Text(seed=1))
-over.result()
-pending = model.submit(elf_rt.Text(seed=0, params=model.params(steps=500)))
-stream = model.stream(seed=0, steps=500)
-next(stream)
-def told(call):
-    try: call()
-    except BackendError as error: return str(error)
-assert "belongs to its process" in told(lambda: pickle.dumps(pending))
-child = os.fork()
-if child == 0:
-    signal.alarm(30)
-    waits = (pending.result, lambda: list(pending), lambda: next(stream))
-    good = all("forked" in told(wait) for wait in waits) and not pending.cancel() and over.result()
-    sys.exit(0 if good else 3)
-status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-assert pending.cancel()
-sys.exit(abs(status))
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_texts_of_the_parent_are_not_waited_for_in_a_forked_child(bundle, tmp_path):
-    command = [sys.executable, "-c", FORK_IN_FLIGHT, str(bundle("cond"))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-
-
-IN_FLIGHT = """
-import sys, elf_rt
-model = elf_rt.load(sys.argv[1], sys.argv[2], precision="fp32", threads=1)
-pending = [model.submit(elf_rt.Text(seed=k, params=model.params(steps=1000))) for k in range(20)]
-while not model.stats().calls: pass
-"""
-
-
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_an_interpreter_with_texts_in_flight_exits(bundle, backend, tmp_path):
-    pytest.importorskip(backend)
-    command = [sys.executable, "-c", IN_FLIGHT, str(bundle("cond")), backend]
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
-    assert done.returncode == 0 and not done.stderr, done.stderr
 
 
 @pytest.mark.parametrize(
