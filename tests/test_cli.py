@@ -208,6 +208,15 @@ def test_interrupted_export_leaves_nothing(tmp_path, moment, number):
     assert not list(tmp_path.iterdir())
 
 
+def test_interrupted_before_anything_is_set_up(tmp_path):
+    (tmp_path / "click.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    command = [sys.executable, "-m", "elf_rt", "info"]
+    running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert running.stdout is not None and running.stdout.readline() == "importing\n"
+    running.send_signal(signal.SIGINT)
+    assert running.communicate(timeout=30)[1] == "" and running.returncode == -signal.SIGINT
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_full_disk(spoken, tmp_path):
     command = [sys.executable, "-m", "elf_rt", "generate", "--prompt", SPOKEN, "--steps", "1", "--seed", "0"]
