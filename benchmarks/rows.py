@@ -1,6 +1,7 @@
 """The engine of rows against the engine of batches that it replaced, on one machine in one run.
 
     python benchmarks/rows.py [--old 148a1be] [--rounds 5] [--backend openvino] [--models spoken,shakespeare,ELF-B]
+        [--jobs alone,eight]
 
 Run it from a clone with its history: the old commit is built into ``build/``. Both commits are loaded, each in a
 process of its own, and do the same jobs in turns; what is printed is the median over rounds of old seconds / new
@@ -120,7 +121,7 @@ def compare(name: str, folder: Path, old: Path, options: argparse.Namespace) -> 
             command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
     engines = {side: worker.stdout.readline().strip() for side, worker in workers.items()}  # type: ignore[union-attr]
-    jobs = JOBS.get(name, ("alone", "eight"))
+    jobs = [job for job in JOBS.get(name, ("alone", "eight")) if job in options.jobs]
     seconds: dict[str, dict[str, list[float]]] = {job: {"old": [], "new": []} for job in jobs}
     for number in range(-WARM, options.rounds):
         for job in jobs:
@@ -149,7 +150,7 @@ def report(record: dict[str, Any]) -> None:
             f"  {job:8} {1e3 * old:9.1f} ms before  {1e3 * new:9.1f} ms now  {statistics.median(ratios):6.3f}",
             flush=True,
         )
-    if "threads" in record["seconds"]:
+    if {"threads", "many"} <= record["seconds"].keys():
         new = {job: statistics.median(record["seconds"][job]["new"]) for job in ("threads", "many")}
         print(f"  32 threads have {new['many'] / new['threads']:.3f} of the throughput of one generate(n=32)")
 
@@ -160,6 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--backend", default="openvino")
     parser.add_argument("--models", type=lambda text: text.split(","), default=list(STEPS))
+    parser.add_argument("--jobs", type=lambda text: text.split(","), default=list(JOBS["spoken"]))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

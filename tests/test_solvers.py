@@ -184,7 +184,7 @@ def test_guidance_interval_makes_fewer_rows() -> None:
     table = make(params)
     assert table.rows == (Row(True, True), Row(False, True))
     # Calls at t = 0, 1/8, .. 7/8; 2/8, 3/8 and 4/8 lie inside.
-    assert [table.calls(j) for j in range(1, 9)] == [1, 1, 2, 2, 2, 1, 1, 1]
+    assert list(table.calls[1:9]) == [1, 1, 2, 2, 2, 1, 1, 1]
     assert table.weights[3].tolist() == [1, 0]  # combines the call at 1/8
     assert table.weights[4].tolist() == [2, -1]
     assert np.array_equal(table.coef, make(params.replace(guidance_scale=1.0)).coef)
@@ -198,7 +198,7 @@ def test_guidance_interval_keeps_self_conditioning_guidance() -> None:
     assert always.weights[2].tolist() == [3.0, -1.5, -1.0, 0.5]
     never = make(params.replace(guidance_from=0.9), config=config)
     assert never.weights[2].tolist() == [2.0, -1.0, 0.0, 0.0]
-    assert [never.calls(j) for j in range(1, 3)] == [2, 2]
+    assert list(never.calls[1:3]) == [2, 2]
 
 
 def test_temperature_scales_every_noise_and_nothing_else() -> None:

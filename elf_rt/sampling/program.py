@@ -50,7 +50,7 @@ class Program:
         if j == self.last:
             return (DECODE,)
         drafts = self.drafts_every > 0 and j > 1 and (j - 1) % self.drafts_every == 0
-        return (*self.table.rows[: self.table.calls(j)], *((DRAFT,) if drafts else ()))
+        return (*self.table.rows[: self.table.calls[j]], *((DRAFT,) if drafts else ()))
 
     def noise(self, j: int) -> np.ndarray | NoiseKey:
         """What pass j adds. The start has no given noise but z0."""

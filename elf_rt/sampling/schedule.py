@@ -92,9 +92,12 @@ class Table:
         """Steps up to the last that noise is added before."""
         return int(np.flatnonzero(self.coef[1:, D]).max(initial=-1)) + 1
 
-    def calls(self, j: int) -> int:
-        """How many guidance rows the call that follows row j needs: those that row j + 1 gives a weight."""
-        return max(1, 1 + int(np.flatnonzero(self.weights[j + 1]).max(initial=0)))
+    @cached_property
+    def calls(self) -> tuple[int, ...]:
+        """How many guidance rows the call that follows row j needs, for j = 0 .. N: those that row j + 1 gives a
+        weight."""
+        needed = (self.weights[1:] != 0) * np.arange(1, len(self.rows) + 1)
+        return tuple(map(int, needed.max(axis=1, initial=1)))
 
 
 @dataclass(frozen=True)
