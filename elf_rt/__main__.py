@@ -5,7 +5,7 @@ import signal
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # which would show a traceback of the imports
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from elf_rt.cli import main  # noqa: E402
+from elf_rt.cli import main
 
 if __name__ == "__main__":
     main()
