@@ -49,7 +49,8 @@ if child == 0:
     signal.alarm(30)
     async def drafts(): return [draft async for draft in pending]
     async def wait(): return await pending
-    waits = (pending.result, lambda: list(pending), lambda: next(stream), lambda: asyncio.run(drafts()), lambda: asyncio.run(wait()))
+    waits = [pending.result, lambda: list(pending), lambda: next(stream)]
+    waits += [lambda: asyncio.run(drafts()), lambda: asyncio.run(wait())]
     good = all("forked" in told(wait) for wait in waits) and not pending.cancel() and over.result()
     sys.exit(0 if good else 3)
 status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -11,9 +11,10 @@ import statistics
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from elf_rt.errors import BackendError, ElfError, GpuMemoryError, first_line
@@ -48,7 +49,7 @@ class Task:
         """Rows of its next call."""
         return len(self.program.rows(self.slot.j)) if self.slot is not None else 0
 
-    @property
+    @cached_property
     def few(self) -> bool:
         """Whether it goes first."""
         return self.program.last <= FEW
@@ -273,20 +274,20 @@ class Driver:
 
     def _enqueue(self, engine: Engine[Any]) -> None:
         """One call for the texts whose turn it is."""
-        tasks = self._take_turn(engine)
-        rows = [task.rows for task in tasks]
-        drafts = [any(row.of_estimate for row in task.program.rows(task.slot.j)) for task in tasks if task.slot]
+        taken = self._take_turn(engine)
+        tasks, slots = list(taken), [task.slot for task in taken if task.slot is not None]
+        drafts = [task.program.drafts(slot.j) for task, slot in zip(tasks, slots, strict=True)]
         now = time.perf_counter()
         try:
-            engine.enqueue([task.slot for task in tasks if task.slot is not None])
+            engine.enqueue(slots)
         except Exception as error:
-            fewer = engine.max_rows(tasks[0].program.length) < sum(rows)
+            fewer = engine.max_rows(tasks[0].program.length) < sum(taken.values())
             if isinstance(error, GpuMemoryError) and fewer and len(tasks) > 1:
                 self._ring.extendleft(reversed(tasks))
             else:
                 self._fail(engine, tasks, error)
             return
-        self._owe(tasks, rows)
+        self._owe(taken)
         for task, draft in zip(tasks, drafts, strict=True):
             if not task.times.calls:
                 task.times.waited = now - task.submitted
@@ -295,30 +296,30 @@ class Driver:
                 self._ring.append(task)
         self._under_way.append(tasks)
 
-    def _take_turn(self, engine: Engine[Any]) -> list[Task]:
-        """The first text and those behind it of its length, as many as a call should hold."""
+    def _take_turn(self, engine: Engine[Any]) -> dict[Task, int]:
+        """The first text and those behind it of its length, as many as a call should hold; with the rows of each."""
         few = sorted((task for task in self._ring if task.few), key=lambda task: task.submitted)
         others = [task for task in self._ring if not task.few]
         theirs = bool(others) and self._owed >= OTHERS * others[0].rows
         ring = [*others, *few] if theirs else [*few, *others]
         length = ring[0].program.length
-        ring = [task for task in ring if task.program.length == length]
-        room = engine.max_rows(length, sum(task.rows for task in ring))
+        rows = {task: task.rows for task in ring if task.program.length == length}
+        room = engine.max_rows(length, sum(rows.values()))
         if few and others:
             room = min(room, engine.short_rows(length))
-        taken: dict[Task, None] = {}
-        for task in ring:
-            if not taken or task.rows <= room:
-                taken[task] = None
-                room -= task.rows
+        taken: dict[Task, int] = {}
+        for task, count in rows.items():
+            if not taken or count <= room:
+                taken[task] = count
+                room -= count
         self._ring = deque(task for task in self._ring if task not in taken)
-        return list(taken)
+        return taken
 
-    def _owe(self, tasks: Sequence[Task], rows: Sequence[int]) -> None:
+    def _owe(self, taken: Mapping[Task, int]) -> None:
         """Keep account of the share of the texts that do not go first, and of what a call gave them."""
-        had = sum(count for task, count in zip(tasks, rows, strict=True) if not task.few)
+        whole, had = sum(taken.values()), sum(count for task, count in taken.items() if not task.few)
         if had or not all(task.few for task in self._ring):
-            self._owed = max((1 - OTHERS) * sum(rows), self._owed + sum(rows) - OTHERS * had)
+            self._owed = max((1 - OTHERS) * whole, self._owed + whole - OTHERS * had)
         else:
             self._owed = 0
 

@@ -279,7 +279,7 @@ class HostEngine:
         if not rows:
             return {}
         head = self._graph("discretizer", len(rows), length)
-        head.arrays["hidden"][:] = hidden[rows]
+        np.take(hidden, rows, axis=0, out=head.arrays["hidden"], mode="clip")  # "raise" would copy twice
         head.run()
         return dict(zip(rows, head.arrays["ids"].copy(), strict=True))
 

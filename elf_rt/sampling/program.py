@@ -1,6 +1,7 @@
 """A text as the engine sees it: the rows of its own table, and what happened to it on the way."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -30,7 +31,7 @@ class Program:
     drafts_every: int = 0
     latents: bool = False
 
-    @property
+    @cached_property
     def last(self) -> int:
         """The pass before the decoding call."""
         return self.table.num_steps + 1
@@ -45,12 +46,15 @@ class Program:
         """Rows of a call, on average; a guidance interval counts as if it were the whole way."""
         return mean_rows(self.table.num_steps, len(self.table.rows), self.drafts_every)
 
+    def drafts(self, j: int) -> bool:
+        """Whether the call after pass j decodes a draft too, which is the estimate of step j - 1."""
+        return self.drafts_every > 0 and 1 < j < self.last and (j - 1) % self.drafts_every == 0
+
     def rows(self, j: int) -> tuple[Row, ...]:
-        """The rows of the call after pass j. A draft reads the estimate of step j - 1."""
+        """The rows of the call after pass j."""
         if j == self.last:
             return (DECODE,)
-        drafts = self.drafts_every > 0 and j > 1 and (j - 1) % self.drafts_every == 0
-        return (*self.table.rows[: self.table.calls[j]], *((DRAFT,) if drafts else ()))
+        return (*self.table.rows[: self.table.calls[j]], *((DRAFT,) if self.drafts(j) else ()))
 
     def noise(self, j: int) -> np.ndarray | NoiseKey:
         """What pass j adds. The start has no given noise but z0."""
