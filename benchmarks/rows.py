@@ -40,7 +40,7 @@ from elf_rt.export.random_bundle import write_random_bundle
 from elf_rt.params import RELEASED
 write_random_bundle(Path(sys.argv[1]), RELEASED[sys.argv[2]])
 """
-WARM = 3  # rounds that are not counted: buffers come to be, and what pays is found out
+WARM = 8  # rounds that are not counted: buffers come to be, and what pays is found out
 
 
 def work(folder: str, name: str, backend: str) -> None:

@@ -1,10 +1,13 @@
-"""What a network call costs by its rows, measured on the calls that are made anyway."""
+"""What a network call costs by its rows, with the pass before it, measured on the calls that are made anyway."""
 
+import statistics
 from collections import deque
 from dataclasses import dataclass, field
 
-SAMPLES = 16  # recent calls of each size
 ENOUGH = 4  # calls that say what a size costs; the first one, which may set something up, does not count
+SAMPLES = 16  # calls that say it well, which a size gets that is close to the best one
+CLOSE = 1.15  # a size whose row costs at most so much more may turn out to be the best one
+FOLLOWING = 0.5  # how fast the pace of the machine is followed
 TOLERANCE = 1.02  # a call of fewer rows is as good as the best one when a row of it costs at most so much more
 SHORT = 1.5  # the same while a short call is wanted
 
@@ -13,33 +16,61 @@ SHORT = 1.5  # the same while a short call is wanted
 class _Size:
     calls: int = 0
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=SAMPLES))  # of a row
+    relative: list[float] = field(default_factory=list)  # the same over the pace of then, of the first SAMPLES calls
+
+    @property
+    def cost(self) -> float | None:
+        """What a row costs, to be compared with other sizes."""
+        return statistics.median(self.relative) if len(self.relative) >= ENOUGH else None
 
 
 @dataclass
 class CallCost:
-    """Seconds of calls by length and by rows, in sizes 1, 2, 4, … to which rows are rounded up."""
+    """Seconds of calls by length and by rows, in sizes 1, 2, 4, … to which rows are rounded up.
+
+    A machine that others use too is now faster, now slower, by more than sizes differ. So sizes are compared by their
+    seconds over the pace: what calls take at the moment, over what such calls cost.
+    """
 
     _sizes: dict[tuple[int, int], _Size] = field(default_factory=dict)
+    _pace: float | None = None
+    _last: tuple[int, int] | None = None  # length and size of the last call
 
     def record(self, rows: int, length: int, seconds: float) -> None:
         """A call of so many rows of this length took so long."""
-        size = self._sizes.setdefault((length, round_up(rows)), _Size())
+        self._last = length, round_up(rows)
+        size = self._sizes.setdefault(self._last, _Size())
         size.calls += 1
-        if size.calls > 1:
-            size.seconds.append(seconds / rows)
+        if size.calls == 1:
+            return
+        of_row = seconds / rows
+        size.seconds.append(of_row)
+        self._pace = self._pace or of_row
+        if size.cost is not None:
+            self._pace *= (of_row / (self._pace * size.cost)) ** FOLLOWING
+        if len(size.relative) < SAMPLES:
+            size.relative.append(of_row / self._pace)
 
     def worth(self, length: int, limit: int, wanted: int) -> tuple[int, bool]:
         """How many rows a call should hold, and whether that is settled: the fewest, up to the limit, of which one
         costs about as little as in any other size. Where more rows are wanted than any call had, larger calls are
-        tried, until two sizes in a row did not pay."""
+        tried, until two sizes in a row did not pay. Sizes that are close to the best one are tried until all are known
+        well. What is tried takes turns with the best one, which tells the pace."""
         costs = self._known(length, limit)
         if not costs:
             return 1, limit == 1
         best, largest = min(costs, key=costs.__getitem__), max(costs)
         settled = largest > 2 * best or 2 * largest > limit
         if not settled and wanted > largest:
-            return 2 * largest, False
+            return self._in_turns(length, 2 * largest, best), False
+        calls = {rows: len(self._sizes[length, rows].relative) for rows in costs if costs[rows] <= CLOSE * costs[best]}
+        open_sizes = [rows for rows, count in calls.items() if count < SAMPLES and rows <= round_up(wanted)]
+        if len(calls) > 1 and open_sizes:
+            return self._in_turns(length, min(open_sizes, key=calls.__getitem__), best), False
         return _fewest(costs, TOLERANCE), settled
+
+    def _in_turns(self, length: int, tried: int, best: int) -> int:
+        return best if self._last == (length, tried) else tried
 
     def short(self, length: int, limit: int) -> int:
         """The rows of a call that is soon over, at a price: a row may cost half as much again as in the best size."""
@@ -47,17 +78,14 @@ class CallCost:
         return _fewest(costs, SHORT) if costs else 1
 
     def _known(self, length: int, limit: int) -> dict[int, float]:
-        """Seconds of a row, by size."""
-        return {
-            rows: min(size.seconds)
-            for (at, rows), size in sorted(self._sizes.items())
-            if at == length and rows <= limit and len(size.seconds) >= ENOUGH
-        }
+        """What a row costs, by size."""
+        sizes = {rows: size for (at, rows), size in sorted(self._sizes.items()) if at == length and rows <= limit}
+        return {rows: cost for rows, size in sizes.items() if (cost := size.cost) is not None}
 
     def seconds(self, rows: int, length: int) -> float | None:
         """The usual seconds of a call of so many rows, or None when none was made."""
         size = self._sizes.get((length, round_up(rows)))
-        return None if size is None or not size.seconds else sorted(size.seconds)[len(size.seconds) // 2] * rows
+        return None if size is None or not size.seconds else statistics.median(size.seconds) * rows
 
     def by_rows(self, length: int) -> dict[int, float]:
         """The usual milliseconds of a call by its size."""

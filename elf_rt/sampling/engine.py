@@ -216,7 +216,7 @@ class HostEngine:
         network.run()
         ids = self._discretize(network.arrays["hidden"], [r for r, row in enumerate(rows) if row.decodes], length)
         ended = time.perf_counter()
-        self.cost.record(len(rows), length, ended - between)
+        self.cost.record(len(rows), length, ended - begun)
         x = network.arrays["x"]
         progress = [
             self._progress(slot, x[place], ids.get(place.stop - 1)) for slot, place in zip(slots, places, strict=True)
