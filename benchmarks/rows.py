@@ -40,7 +40,6 @@ from elf_rt.export.random_bundle import write_random_bundle
 from elf_rt.params import RELEASED
 write_random_bundle(Path(sys.argv[1]), RELEASED[sys.argv[2]])
 """
-WARM = 8  # rounds that are not counted: buffers come to be, and what pays is found out
 
 
 def work(folder: str, name: str, backend: str) -> None:
@@ -123,7 +122,7 @@ def compare(name: str, folder: Path, old: Path, options: argparse.Namespace) -> 
     engines = {side: worker.stdout.readline().strip() for side, worker in workers.items()}  # type: ignore[union-attr]
     jobs = [job for job in JOBS.get(name, ("alone", "eight")) if job in options.jobs]
     seconds: dict[str, dict[str, list[float]]] = {job: {"old": [], "new": []} for job in jobs}
-    for number in range(-WARM, options.rounds):
+    for number in range(-options.warm, options.rounds):
         for job in jobs:
             for side in ("old", "new") if number % 2 else ("new", "old"):
                 took = ask(workers[side], job, 1000 + 100 * number)
@@ -159,6 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--old", default="148a1be", help="a commit before the engine of rows")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--warm", type=int, default=8, help="rounds before them, in which it is found out what pays")
     parser.add_argument("--backend", default="openvino")
     parser.add_argument("--models", type=lambda text: text.split(","), default=list(STEPS))
     parser.add_argument("--jobs", type=lambda text: text.split(","), default=list(JOBS["spoken"]))

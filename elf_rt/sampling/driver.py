@@ -298,6 +298,9 @@ class Driver:
 
     def _take_turn(self, engine: Engine[Any]) -> dict[Task, int]:
         """The first text and those behind it of its length, as many as a call should hold; with the rows of each."""
+        if len(self._ring) == 1:
+            alone = self._ring.popleft()
+            return {alone: alone.rows}
         few = sorted((task for task in self._ring if task.few), key=lambda task: task.submitted)
         others = [task for task in self._ring if not task.few]
         theirs = bool(others) and self._owed >= OTHERS * others[0].rows

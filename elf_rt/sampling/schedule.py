@@ -21,7 +21,7 @@ import numpy as np
 
 from elf_rt.errors import InputError
 from elf_rt.params import ModelConfig, SamplingParams
-from elf_rt.sampling.noise import normal
+from elf_rt.sampling.noise import TIME_GRID, normal
 
 A, B, C, D, X = range(5)  # columns of Table.coef
 
@@ -263,7 +263,7 @@ def make_grid(params: SamplingParams, config: ModelConfig, seeds: np.ndarray) ->
         scores = np.array([NormalDist().inv_cdf(i / n) for i in range(1, n)])
         grid[:, 1:-1] = 1.0 / (1.0 + np.exp(-(mean + std * scores)))
     elif n > 1:
-        draws = normal(seeds, 0, (n - 1, 1), stream=1)[:, :, 0].astype(np.float64)
+        draws = normal(seeds, 0, (n - 1, 1), TIME_GRID)[:, :, 0].astype(np.float64)
         grid[:, 1:-1] = np.sort(1.0 / (1.0 + np.exp(-(mean + std * draws))), axis=1)
     return grid
 
