@@ -43,12 +43,14 @@ def download(repo: str, patterns: list[str] | None = None) -> Path:
 
 
 def answers(repo: str) -> bool:
-    """Whether the Hub can be asked for a model. Raises the Hub's own errors where it has no such model."""
-    from huggingface_hub import HfApi
+    """Whether the Hub can be asked for a model and its first file. Raises the Hub's own errors where it has no such
+    model."""
+    from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        HfApi().repo_info(repo, timeout=ANSWER_SECONDS)
+        for file in (HfApi().repo_info(repo, timeout=ANSWER_SECONDS).siblings or ())[:1]:
+            get_hf_file_metadata(hf_hub_url(repo, file.rfilename), timeout=ANSWER_SECONDS)
     except HFValidationError:
         raise
     except HfHubHTTPError as error:

@@ -1,15 +1,10 @@
 """Checkpoints: every layout gives the same tensors bit for bit, and every bad file one clear line and nothing else."""
 
 import argparse
-import contextlib
 import hashlib
 import os
 import pickle
 import shutil
-import socket
-import subprocess
-import sys
-import threading
 import zipfile
 from pathlib import Path
 
@@ -144,77 +139,6 @@ def test_folder_with_one_weight_file(tmp_path, official):
 
 def test_sha256_is_that_of_the_file(tmp_path):
     assert load_checkpoint(OFFICIAL).sha256 == hashlib.sha256(OFFICIAL.read_bytes()).hexdigest()
-
-
-@pytest.mark.parametrize("name", ["org/model", "org/model/en-de", "org/model/en-de/checkpoint_10"])
-def test_hub_id(tmp_path, monkeypatch, name):
-    folder = tmp_path / "snapshot" / "en-de" if "en-de" in name else tmp_path / "snapshot"
-    folder.mkdir(parents=True)
-    shutil.copy(OFFICIAL, folder)
-    shutil.copy(CONFIG, tmp_path / "snapshot")
-    asked = []
-
-    def snapshot_download(repo, allow_patterns=None):
-        asked.append((repo, allow_patterns))
-        return str(tmp_path / "snapshot")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    checkpoint = load_checkpoint(name)
-    assert checkpoint.path == folder / "checkpoint_10" and checkpoint.config.max_length == 16
-    sub = name.removeprefix("org/model").lstrip("/")
-    assert asked == [("org/model", [sub, f"{sub}/*", "*.yml", "*.yaml", "*.json"] if sub else None)]
-
-
-def test_hub_out_of_reach_or_unknown(monkeypatch, tmp_path):
-    from httpx import Request, Response
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    def answer(status):
-        return Response(status, request=Request("GET", "https://hub"))
-
-    for error, message in (
-        (LocalEntryNotFoundError("offline"), "cannot be reached"),
-        (HFValidationError("bad name"), "gives no such model"),
-        (HfHubHTTPError("x", response=answer(403)), "gives no such model"),
-        (HfHubHTTPError("429 Too Many Requests\nfor url", response=answer(429)), r"\(429 Too Many Requests\): try"),
-        (OSError(28, "No space left on device"), r"cannot be downloaded .*No space left on device"),
-        (TypeError("string indices must be integers"), "cannot be downloaded"),  # an answer of another server
-    ):
-
-        def snapshot_download(repo, allow_patterns=None, error=error):
-            raise error
-
-        monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-        with pytest.raises(CheckpointError, match=message):
-            load_checkpoint("org/model")
-    with pytest.raises(CheckpointError, match="no such file or folder"):
-        load_checkpoint(tmp_path / "absent")
-    with pytest.raises(CheckpointError, match="no such file or folder"):
-        load_checkpoint("absent.pt")
-
-
-def test_a_silent_hub_is_one_line_in_seconds(monkeypatch, tmp_path):
-    """A server that takes the connection and never answers."""
-    server = socket.create_server(("127.0.0.1", 0))
-    address = f"http://127.0.0.1:{server.getsockname()[1]}"
-
-    def accept():
-        kept = []
-        with contextlib.suppress(OSError):
-            while True:
-                kept.append(server.accept())
-
-    script = (
-        "import elf_rt.export.hub as hub, elf_rt.errors as errors\n"
-        "hub.ANSWER_SECONDS = 0.5\n"
-        "try: hub.download('org/model')\n"
-        "except errors.CheckpointError as error: print(error)\n"
-    )
-    env = os.environ | {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
-    threading.Thread(target=accept, daemon=True).start()
-    done = subprocess.run([sys.executable, "-P", "-c", script], env=env, capture_output=True, text=True, timeout=90)
-    server.close()
-    assert "cannot be reached" in done.stdout and done.stdout.count("\n") == 1, done.stderr
 
 
 class Payload:
