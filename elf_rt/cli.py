@@ -20,7 +20,7 @@ from elf_rt.console import (
     plain_warnings,
     set_verbosity,
 )
-from elf_rt.errors import ElfError, first_line
+from elf_rt.errors import ElfError, first_line, lack_of_memory
 
 # SIGHUP: the terminal, or the connection to it, is gone.
 STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -129,23 +129,25 @@ def _run(args: list[str] | None) -> int:
         with contextlib.suppress(OSError):
             error.show()
         return error.exit_code
-    except (ElfError, OSError, MemoryError) as error:
+    except Exception as error:
+        if not isinstance(error, ElfError | OSError) and lack_of_memory(error) is None:
+            raise
         return _report(error)
     return code if isinstance(code, int) else 0
 
 
-def _report(error: ElfError | OSError | MemoryError) -> int:
+def _report(error: Exception) -> int:
     """Tell why a command failed, but not to somebody who has stopped to listen. Returns the exit code."""
-    if isinstance(error, OSError) and error.errno == errno.EBADF:
-        reason = "standard output is closed"
-    elif isinstance(error, OSError) and error.errno is None:  # numpy's, which counts items
-        reason = f"a file could not be read or written whole ({first_line(error)}): is the disk full?"
-    elif isinstance(error, OSError):
-        reason = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
-    elif isinstance(error, MemoryError):
-        reason = first_line(error)
-    else:
+    if isinstance(error, ElfError):
         reason = str(error)
+    elif (lack := lack_of_memory(error)) is not None:
+        reason = first_line(lack)
+    elif not isinstance(error, OSError) or error.errno is None:  # numpy's, which counts items
+        reason = f"a file could not be read or written whole ({first_line(error)}): is the disk full?"
+    elif error.errno == errno.EBADF:
+        reason = "standard output is closed"
+    else:
+        reason = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
     if not isinstance(error, BrokenPipeError):
         complain(f"error: {_with_notes(reason, error)}", error)
     return 1

@@ -28,8 +28,16 @@ class InputError(ElfError, ValueError):
     """A value given by the caller is out of range; the message names the valid ones."""
 
 
-# How C++ libraries say that the machine has no memory left. What a GPU lacks is GpuMemoryError's.
-_NO_MEMORY = ("bad_alloc", "bad allocation", "failed to allocate memory", "cannot allocate memory", "not enough memory")
+# How libraries and the loader of libraries say that the machine has no memory left. What a GPU lacks is GpuMemoryError's.
+_NO_MEMORY = (
+    "bad_alloc",
+    "bad allocation",
+    "failed to allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "failed to map segment",
+    "can't start new thread",
+)
 LESS_MEMORY = "ask for fewer texts at once or a shorter length, or use a machine with more"
 
 
@@ -37,9 +45,18 @@ def first_line(error: BaseException) -> str:
     """What a library's error says, in one line; with what helps, where memory ran out."""
     lines = str(error).splitlines() or [type(error).__name__]
     line = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
-    if isinstance(error, MemoryError) or any(words in str(error).lower() for words in _NO_MEMORY):
-        return f"memory ran out ({line}): {LESS_MEMORY}"
-    return line
+    return f"memory ran out ({line}): {LESS_MEMORY}" if _says_no_memory(error) else line
+
+
+def lack_of_memory(error: BaseException | None) -> BaseException | None:
+    """The error, or the one behind it, that says that memory ran out; None where none does."""
+    while error is not None and not _says_no_memory(error):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _says_no_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _NO_MEMORY)
 
 
 def warn(message: str) -> None:

@@ -245,7 +245,15 @@ def test_a_resumed_run_is_the_run(run_cli, bundle, tmp_path):
     run_cli("generate", bundle("t5"), "--resume").assert_clear_error("--resume goes on with the file of --output")
 
 
-def test_a_run_that_fails_keeps_its_texts(bundle, tmp_path, monkeypatch, capsys):
+def raise_as_libraries_do():
+    try:
+        raise ImportError("libtorch_cpu.so: failed to map segment from shared object")
+    except ImportError as error:
+        raise SystemError("initialization failed") from error
+
+
+@pytest.mark.parametrize("fail", [lambda: bytes(10**18), raise_as_libraries_do])
+def test_a_run_that_fails_keeps_its_texts(bundle, tmp_path, monkeypatch, capsys, fail):
     from elf_rt import cli, model
 
     long_run(tmp_path, 40)
@@ -254,7 +262,7 @@ def test_a_run_that_fails_keeps_its_texts(bundle, tmp_path, monkeypatch, capsys)
 
     def stream(self, *args, **options):
         yield from list(whole(self, *args, **options))[:5]
-        raise MemoryError
+        fail()
 
     monkeypatch.setattr(model.Model, "stream", stream)
     args = ["generate", str(bundle("t5")), "--input", "in.jsonl", "--output", "out.jsonl", "--steps", "1"]
