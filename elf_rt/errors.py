@@ -28,7 +28,7 @@ class InputError(ElfError, ValueError):
     """A value given by the caller is out of range; the message names the valid ones."""
 
 
-# How libraries and the loader of libraries say that the machine has no memory left. What a GPU lacks is GpuMemoryError's.
+# How libraries, and what loads them, say that the machine has no memory left. What a GPU lacks is GpuMemoryError's.
 _NO_MEMORY = (
     "bad_alloc",
     "bad allocation",

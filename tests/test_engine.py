@@ -45,8 +45,9 @@ def conditional(bundle):
 PROMPTS = (None, "the cat", "the sea")
 
 
-def test_soak(conditional):
-    """Random texts, cancels and drafts from several threads; every text is the one that it is alone."""
+@pytest.mark.parametrize("count", [25, pytest.param(250, marks=pytest.mark.slow)])
+def test_soak(conditional, count):
+    """Random texts, cancels and drafts from eight threads; every text is the one that it is alone."""
     rng, model, config = random.Random(5), conditional, conditional.config
     kinds = [
         Text(
@@ -67,7 +68,7 @@ def test_soak(conditional):
 
     def work(number):
         mine = random.Random(number)
-        for _ in range(25):
+        for _ in range(count):
             k = mine.randrange(len(kinds))
             pending = model.submit(kinds[k], drafts_every=mine.choice((0, 0, 1, 2)))
             if mine.random() < 0.25:
@@ -82,10 +83,11 @@ def test_soak(conditional):
 
     with pytest.warns(UserWarning, match="trained on"):
         want = [model.write([text])[0].ids for text in kinds]
+        threads = threading.active_count()
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(work, range(8)))
     assert not failures
-    assert idle(model)
+    assert idle(model) and threading.active_count() == threads
 
 
 def test_results_are_those_of_the_text_alone_whatever_the_rows_of_a_call():

@@ -7,33 +7,39 @@ from dataclasses import dataclass, field
 ENOUGH = 4  # calls that say what a size costs; the first one, which may set something up, does not count
 SAMPLES = 16  # calls that say it well, which a size gets that is close to the best one
 CLOSE = 1.15  # a size whose row costs at most so much more may turn out to be the best one
-FOLLOWING = 0.5  # how fast the pace of the machine is followed
-TOLERANCE = 1.02  # a call of fewer rows is as good as the best one when a row of it costs at most so much more
+FOLLOWING = 0.5  # how fast the pace of the machine is followed while sizes are compared
+RECENT = 64  # calls of any size that say what the usual pace is
+TOLERANCE = 1.01  # a call of fewer rows is as good as the best one when a row of it costs at most so much more
 SHORT = 1.5  # the same while a short call is wanted
 
 
 @dataclass
 class _Size:
+    """costs: of a row, of the first SAMPLES calls, in seconds over the pace of then."""
+
     calls: int = 0
-    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=SAMPLES))  # of a row
-    relative: list[float] = field(default_factory=list)  # the same over the pace of then, of the first SAMPLES calls
+    costs: list[float] = field(default_factory=list)
 
     @property
-    def cost(self) -> float | None:
-        """What a row costs, to be compared with other sizes."""
-        return statistics.median(self.relative) if len(self.relative) >= ENOUGH else None
+    def cost(self) -> float:
+        return statistics.median(self.costs)
+
+    @property
+    def known(self) -> bool:
+        return len(self.costs) >= ENOUGH
 
 
 @dataclass
 class CallCost:
-    """Seconds of calls by length and by rows, in sizes 1, 2, 4, … to which rows are rounded up.
+    """What calls cost by length and by rows, in sizes 1, 2, 4, … to which rows are rounded up.
 
-    A machine that others use too is now faster, now slower, by more than sizes differ. So sizes are compared by their
-    seconds over the pace: what calls take at the moment, over what such calls cost.
+    A machine that others use too is now faster, now slower, by more than sizes differ. So what a size costs is told
+    apart from the pace of the machine: seconds = pace x cost of a row x rows.
     """
 
     _sizes: dict[tuple[int, int], _Size] = field(default_factory=dict)
-    _pace: float | None = None
+    _pace: float = 0.0  # of the last calls
+    _paces: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
     _last: tuple[int, int] | None = None  # length and size of the last call
 
     def record(self, rows: int, length: int, seconds: float) -> None:
@@ -44,12 +50,12 @@ class CallCost:
         if size.calls == 1:
             return
         of_row = seconds / rows
-        size.seconds.append(of_row)
         self._pace = self._pace or of_row
-        if size.cost is not None:
-            self._pace *= (of_row / (self._pace * size.cost)) ** FOLLOWING
-        if len(size.relative) < SAMPLES:
-            size.relative.append(of_row / self._pace)
+        if size.known:
+            self._paces.append(of_row / size.cost)
+            self._pace *= (self._paces[-1] / self._pace) ** FOLLOWING
+        if len(size.costs) < SAMPLES:
+            size.costs.append(of_row / self._pace)
 
     def worth(self, length: int, limit: int, wanted: int) -> tuple[int, bool]:
         """How many rows a call should hold, and whether that is settled: the fewest, up to the limit, of which one
@@ -63,7 +69,7 @@ class CallCost:
         settled = largest > 2 * best or 2 * largest > limit
         if not settled and wanted > largest:
             return self._in_turns(length, 2 * largest, best), False
-        calls = {rows: len(self._sizes[length, rows].relative) for rows in costs if costs[rows] <= CLOSE * costs[best]}
+        calls = {rows: len(self._sizes[length, rows].costs) for rows in costs if costs[rows] <= CLOSE * costs[best]}
         open_sizes = [rows for rows, count in calls.items() if count < SAMPLES and rows <= round_up(wanted)]
         if len(calls) > 1 and open_sizes:
             return self._in_turns(length, min(open_sizes, key=calls.__getitem__), best), False
@@ -79,13 +85,15 @@ class CallCost:
 
     def _known(self, length: int, limit: int) -> dict[int, float]:
         """What a row costs, by size."""
-        sizes = {rows: size for (at, rows), size in sorted(self._sizes.items()) if at == length and rows <= limit}
-        return {rows: cost for rows, size in sizes.items() if (cost := size.cost) is not None}
+        sizes = sorted(self._sizes.items())
+        return {rows: size.cost for (at, rows), size in sizes if at == length and rows <= limit and size.known}
 
     def seconds(self, rows: int, length: int) -> float | None:
         """The usual seconds of a call of so many rows, or None when none was made."""
         size = self._sizes.get((length, round_up(rows)))
-        return None if size is None or not size.seconds else statistics.median(size.seconds) * rows
+        if size is None or not size.costs:
+            return None
+        return (statistics.median(self._paces) if self._paces else self._pace) * size.cost * rows
 
     def by_rows(self, length: int) -> dict[int, float]:
         """The usual milliseconds of a call by its size."""
