@@ -37,12 +37,13 @@ from elf_rt.request import (
 )
 from elf_rt.results import Draft, Outcome, Result, Timings
 from elf_rt.sampling import integrator
-from elf_rt.sampling.driver import CLOSED, Driver, Stats
+from elf_rt.sampling.driver import CLOSED, Driver
 from elf_rt.sampling.engine import Engine, HostEngine
 from elf_rt.sampling.given import make_programs
 from elf_rt.sampling.outlook import Load, Outlook
 from elf_rt.sampling.program import Event, Program, StepDone, Written
 from elf_rt.sampling.schedule import Table, guidance_rows
+from elf_rt.sampling.stats import Stats
 from elf_rt.text.codec import TextCodec
 
 __all__ = ["Draft", "Model", "Outcome", "Pending", "Result", "Stats", "Text", "Timings", "load"]

@@ -109,8 +109,12 @@ class DeviceEngine:
     def captures(self) -> int:
         return self._calls.captures
 
-    def max_rows(self, length: int, wanted: int = 1) -> int:
+    def max_rows(self, length: int, wanted: int = 0) -> int:
         return self.cost.worth(length, self._calls.most(length), wanted)[0]
+
+    def settled(self, length: int) -> bool:
+        most = self._calls.most(length)
+        return self.cost.worth(length, most, most)[1]
 
     def short_rows(self, length: int) -> int:
         return self.cost.short(length, self._calls.most(length))

@@ -9,7 +9,7 @@ SAMPLES = 16  # calls that say it well, which a size gets that is close to the b
 CLOSE = 1.15  # a size whose row costs at most so much more may turn out to be the best one
 FOLLOWING = 0.5  # how fast the pace of the machine is followed while sizes are compared
 RECENT = 64  # calls of any size that say what the usual pace is
-TOLERANCE = 1.01  # a call of fewer rows is as good as the best one when a row of it costs at most so much more
+TOLERANCE = 1.03  # a call of fewer rows is as good as the best one when a row of it costs at most so much more
 SHORT = 1.5  # the same while a short call is wanted
 
 
@@ -70,7 +70,7 @@ class CallCost:
         if not settled and wanted > largest:
             return self._in_turns(length, 2 * largest, best), False
         calls = {rows: len(self._sizes[length, rows].costs) for rows in costs if costs[rows] <= CLOSE * costs[best]}
-        open_sizes = [rows for rows, count in calls.items() if count < SAMPLES and rows <= round_up(wanted)]
+        open_sizes = [rows for rows, count in calls.items() if count < SAMPLES and rows < 2 * wanted]
         if len(calls) > 1 and open_sizes:
             return self._in_turns(length, min(open_sizes, key=calls.__getitem__), best), False
         return _fewest(costs, TOLERANCE), settled

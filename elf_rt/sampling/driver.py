@@ -21,6 +21,7 @@ from elf_rt.errors import BackendError, ElfError, GpuMemoryError, first_line
 from elf_rt.sampling.engine import Engine, Progress, Slot
 from elf_rt.sampling.outlook import FEW, OTHERS, Load, Outlook, Pace
 from elf_rt.sampling.program import Event, Program, StepDone, Times, Written
+from elf_rt.sampling.stats import Stats
 
 MAX_SLOTS = 128  # texts in flight
 RATE_SECONDS = 5.0  # over which steps a second are counted
@@ -66,26 +67,6 @@ class Task:
         return Load(max(1, self.passes_left), program.last, program.mean_rows, program.length)
 
 
-@dataclass(frozen=True)
-class Stats:
-    """What a model is doing. slots: texts in flight; waiting: texts that have none yet; rows: of the last call, of at
-    most max_rows. call_ms: the usual milliseconds of a call by rows, in sizes 1, 2, 4, …, at the trained length.
-    steps_per_second: of all texts, over the last seconds. finished, cancelled, failed: texts so far."""
-
-    slots: int
-    waiting: int
-    rows: int
-    max_rows: int
-    steps_per_second: float
-    call_ms: dict[int, float]
-    calls: int
-    captures: int
-    bytes: int
-    finished: int
-    cancelled: int
-    failed: int
-
-
 class Driver:
     """Starts the thread, which opens the engine.
 
@@ -103,6 +84,7 @@ class Driver:
         self._rows_of: Counter[object] = Counter()  # in flight, by caller
         self._count: Counter[str] = Counter()
         self._steps: deque[tuple[float, int]] = deque(maxlen=256)
+        self._calling = False  # a call is being enqueued: on a CPU, it is made
         self._last_rows = 0
         self._since = 0.0  # when the call before was over, or the first one of a busy time begun
         self._lasted: deque[float] = deque(maxlen=64)  # what recent turns took, over the usual time of their calls
@@ -167,6 +149,7 @@ class Driver:
                 waiting=sum(map(len, self._waiting.values())),
                 rows=self._last_rows if self._flying else 0,
                 max_rows=self._engine.max_rows(self._length),
+                settled=self._engine.settled(self._length),
                 steps_per_second=sum(steps for _, steps in recent) / span if span else 0.0,
                 call_ms=self._engine.cost.by_rows(self._length),
                 calls=self._count["calls"],
@@ -181,7 +164,7 @@ class Driver:
         """What is to be written, and how fast calls of its lengths and of these ones are."""
         with self._wake:
             tasks = [*self._flying, *(task for queue in self._waiting.values() for task in queue)]
-            texts, under_way = [task.load for task in tasks], len(self._under_way)
+            texts, under_way = [task.load for task in tasks], len(self._under_way) + self._calling
             overhead = statistics.median(self._lasted or [1.0])
         cost, every = self._engine.cost, {*lengths, *(text.length for text in texts)}
         pace = {n: Pace(self._engine.max_rows(n), self._engine.short_rows(n), cost.by_rows(n)) for n in every}
@@ -277,7 +260,7 @@ class Driver:
         taken = self._take_turn(engine)
         tasks, slots = list(taken), [task.slot for task in taken if task.slot is not None]
         drafts = [task.program.drafts(slot.j) for task, slot in zip(tasks, slots, strict=True)]
-        now = time.perf_counter()
+        now, self._calling = time.perf_counter(), True
         try:
             engine.enqueue(slots)
         except Exception as error:
@@ -287,6 +270,8 @@ class Driver:
             else:
                 self._fail(engine, tasks, error)
             return
+        finally:
+            self._calling = False
         self._owe(taken)
         for task, draft in zip(tasks, drafts, strict=True):
             if not task.times.calls:

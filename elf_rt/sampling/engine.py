@@ -76,8 +76,12 @@ class Engine(Protocol[S]):
         """CUDA graphs captured so far."""
         ...
 
-    def max_rows(self, length: int, wanted: int = 1) -> int:
-        """The rows that a call of this length should hold now, where so many are wanted."""
+    def max_rows(self, length: int, wanted: int = 0) -> int:
+        """The rows that a call of this length should hold now, where so many are wanted; with 0, nothing is tried."""
+        ...
+
+    def settled(self, length: int) -> bool:
+        """Whether it is found out how many rows that is."""
         ...
 
     def short_rows(self, length: int) -> int:
@@ -177,8 +181,12 @@ class HostEngine:
         self._called: list[HostSlot] = []  # those of the last call, whose outputs are still to be read
         self._done: deque[Call] = deque()
 
-    def max_rows(self, length: int, wanted: int = 1) -> int:
+    def max_rows(self, length: int, wanted: int = 0) -> int:
         return self.cost.worth(length, self._most(length), wanted)[0]
+
+    def settled(self, length: int) -> bool:
+        most = self._most(length)
+        return self.cost.worth(length, most, most)[1]
 
     def short_rows(self, length: int) -> int:
         return self.cost.short(length, self._most(length))

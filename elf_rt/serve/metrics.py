@@ -7,7 +7,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from elf_rt.results import Timings
-from elf_rt.sampling.driver import Stats
+from elf_rt.sampling.stats import Stats
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 RATIOS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)

@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import time
 from types import FrameType
 
 import uvicorn
@@ -14,7 +15,7 @@ from elf_rt.model import Model, Text
 from elf_rt.serve.admission import Gate
 
 WARM_SECONDS = 10.0  # of writing texts before the first request
-WARM_STEPS = 6  # more than the calls of a size that tell its cost
+WARM_STEPS = 6
 WARM_TEXTS = 64
 
 
@@ -54,17 +55,18 @@ class Server(uvicorn.Server):
 
 
 def warm_up(model: Model) -> None:
-    """Write texts, one, then twice as many, … until larger calls do not pay, so that the cost of all sizes is known.
+    """Write texts, one, then twice as many, … until it is found out how many rows of a call pay, so that it is known
+    how long texts take.
 
     Not much longer than ``WARM_SECONDS``, unless one text takes longer.
     """
-    texts, last = 1, 0.0
-    while texts <= min(WARM_TEXTS, 4 * model.stats().max_rows) and 2 * last < WARM_SECONDS:
+    texts, last, end = 1, 0.0, time.monotonic() + WARM_SECONDS
+    while not model.stats().settled and time.monotonic() + 2 * last < end:
         params = model.params(steps=WARM_STEPS)
         prompt = "a" if model.config.max_input_length else None
         results = model.write([Text(prompt, seed, params=params) for seed in range(texts)])
         last = max(result.timings.total_ms for result in results) / 1e3
-        texts *= 2
+        texts = min(2 * texts, WARM_TEXTS)
 
 
 def listen(host: str, port: int) -> socket.socket:
