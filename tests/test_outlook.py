@@ -61,10 +61,8 @@ def test_texts_that_follow_take_turns_too():
 
 
 def test_calls_under_way_come_first():
-    """Half of the first one is over, on average: 1.5 calls of two rows here."""
-    assert Outlook([text(64)] * 2, 8, LINEAR, 2.0, under_way=2).finishes([text(4)]) == pytest.approx(
-        [2 * (0.003 + 0.012)]
-    )
+    outlook = Outlook([text(64)] * 2, 8, LINEAR, 2.0, under_way=0.003)
+    assert outlook.finishes([text(4)]) == pytest.approx([2 * (0.003 + 0.012)])
 
 
 def test_lengths_without_a_call_are_not_known():

@@ -80,11 +80,11 @@ class Driver:
         self._waiting: OrderedDict[object, deque[Task]] = OrderedDict()  # by caller
         self._flying: dict[Task, None] = {}  # those that have a slot, in the order in which they got it
         self._ring: deque[Task] = deque()  # those of them that have calls left; each goes to the end after its call
-        self._under_way: deque[list[Task]] = deque()  # by call
+        self._under_way: deque[Mapping[Task, int]] = deque()  # by call, with the rows of each
         self._rows_of: Counter[object] = Counter()  # in flight, by caller
         self._count: Counter[str] = Counter()
         self._steps: deque[tuple[float, int]] = deque(maxlen=256)
-        self._calling = False  # a call is being enqueued: on a CPU, it is made
+        self._calling: Mapping[Task, int] = {}  # what is being enqueued: on a CPU, the call is made then
         self._last_rows = 0
         self._since = 0.0  # when the call before was over, or the first one of a busy time begun
         self._lasted: deque[float] = deque(maxlen=64)  # what recent turns took, over the usual time of their calls
@@ -164,11 +164,17 @@ class Driver:
         """What is to be written, and how fast calls of its lengths and of these ones are."""
         with self._wake:
             tasks = [*self._flying, *(task for queue in self._waiting.values() for task in queue)]
-            texts, under_way = [task.load for task in tasks], len(self._under_way) + self._calling
+            texts, under_way = [task.load for task in tasks], self._seconds_under_way()
             overhead = statistics.median(self._lasted or [1.0])
         cost, every = self._engine.cost, {*lengths, *(text.length for text in texts)}
         pace = {n: Pace(self._engine.max_rows(n), self._engine.short_rows(n), cost.by_rows(n)) for n in every}
         return Outlook(texts, MAX_SLOTS, pace, overhead, under_way)
+
+    def _seconds_under_way(self) -> float:
+        """Until the calls that come before all others are over."""
+        calls = [call for call in (*self._under_way, self._calling) if call]
+        usual = [self._engine.cost.seconds(sum(call.values()), next(iter(call)).program.length) for call in calls]
+        return max(0.0, sum(seconds or 0.0 for seconds in usual) - (time.perf_counter() - self._since))
 
     def close(self) -> None:
         """Stop after the calls under way; texts that are not over end with a BackendError. Waits for the thread."""
@@ -260,7 +266,7 @@ class Driver:
         taken = self._take_turn(engine)
         tasks, slots = list(taken), [task.slot for task in taken if task.slot is not None]
         drafts = [task.program.drafts(slot.j) for task, slot in zip(tasks, slots, strict=True)]
-        now, self._calling = time.perf_counter(), True
+        now, self._calling = time.perf_counter(), taken
         try:
             engine.enqueue(slots)
         except Exception as error:
@@ -271,7 +277,7 @@ class Driver:
                 self._fail(engine, tasks, error)
             return
         finally:
-            self._calling = False
+            self._calling = {}
         self._owe(taken)
         for task, draft in zip(tasks, drafts, strict=True):
             if not task.times.calls:
@@ -279,7 +285,7 @@ class Driver:
             task.times.calls += 1 + draft
             if task.passes_left:
                 self._ring.append(task)
-        self._under_way.append(tasks)
+        self._under_way.append(taken)
 
     def _take_turn(self, engine: Engine[Any]) -> dict[Task, int]:
         """The first text and those behind it of its length, as many as a call should hold; with the rows of each."""
@@ -313,7 +319,7 @@ class Driver:
 
     def _collect(self, engine: Engine[Any]) -> None:
         """Wait for the oldest call, and tell its texts what it did."""
-        tasks = self._under_way.popleft()
+        tasks = list(self._under_way.popleft())
         try:
             call = engine.collect()
         except Exception as error:  # the GPU failed: what is behind this call will not come either

@@ -6,7 +6,7 @@ joins or leaves, all of a kind advance at one speed.
 
 import heapq
 import math
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
@@ -52,14 +52,14 @@ class Pace:
 @dataclass(frozen=True)
 class Outlook:
     """texts: in flight and waiting, first come first. slots: texts that may be in flight. pace: by length.
-    overhead: what calls and the time between them took lately, over what the calls usually take. under_way: calls that
-    come before all others."""
+    overhead: what calls and the time between them took lately, over what the calls usually take. under_way: seconds
+    until the calls that come before all others are over."""
 
     texts: Sequence[Load]
     slots: int
     pace: Mapping[int, Pace]
     overhead: float = 1.0
-    under_way: int = 0
+    under_way: float = 0.0
 
     def known(self, new: Sequence[Load] = ()) -> bool:
         """Whether calls of all lengths were made before, so that their milliseconds are known."""
@@ -76,7 +76,7 @@ class Outlook:
         left = asked = len(new) or len(self.texts)
         waiting = deque(enumerate([*self.texts, *new], asked - len(self.texts) - len(new)))
         ends = [0.0] * asked  # texts that were not asked for have an index below 0
-        turns, now, owed = _Turns(self.pace), self._calls_under_way(), 0.0
+        turns, now, owed = _Turns(self.pace), self.under_way, 0.0
         to_come = cycle(load for load in following if load.length in self.pace)
         while left:
             while waiting and len(turns) < self.slots:
@@ -90,15 +90,6 @@ class Outlook:
                 owed -= 1
                 waiting.append((-1, load))
         return [self.overhead * end for end in ends]
-
-    def _calls_under_way(self) -> float:
-        """Seconds of them. Half of the first one is over, on average."""
-        rows: Counter[int] = Counter()
-        for load in self.texts:
-            rows[load.length] += math.ceil(load.rows)
-        held = {length: min(count, self.pace[length].max_rows) for length, count in rows.items()}
-        longest = max((count * self.pace[length].of_row(count) for length, count in held.items()), default=0.0)
-        return max(0.0, self.under_way - 0.5) * longest
 
 
 @dataclass(eq=False)
