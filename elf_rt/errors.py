@@ -36,16 +36,24 @@ _NO_MEMORY = (
     "cannot allocate memory",
     "not enough memory",
     "failed to map segment",
+    "can't allocate",
     "can't start new thread",
 )
 LESS_MEMORY = "ask for fewer texts at once or a shorter length, or use a machine with more"
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's error says, in one line; with what helps, where memory ran out."""
+    """What a library's error says, in one line: the first, and where colons lead further, the one that they lead to.
+    With what helps, where memory ran out."""
     lines = str(error).splitlines() or [type(error).__name__]
-    line = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
-    return f"memory ran out ({line}): {LESS_MEMORY}" if _says_no_memory(error) else line
+    if lines[0].endswith(":"):
+        lines[0] += f" {next((line for line in lines[1:] if not line.endswith(':')), lines[-1])}"
+    return _with_remedy(lines[0], error)
+
+
+def last_line(error: BaseException) -> str:
+    """The same of a library that says what it was doing first, and the cause last."""
+    return _with_remedy((str(error).strip() or type(error).__name__).splitlines()[-1], error)
 
 
 def lack_of_memory(error: BaseException | None) -> BaseException | None:
@@ -53,6 +61,10 @@ def lack_of_memory(error: BaseException | None) -> BaseException | None:
     while error is not None and not _says_no_memory(error):
         error = error.__cause__ or error.__context__
     return error
+
+
+def _with_remedy(line: str, error: BaseException) -> str:
+    return f"memory ran out ({line}): {LESS_MEMORY}" if _says_no_memory(error) else line
 
 
 def _says_no_memory(error: BaseException) -> bool:

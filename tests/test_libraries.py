@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from elf_rt.errors import first_line
+from elf_rt.errors import first_line, last_line
 from elf_rt.libraries import ORT_TELEMETRY, import_library, needs, why_absent
 
 ROOT = Path(__file__).parents[1]
@@ -64,10 +64,12 @@ def test_absent_libraries_and_parts():
     [
         (RuntimeError("one\ntwo"), "one"),
         (RuntimeError("in a node:\nthe reason\nmore"), "in a node: the reason"),
+        (RuntimeError("in a file:\nin a node:\nthe reason\nmore"), "in a file: the reason"),
         (ValueError(), "ValueError"),
         (MemoryError("Unable to allocate 3 GiB"), "memory ran out (Unable to allocate 3 GiB): ask for fewer"),
         (MemoryError(), "memory ran out (MemoryError): ask for fewer"),
         (RuntimeError("std::bad_alloc"), "memory ran out (std::bad_alloc): ask for fewer"),
+        (RuntimeError("a:\nnode x can't allocate 9 bytes"), "memory ran out (a: node x can't allocate 9 bytes): ask"),
         (
             RuntimeError("[ONNXRuntimeError] : 6 : Failed to allocate memory for requested buffer of size 9"),
             "memory ran out ([ONNXRuntimeError] : 6 : Failed to allocate memory for requested buffer of size 9): ask",
@@ -77,6 +79,11 @@ def test_absent_libraries_and_parts():
 def test_what_a_library_says_in_one_line(error, line):
     told = first_line(error)
     assert told.startswith(line) and "\n" not in told and (told == line or "memory" in line)
+
+
+def test_what_a_library_says_last():
+    assert last_line(RuntimeError("while loading:\nthe cause\n")) == "the cause"
+    assert last_line(RuntimeError("while loading:\nstd::bad_alloc")).startswith("memory ran out (std::bad_alloc): ask")
 
 
 @pytest.mark.parametrize(

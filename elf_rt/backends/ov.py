@@ -16,7 +16,7 @@ import numpy as np
 
 from elf_rt.backends.table import variant_of
 from elf_rt.bundle import Bundle
-from elf_rt.errors import BackendError, warn
+from elf_rt.errors import BackendError, last_line, warn
 from elf_rt.files import sealed_folder
 from elf_rt.libraries import import_library, why_absent
 from elf_rt.machine import cores, user_cache
@@ -115,7 +115,7 @@ class OpenVinoBackend:
                 model.reshape({port: _fixed(port.get_partial_shape(), length) for port in model.inputs})
                 return self._core.compile_model(model, "CPU", self._options | dict(options or {}))
         except (RuntimeError, UnicodeDecodeError) as error:  # the latter of a message with bytes of a damaged file
-            raise BackendError(f"{NAME} cannot load {path}: {str(error).strip().splitlines()[-1]}") from error
+            raise BackendError(f"{NAME} cannot load {path}: {last_line(error)}") from error
 
     def _cache_option(self, variant: str, held: contextlib.ExitStack) -> dict[str, str]:
         """OpenVINO keeps what it compiled in a folder of this bundle's own. It checks that against its own version, and
