@@ -1,5 +1,7 @@
 """How many rows a call should hold: found out on costs that are known."""
 
+from itertools import count
+
 import numpy as np
 import pytest
 
@@ -31,6 +33,19 @@ def test_a_call_holds_the_fewest_rows_that_pay(seconds, want):
     rows, asked = settle(CallCost(), seconds)
     assert rows == want
     assert max(asked) <= 4 * want  # two larger sizes were tried, no more
+
+
+@pytest.mark.parametrize("period", [7, 12, 19, 31, 53])
+def test_a_size_is_not_chosen_by_the_pace_of_the_machine(period):
+    """It is slower by two thirds every other `period` calls; a row of eight is cheaper than others by 15 % and more."""
+    calls = count()
+
+    def seconds(rows):
+        slow = next(calls) // period % 2
+        return (1.0 + 0.6 * slow) * rows * (1.0 + 0.15 * abs(np.log2(rows / 8)) ** 0.5)
+
+    rows, _ = settle(CallCost(), seconds)
+    assert rows == 8
 
 
 def test_no_larger_call_is_tried_for_rows_that_are_not_there():
