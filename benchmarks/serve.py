@@ -139,12 +139,16 @@ def plot(records: Sequence[dict[str, Any]], path: Path, machine: str) -> None:
         for name, style in (("p50_ms", "o-"), ("p99_ms", "^:")):
             label = f"{record['bundle']}, {name.removesuffix('_ms')}"
             panels[1].plot(
-                clients, [row[name] for row in record["loads"]], style, color=line[0].get_color(), label=label
+                clients, [1e-3 * row[name] for row in record["loads"]], style, color=line[0].get_color(), label=label
             )
-    panels[0].set(xlabel="clients", ylabel="texts a second (dashed: Model.write)", xscale="log", yscale="log")
-    panels[1].set(xlabel="clients", ylabel="milliseconds of a text", xscale="log", yscale="log")
+    panels[0].set(xlabel="clients", ylabel="texts a second (dashed: Model.write)", xscale="log")
+    panels[0].set_ylim(bottom=0)
+    panels[1].set(xlabel="clients", ylabel="seconds of a text", xscale="log", yscale="log")
     for panel in panels:
+        panel.set_xticks(clients, [str(number) for number in clients])
+        panel.minorticks_off()
         panel.legend(fontsize=7)
+    panels[1].yaxis.set_major_formatter("{x:g}")
     figure.suptitle(machine, fontsize=9)
     figure.savefig(path, dpi=130)
 
