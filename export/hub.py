@@ -1,5 +1,6 @@
 """Models on the Hugging Face Hub: downloaded once, and every way to fail in one line."""
 
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +21,12 @@ def download(repo: str, patterns: list[str] | None = None) -> Path:
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    from huggingface_hub.utils import disable_progress_bars, logging
+    from huggingface_hub.utils.logging import set_verbosity
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if not sys.stderr.isatty():
         disable_progress_bars()
-    logging.set_verbosity(logging.CRITICAL)  # what goes wrong is told once, here
+    set_verbosity(logging.CRITICAL)  # what goes wrong is told once, here
     try:
         offline: dict[str, Any] = {} if answers(repo) else {"local_files_only": True}
         return Path(snapshot_download(repo, allow_patterns=patterns, **offline))
@@ -49,7 +51,7 @@ def answers(repo: str) -> bool:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        for file in (HfApi().repo_info(repo, timeout=ANSWER_SECONDS).siblings or ())[:1]:
+        for file in (HfApi().model_info(repo, timeout=ANSWER_SECONDS).siblings or ())[:1]:
             get_hf_file_metadata(hf_hub_url(repo, file.rfilename), timeout=ANSWER_SECONDS)
     except HFValidationError:
         raise
