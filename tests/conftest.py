@@ -1,6 +1,7 @@
 """Bundles that many tests read: exported once a run, whatever the number of test processes."""
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,10 @@ HAS_GPU = isinstance(find_gpu(), Gpu)
 if not HAS_GPU:  # before anything imports Triton
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # the interpreter's many small products are five times as fast
+
+for name in ("SIGINT", "SIGHUP"):  # a shell's background jobs ignore them, and all that they start
+    if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_IGN:
+        signal.signal(getattr(signal, name), signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "data" / "golden"

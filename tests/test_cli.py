@@ -210,8 +210,10 @@ def test_interrupted_export_leaves_nothing(tmp_path, moment, number):
 
 def test_interrupted_before_anything_is_set_up(tmp_path):
     (tmp_path / "click.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
-    command = [sys.executable, "-m", "elf_rt", "info"]
-    running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command, env = [sys.executable, "-m", "elf_rt", "info"], {**os.environ, "PYTHONPATH": str(tmp_path)}
+    running = subprocess.Popen(
+        command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert running.stdout is not None and running.stdout.readline() == "importing\n"
     running.send_signal(signal.SIGINT)
     assert running.communicate(timeout=30)[1] == "" and running.returncode == -signal.SIGINT
