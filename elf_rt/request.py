@@ -17,6 +17,7 @@ from elf_rt.text.codec import TextCodec
 from elf_rt.text.pins import Pinned
 
 MAX_SEED = 2**64
+MAX_TEXTS = 10**6  # of one call: each has its place in memory from the beginning
 
 Pins = Mapping[int, int | str] | str  # {position: token}, or a template with blanks
 Encoded = dict[tuple[tuple[int, ...], int], tuple[np.ndarray, np.ndarray]]  # (source, length) -> latents, mask
@@ -123,6 +124,8 @@ def check_many(
     if not isinstance(prompts, Sequence | None):
         raise InputError(f"prompts must be a text or a sequence of texts, got {prompts!r}")
     total = n if prompts is None else n * len(prompts)
+    if total > MAX_TEXTS:
+        raise InputError(f"n must ask for at most {MAX_TEXTS} texts at once, got {total}")
     seed = check_seed(secrets.randbits(32) if seed is None else seed, total)
     length = check_length(codec.config, length)
     pins = None if pinned is None else _pins(codec, pinned, codec.room(length, sourced=prompts is not None))

@@ -125,6 +125,11 @@ def test_a_short_text_joins_long_ones_at_the_next_call():
     driver.close()
 
 
+def test_more_texts_than_fit_in_memory_are_refused(model):
+    with pytest.raises(InputError, match="n must ask for at most 1000000 texts at once, got 999999999999"):
+        model.generate(n=999999999999)
+
+
 def test_no_text_at_all_is_fine(model):
     assert model.write([]) == [] == model.run([])
     assert len(model.generate(n=1, seed=0, steps=1)) == 1
