@@ -130,19 +130,23 @@ def _run(args: list[str] | None) -> int:
             error.show()
         return error.exit_code
     except Exception as error:
-        if not isinstance(error, ElfError | OSError) and lack_of_memory(error) is None:
-            raise
         return _report(error)
     return code if isinstance(code, int) else 0
 
 
 def _report(error: Exception) -> int:
-    """Tell why a command failed, but not to somebody who has stopped to listen. Returns the exit code."""
+    """Tell why a command failed, but not to somebody who has stopped to listen. Returns the exit code.
+
+    Raises:
+        Exception: this error, which nobody has foreseen.
+    """
     if isinstance(error, ElfError):
         reason = str(error)
     elif (lack := lack_of_memory(error)) is not None:
         reason = first_line(lack)
-    elif not isinstance(error, OSError) or error.errno is None:  # numpy's, which counts items
+    elif not isinstance(error, OSError):
+        raise error
+    elif error.errno is None:  # numpy's, which counts items
         reason = f"a file could not be read or written whole ({first_line(error)}): is the disk full?"
     elif error.errno == errno.EBADF:
         reason = "standard output is closed"

@@ -40,7 +40,7 @@ class EventStream:
     def __next__(self) -> tuple[int, StepDone | Written]:
         if not self._tasks:
             raise StopIteration
-        _check_process(self._driver)
+        self._driver.check_process()
         index, event = self._events.get()
         if isinstance(event, BaseException):
             self.close()
@@ -53,8 +53,7 @@ class EventStream:
 
     def close(self) -> None:
         """Cancel what is not written yet."""
-        if not self._driver.forked:
-            self._driver.cancel(list(self._tasks.values()))
+        self._driver.cancel(list(self._tasks.values()))
         self._tasks.clear()
 
     def __del__(self) -> None:
@@ -68,12 +67,6 @@ class EventStream:
         posts = [partial(_put, self._events, self._steps, index) for index in indices]
         self._tasks |= dict(zip(indices, self._driver.submit(group, posts, self._events), strict=True))
         self._submitted, self._size = indices.stop, len(group)
-
-
-def _check_process(driver: Driver) -> None:
-    """A forked child has no thread that would ever end its parent's texts."""
-    if driver.forked:
-        raise BackendError("this text is written by the process that this one was forked from: submit it here again")
 
 
 def _put(events: "SimpleQueue[tuple[int, Event]]", steps: bool, index: int, event: Event) -> None:
@@ -124,7 +117,7 @@ class Pending:
 
     def cancel(self) -> bool:
         """Drop the text before the next network call; False when it is over already."""
-        return not self._driver.forked and self._driver.cancel([self._task])
+        return self._driver.cancel([self._task])
 
     def add_done_callback(self, call: Callable[["Pending"], None]) -> None:
         """Call a function with this object when the text is over: in the driver's thread, so it must not block."""
@@ -176,7 +169,7 @@ class Pending:
 
     def _check_process(self) -> None:
         if not self.done():
-            _check_process(self._driver)
+            self._driver.check_process()
 
     def _draft(self, done: StepDone) -> Draft:
         assert done.draft is not None

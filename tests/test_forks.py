@@ -6,6 +6,12 @@ import sys
 
 import pytest
 
+
+def run(script, tmp_path, *args, timeout=120):
+    command, env = [sys.executable, "-c", script, *map(str, args)], {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env, cwd=tmp_path)
+
+
 FORK = """
 import os, signal, sys, elf_rt
 model = elf_rt.load(sys.argv[1], sys.argv[2], precision="fp32", threads=2)
@@ -25,9 +31,7 @@ sys.exit(abs(status))
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_a_forked_child_writes_the_same_text_and_exits(bundle, backend, tmp_path):
     pytest.importorskip(backend)
-    command = [sys.executable, "-c", FORK, str(bundle("cond")), backend]
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    done = run(FORK, tmp_path, bundle("cond"), backend)
     assert done.returncode == 0, done.stderr
 
 
@@ -61,8 +65,7 @@ sys.exit(abs(status))
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_texts_of_the_parent_are_not_waited_for_in_a_forked_child(bundle, tmp_path):
-    command = [sys.executable, "-c", FORK_IN_FLIGHT, str(bundle("cond"))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    done = run(FORK_IN_FLIGHT, tmp_path, bundle("cond"))
     assert done.returncode == 0, done.stderr
 
 
@@ -77,7 +80,5 @@ while not model.stats().calls: pass
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_an_interpreter_with_texts_in_flight_exits(bundle, backend, tmp_path):
     pytest.importorskip(backend)
-    command = [sys.executable, "-c", IN_FLIGHT, str(bundle("cond")), backend]
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    done = run(IN_FLIGHT, tmp_path, bundle("cond"), backend, timeout=60)
     assert done.returncode == 0 and not done.stderr, done.stderr

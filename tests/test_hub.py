@@ -69,6 +69,18 @@ def test_hub_out_of_reach_or_unknown(monkeypatch, tmp_path):
         load_checkpoint("absent.pt")
 
 
+def download_from(address, home):
+    """What becomes of a download in a process that waits half a second for an answer."""
+    script = (
+        "import elf_rt.export.hub as hub, elf_rt.errors as errors\n"
+        "hub.ANSWER_SECONDS = 0.5\n"
+        "try: hub.download('org/model')\n"
+        "except errors.CheckpointError as error: print(error)\n"
+    )
+    env = os.environ | {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(home)}
+    return subprocess.run([sys.executable, "-P", "-c", script], env=env, capture_output=True, text=True, timeout=60)
+
+
 def test_a_silent_hub_is_one_line_in_seconds(monkeypatch, tmp_path):
     """A server that takes the connection and never answers."""
     server = socket.create_server(("127.0.0.1", 0))
@@ -80,15 +92,8 @@ def test_a_silent_hub_is_one_line_in_seconds(monkeypatch, tmp_path):
             while True:
                 kept.append(server.accept())
 
-    script = (
-        "import elf_rt.export.hub as hub, elf_rt.errors as errors\n"
-        "hub.ANSWER_SECONDS = 0.5\n"
-        "try: hub.download('org/model')\n"
-        "except errors.CheckpointError as error: print(error)\n"
-    )
-    env = os.environ | {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
     threading.Thread(target=accept, daemon=True).start()
-    done = subprocess.run([sys.executable, "-P", "-c", script], env=env, capture_output=True, text=True, timeout=90)
+    done = download_from(address, tmp_path)
     server.close()
     assert "cannot be reached" in done.stdout and done.stdout.count("\n") == 1, done.stderr
 
@@ -119,14 +124,6 @@ def test_a_hub_whose_files_do_not_come_is_one_line(tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), HalfSilent)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    script = (
-        "import elf_rt.export.hub as hub, elf_rt.errors as errors\n"
-        "hub.ANSWER_SECONDS = 0.5\n"
-        "try: hub.download('org/model')\n"
-        "except errors.CheckpointError as error: print(error)\n"
-    )
-    address = f"http://127.0.0.1:{server.server_port}"
-    env = os.environ | {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-P", "-c", script], env=env, capture_output=True, text=True, timeout=60)
+    done = download_from(f"http://127.0.0.1:{server.server_port}", tmp_path)
     server.shutdown()
     assert "cannot be reached or is busy" in done.stdout and done.stdout.count("\n") == 1 and not done.stderr, done

@@ -26,7 +26,7 @@ from elf_rt.errors import GpuMemoryError
 from elf_rt.network import DeviceBackend, DeviceGraph
 from elf_rt.params import ModelConfig
 from elf_rt.sampling.cost import CallCost
-from elf_rt.sampling.engine import Call, Progress, not_finite, row_slices, share_of
+from elf_rt.sampling.engine import Call, Progress, not_finite, row_slices
 from elf_rt.sampling.noise import NoiseKey
 from elf_rt.sampling.program import Program
 from elf_rt.sampling.schedule import Row, X
@@ -113,15 +113,13 @@ class DeviceEngine:
         return self.cost.worth(length, self._calls.most(length), wanted)[0]
 
     def settled(self, length: int) -> bool:
-        most = self._calls.most(length)
-        return self.cost.worth(length, most, most)[1]
+        return self.cost.settled(length, self._calls.most(length))
 
     def short_rows(self, length: int) -> int:
         return self.cost.short(length, self._calls.most(length))
 
     def share(self, length: int) -> int:
-        most = self._calls.most(length)
-        return share_of(*self.cost.worth(length, most, most), most)
+        return self.cost.share(length, self._calls.most(length))
 
     def open(self, program: Program) -> DeviceSlot:
         self._backend.max_rows(program.length, program.max_rows)

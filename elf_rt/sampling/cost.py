@@ -75,6 +75,15 @@ class CallCost:
             return self._in_turns(length, min(open_sizes, key=calls.__getitem__), best), False
         return _fewest(costs, TOLERANCE), settled
 
+    def settled(self, length: int, limit: int) -> bool:
+        """Whether it is found out how many rows are worth it."""
+        return self.worth(length, limit, limit)[1]
+
+    def share(self, length: int, limit: int) -> int:
+        """The rows that one caller may have in flight: those of a call, or enough for two larger sizes to be tried."""
+        rows, settled = self.worth(length, limit, limit)
+        return rows if settled else min(4 * rows, limit)
+
     def _in_turns(self, length: int, tried: int, best: int) -> int:
         return best if self._last == (length, tried) else tried
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from elf_rt.errors import BackendError, ElfError, GpuMemoryError, first_line
 from elf_rt.sampling.engine import Engine, Progress, Slot
-from elf_rt.sampling.outlook import FEW, OTHERS, Load, Outlook, Pace
+from elf_rt.sampling.outlook import OTHERS, Load, Outlook, Pace
 from elf_rt.sampling.program import Event, Program, StepDone, Times, Written
 from elf_rt.sampling.stats import Stats
 
@@ -53,7 +53,7 @@ class Task:
     @cached_property
     def few(self) -> bool:
         """Whether it goes first."""
-        return self.program.last <= FEW
+        return self.load.few
 
     @property
     def passes_left(self) -> int:
@@ -80,11 +80,10 @@ class Driver:
         self._waiting: OrderedDict[object, deque[Task]] = OrderedDict()  # by caller
         self._flying: dict[Task, None] = {}  # those that have a slot, in the order in which they got it
         self._ring: deque[Task] = deque()  # those of them that have calls left; each goes to the end after its call
-        self._under_way: deque[Mapping[Task, int]] = deque()  # by call, with the rows of each
+        self._under_way: deque[Mapping[Task, int]] = deque()  # by call, with the rows of each; also the one being made
         self._rows_of: Counter[object] = Counter()  # in flight, by caller
         self._count: Counter[str] = Counter()
         self._steps: deque[tuple[float, int]] = deque(maxlen=256)
-        self._calling: Mapping[Task, int] = {}  # what is being enqueued: on a CPU, the call is made then
         self._last_rows = 0
         self._since = 0.0  # when the call before was over, or the first one of a busy time begun
         self._lasted: deque[float] = deque(maxlen=64)  # what recent turns took, over the usual time of their calls
@@ -126,8 +125,21 @@ class Driver:
             self._wake.notify()
         return tasks
 
+    def check_process(self) -> None:
+        """Raise where nobody will ever end a text.
+
+        Raises:
+            BackendError: this is a forked child, without the thread of its parent.
+        """
+        if self.forked:
+            raise BackendError(
+                "this text is written by the process that this one was forked from: submit it here again"
+            )
+
     def cancel(self, tasks: Sequence[Task]) -> bool:
-        """Drop texts before the next call is enqueued; False where all were over already."""
+        """Drop texts before the next call is enqueued; False where all were over already, or are a parent process's."""
+        if self.forked:
+            return False
         with self._wake:
             open_tasks = [task for task in tasks if not task.over]
             for task in open_tasks:
@@ -172,9 +184,9 @@ class Driver:
 
     def _seconds_under_way(self) -> float:
         """Until the calls that come before all others are over."""
-        calls = [call for call in (*self._under_way, self._calling) if call]
-        usual = [self._engine.cost.seconds(sum(call.values()), next(iter(call)).program.length) for call in calls]
-        return max(0.0, sum(seconds or 0.0 for seconds in usual) - (time.perf_counter() - self._since))
+        calls = [(sum(call.values()), next(iter(call)).program.length) for call in list(self._under_way)]
+        usual = sum(self._engine.cost.seconds(*call) or 0.0 for call in calls)
+        return max(0.0, usual - (time.perf_counter() - self._since))
 
     def close(self) -> None:
         """Stop after the calls under way; texts that are not over end with a BackendError. Waits for the thread."""
@@ -266,18 +278,18 @@ class Driver:
         taken = self._take_turn(engine)
         tasks, slots = list(taken), [task.slot for task in taken if task.slot is not None]
         drafts = [task.program.drafts(slot.j) for task, slot in zip(tasks, slots, strict=True)]
-        now, self._calling = time.perf_counter(), taken
+        now = time.perf_counter()
+        self._under_way.append(taken)
         try:
             engine.enqueue(slots)
         except Exception as error:
+            self._under_way.pop()
             fewer = engine.max_rows(tasks[0].program.length) < sum(taken.values())
             if isinstance(error, GpuMemoryError) and fewer and len(tasks) > 1:
                 self._ring.extendleft(reversed(tasks))
             else:
                 self._fail(engine, tasks, error)
             return
-        finally:
-            self._calling = {}
         self._owe(taken)
         for task, draft in zip(tasks, drafts, strict=True):
             if not task.times.calls:
@@ -285,7 +297,6 @@ class Driver:
             task.times.calls += 1 + draft
             if task.passes_left:
                 self._ring.append(task)
-        self._under_way.append(taken)
 
     def _take_turn(self, engine: Engine[Any]) -> dict[Task, int]:
         """The first text and those behind it of its length, as many as a call should hold; with the rows of each."""

@@ -124,11 +124,6 @@ class Engine(Protocol[S]):
     def close(self) -> None: ...
 
 
-def share_of(rows: int, settled: bool, most: int) -> int:
-    """See ``Engine.share``: enough for two larger sizes of call to be tried."""
-    return rows if settled else min(4 * rows, most)
-
-
 @dataclass(eq=False)
 class HostSlot:
     """outputs: (K, L, C) of the last call, a view of the network's own array. advanced: pass j was done without inputs
@@ -185,15 +180,13 @@ class HostEngine:
         return self.cost.worth(length, self._most(length), wanted)[0]
 
     def settled(self, length: int) -> bool:
-        most = self._most(length)
-        return self.cost.worth(length, most, most)[1]
+        return self.cost.settled(length, self._most(length))
 
     def short_rows(self, length: int) -> int:
         return self.cost.short(length, self._most(length))
 
     def share(self, length: int) -> int:
-        most = self._most(length)
-        return share_of(*self.cost.worth(length, most, most), most)
+        return self.cost.share(length, self._most(length))
 
     def _most(self, length: int) -> int:
         limits = (max(1, MAX_TOKENS // length), self._limit, self._backend.max_rows(length))
