@@ -30,6 +30,7 @@ from elf_rt.manifest import FORMAT, MANIFEST, SCHEMA_VERSION, Manifest, listed_f
 MIN_AGREEMENT = 0.99  # share of float32's tokens that another precision must write to count as the same text
 SUFFIX = ".elfrt"
 AGAIN = "export the checkpoint again"
+COPIES = ".elf-rt-links-"  # how folders with copies of files that are links begin
 INPUTS = {"denoiser": {"z", "x_prev", "t", "s", "mode"}, "discretizer": {"hidden"}, "encoder": {"ids", "mask"}}
 ALWAYS = {"denoiser": {"z", "t"}, "discretizer": {"hidden"}, "encoder": {"ids", "mask"}}
 
@@ -174,9 +175,9 @@ class Bundle:
             cache = user_cache()
             with contextlib.suppress(OSError):
                 cache.mkdir(parents=True, exist_ok=True)
-            folder = tempfile.mkdtemp(prefix="links-", dir=cache if os.access(cache, os.W_OK) else None)
-            self._copies = Path(folder)
-            weakref.finalize(self, _remove_copies, folder, os.getpid())
+            place, held = cache if os.access(cache, os.W_OK) else Path(tempfile.gettempdir()), contextlib.ExitStack()
+            self._copies = held.enter_context(unfinished_folder(place, COPIES))
+            weakref.finalize(self, _remove_copies, held, os.getpid())
         copy = self._copies / name
         if copy.exists():
             return copy
@@ -188,9 +189,9 @@ class Bundle:
         return copy
 
 
-def _remove_copies(folder: str, owner: int) -> None:
+def _remove_copies(held: contextlib.ExitStack, owner: int) -> None:
     if os.getpid() == owner:  # a forked child leaves them to its parent
-        shutil.rmtree(folder, ignore_errors=True)
+        held.close()
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,10 @@ class Field:
 
     def text(self) -> str:
         return self.value if isinstance(self.value, str) else self.fail("text")
+
+    def hex(self) -> str:
+        """Text that may stand in the name of a file."""
+        return self.text() if re.fullmatch("[0-9a-f]+", self.text()) else self.fail("hexadecimal digits")
 
     def flag(self) -> bool:
         return self.value if isinstance(self.value, bool) else self.fail("true or false")

@@ -26,7 +26,7 @@ def import_library(name: str) -> ModuleType:
         return importlib.import_module(name)
     finally:
         if hide:
-            del sys.modules["openvino_telemetry"]
+            sys.modules.pop("openvino_telemetry", None)  # another thread that imports may have removed it
 
 
 def why_absent(name: str, needed: str, install: str) -> str | None:

@@ -223,11 +223,11 @@ class Record:
 
     @classmethod
     def _parse(cls, root: Field) -> Self:
-        key, version, os, precision = (root.get(name).text() for name in ("key", "version", "os", "precision"))
+        version, os, precision = (root.get(name).text() for name in ("version", "os", "precision"))
         gpu, replayed, why_not = (root.optional(name) for name in ("gpu", "replayed", "not_replayed"))
         profiles = root.get("profiles").list()
         return cls(
-            key=key,
+            key=root.get("key").hex(),
             library=root.get("library").one_of(LIBRARIES),
             version=version,
             sms=tuple(sm.whole(1, 9999) for sm in root.get("sms").list()),

@@ -14,7 +14,7 @@ from text_side import ROWS, WIDTH, text_bundle
 
 import elf_rt
 from elf_rt import files
-from elf_rt.bundle import Bundle
+from elf_rt.bundle import COPIES, Bundle
 from elf_rt.errors import BundleError, ElfError, InputError
 from elf_rt.files import sha256
 from elf_rt.manifest import MANIFEST, Manifest
@@ -277,7 +277,10 @@ def test_files_may_be_links(words, bundle, tmp_path, monkeypatch, backend, apart
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = words if case == "words" else bundle("t5")
     linked = as_links(folder, tmp_path, apart=apart)
+    left = tmp_path / "cache" / "elf-rt" / f"{COPIES}of-a-process-that-was-killed"
+    left.mkdir(parents=True)
     assert use(linked, backend) == use(folder, backend)
+    assert not left.exists()
     (linked / "weights.bin").resolve().write_bytes(b"x")
     with pytest.raises(BundleError, match="was altered"):
         use(linked, backend)

@@ -233,6 +233,10 @@ def test_options_of_writing_need_a_bundle(tmp_path: Path, capsys: pytest.Capture
     assert f"-{option.split()[0].strip('-')} has no use without a BUNDLE" in capsys.readouterr().err
 
 
+def test_more_texts_than_one_call_takes_are_refused_in_one_line(bundle, run_cli) -> None:
+    run_cli("eval", bundle("uncond"), "--steps", "1", "-n", "999999999999").assert_clear_error("at most 1000000 texts")
+
+
 def test_a_missing_library_is_told_before_texts_are_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

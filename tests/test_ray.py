@@ -136,6 +136,8 @@ def test_what_elf_rt_refuses_is_one_line(cluster, bundle, records, run_cli, tmp_
     assert told.startswith("error: on ") and "holds fp32, not bf16" in told
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
     run_cli(*common[:4], "--ray", "local").assert_clear_error("--output")
+    run_cli(*common, "--ray", "local", "--seed", str(2**64 - 1)).assert_clear_error("seed must be", "2**64 - 2")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
 def test_example(cluster, bundle, model, records, tmp_path):

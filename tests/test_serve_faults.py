@@ -7,6 +7,8 @@ import signal
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 
 import httpx
 import pytest
@@ -14,7 +16,11 @@ from serving import SECONDS, served, served_process, wait_for
 
 import elf_rt
 from elf_rt import machine
+from elf_rt.errors import BackendError
+from elf_rt.serve.app import create_app
 from elf_rt.serve.boundary import MAX_BODY
+from elf_rt.serve.job import Service
+from elf_rt.serve.server import Server, listen
 
 LONG = {"prompt": "a", "steps": 10_000}
 
@@ -163,6 +169,28 @@ def test_a_failed_engine_is_told_without_its_inside(bundle, monkeypatch):
         held.join(SECONDS)
         assert answers[0].status_code == 500 and "its log" not in answers[0].text.replace("server's log", "")
         assert "closed" not in answers[0].text
+
+
+def test_a_warm_up_that_fails_ends_the_server(bundle, monkeypatch):
+    def fails(model):
+        raise BackendError("no memory for a call")
+
+    monkeypatch.setattr("elf_rt.serve.server.warm_up", fails)
+    with elf_rt.load(bundle("uncond"), "onnxruntime", threads=1) as model, listen("127.0.0.1", 0) as bound:
+        service = Service(model, max_waiting=1, log_prompts=False)
+        with pytest.raises(BackendError, match="no memory for a call"):
+            Server(create_app(service), service.gate, model).run(sockets=[bound])
+
+
+def test_a_conditional_model_without_its_encoder_is_served(bundle, tmp_path):
+    folder = Path(shutil.copytree(bundle("spoken-to-written"), tmp_path / "b.elfrt"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "encoder": None}))
+    with elf_rt.load(folder, "onnxruntime", threads=1, max_rows=2) as model, served(model) as server:
+        ask = partial(httpx.post, f"{server.url}/v1/completions", timeout=SECONDS)
+        assert ask(json={"steps": 1}).status_code == 200
+        refused = ask(json={"prompt": "a", "steps": 1})
+        assert refused.status_code == 400 and "without a text encoder" in refused.text
 
 
 def test_sigterm_under_load_loses_no_accepted_text(bundle):

@@ -361,6 +361,7 @@ class TestTheRecordIsCheckedFirst:
         ("change", "reason"),
         [
             (lambda record: record.clear(), "format is missing"),
+            (lambda record: record.update(key="../../x"), "key must be hexadecimal digits"),
             (lambda record: record.update(precision=None), "precision must be text, got null"),
             (lambda record: record.update(sms=["89"]), r"sms\[0\] must be a whole number"),
             (lambda record: record["profiles"][0]["rows"].update(least=9), r"rows.best must be a whole number from 9"),

@@ -232,7 +232,6 @@ def _generated_runs(
         model = stack.enter_context(
             load(bundle, options["backend"], precision=options["precision"], threads=options["threads"])
         )
-        note(f"{model.params(**sampling).steps} steps, {model.backend_reason}")
         total = options["seeds"]
         ticker = stack.enter_context(progress("writing", total=total))
         for k in range(total):
@@ -248,6 +247,7 @@ def _generated_runs(
                 raise InputError(f"{bundle} has no tokenizer, so there is no text to evaluate: export with --tokenizer")
             texts = [str(result.text) for result in results]
             yield SeedRun(seed, texts, [tokenize(text) for text in texts])
+        note(f"{model.params(**sampling).steps} steps, {model.backend_reason}")
 
 
 def _tick(ticker: Ticker, k: int, done: int, total: int) -> None:

@@ -210,7 +210,7 @@ class LanguageModel:
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.path, local_files_only=True)
             model = transformers.AutoModelForCausalLM.from_pretrained(self.path, local_files_only=True)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
             reason = first_line(error)
             raise InputError(f"cannot open the language model at {path}: {reason}") from error
         self._device = "cuda" if self._torch.cuda.is_available() else "cpu"

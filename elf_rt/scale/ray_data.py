@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import secrets
 import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -92,7 +93,7 @@ def write_jsonl(
     writable_target(output)  # before hours of work, not after
     preset_of(Bundle.open(job.bundle).presets, job.sampling.get("preset", "default"))
     folder = output.with_name(f"{output.name}.shards")
-    seed = check_seed(_open_folder(folder, records, job, resume), job.n * len(records))
+    seed = _open_folder(folder, records, job, resume)
     paths = [folder / f"{first:012d}.jsonl" for first in range(0, len(records), job.shard)]
     with _kept(folder, paths):
         _write_missing(records, paths, replace(job, seed=seed), address, on_shard)
@@ -144,7 +145,8 @@ def _open_folder(folder: Path, records: Sequence[Record], job: Job, resume: bool
         "n": job.n,
         "sampling": dict(job.sampling),
     }
-    path, seed = folder / JOB, secrets.randbits(32) if job.seed is None else job.seed
+    path, total = folder / JOB, job.n * len(records)
+    seed = check_seed(secrets.randbits(32) if job.seed is None else job.seed, total)
     if not folder.exists():
         folder.mkdir()
     elif not resume:
@@ -160,9 +162,7 @@ def _open_folder(folder: Path, records: Sequence[Record], job: Job, resume: bool
         kept, same = {}, False
     if not same or job.seed not in (None, kept["seed"]):
         raise InputError(f"{folder} is of another run: give what it was given, or remove it")
-    seed = kept["seed"]
-    assert isinstance(seed, int)
-    return seed
+    return check_seed(kept["seed"], total)
 
 
 @contextmanager
@@ -258,5 +258,5 @@ class _Worker:
             "number": row["number"],
             "lines": lines,
             "error": error,
-            "worker": f"{os.uname().nodename}:{os.getpid()}",
+            "worker": f"{platform.node()}:{os.getpid()}",
         }

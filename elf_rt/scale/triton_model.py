@@ -50,10 +50,15 @@ class Batched(_Loaded):
         return [_failed(each) if isinstance(each, ElfError) else self._finish(each) for each in started]
 
     def _start(self, request: Any) -> list[elf_rt.Pending] | ElfError:
+        started: list[elf_rt.Pending] = []
         try:
-            return [self.model.submit(text) for text in self.read(request)]
+            for text in self.read(request):
+                started.append(self.model.submit(text))
         except ElfError as error:
+            for pending in started:
+                pending.cancel()
             return error
+        return started
 
     def _finish(self, texts: Sequence[elf_rt.Pending]) -> Any:
         try:

@@ -120,16 +120,16 @@ class Job:
         followers = [asyncio.create_task(self._follow(writing, told)) for writing in self._writings]
         left = len(followers)
         try:
-            async with asyncio.timeout(self._seconds_left()):
-                while left:
+            while left:
+                async with asyncio.timeout(self._seconds_left()):
                     writing, event = await told.get()
-                    if isinstance(event, BaseException):
-                        raise event
-                    if isinstance(event, Draft):
-                        yield self._draft(writing, event)
-                        continue
-                    left -= 1
-                    yield self._completion([self._choice(writing, event)], usage=None if left else self._usage())
+                if isinstance(event, BaseException):
+                    raise event
+                if isinstance(event, Draft):
+                    yield self._draft(writing, event)
+                    continue
+                left -= 1
+                yield self._completion([self._choice(writing, event)], usage=None if left else self._usage())
             if self._asked.stream_options is not None and self._asked.stream_options.include_usage:
                 yield self._completion([], usage=self._usage())
         except TimeoutError:

@@ -10,7 +10,7 @@ from anyio import to_thread
 from fastapi import FastAPI
 
 from elf_rt.console import note
-from elf_rt.errors import BackendError, InputError
+from elf_rt.errors import BackendError, ElfError, InputError
 from elf_rt.model import Model, Text
 from elf_rt.serve.admission import Gate
 
@@ -36,8 +36,10 @@ class Server(uvicorn.Server):
             note(f"http://{where}{root}/  (OpenAI's API under /v1, metrics under /metrics; Ctrl-C ends)")
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        self._warming = asyncio.create_task(self._warm_up())
+        warming = asyncio.create_task(self._warm_up())
         await super().serve(sockets)
+        if warming.done():
+            warming.result()  # raises what ended the warm-up, and with it the server
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal drains, the second one stops."""
@@ -50,7 +52,11 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def _warm_up(self) -> None:
-        await to_thread.run_sync(warm_up, self._model)
+        try:
+            await to_thread.run_sync(warm_up, self._model)
+        except ElfError:
+            self.should_exit = True
+            raise
         self._gate.ready = True
 
 
@@ -63,7 +69,7 @@ def warm_up(model: Model) -> None:
     texts, last, end = 1, 0.0, time.monotonic() + WARM_SECONDS
     while not model.stats().settled and time.monotonic() + 2 * last < end:
         params = model.params(steps=WARM_STEPS)
-        prompt = "a" if model.config.max_input_length else None
+        prompt = "a" if model.codec.takes_prompts else None
         results = model.write([Text(prompt, seed, params=params) for seed in range(texts)])
         last = max(result.timings.total_ms for result in results) / 1e3
         texts = min(2 * texts, WARM_TEXTS)

@@ -52,6 +52,10 @@ class TextCodec:
             return None
         return self.tokenizer.decode([int(i) for i in ids if i != self.pad_id]).strip()
 
+    @property
+    def takes_prompts(self) -> bool:
+        return self.config.max_input_length > 0 and self._encode is not None
+
     def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
         """Source token ids of each prompt: no special tokens but the EOS that the model was trained with, cut to
         ``max_input_length``.
@@ -60,7 +64,7 @@ class TextCodec:
             InputError: the model takes no prompt, or a prompt has no token.
         """
         limit = self.config.max_input_length
-        if limit == 0 or self._encode is None:
+        if not self.takes_prompts:
             raise InputError("this model takes no prompt: it was exported without a text encoder")
         if self.tokenizer is None:
             raise InputError("this bundle has no tokenizer: export the checkpoint again with --tokenizer")
