@@ -86,7 +86,7 @@ def integrator_bandwidth(texts: int, length: int, width: int, *, noise: bool = T
 
         def integrate() -> None:
             for _ in range(STEPS):
-                engine._integrate_call(bucket.rows, length, bucket.network.buffers)
+                engine._integrate(engine._entries.pointer, bucket.rows, length, bucket.network.buffers)
 
         def copy() -> None:
             for _ in range(STEPS):

@@ -32,27 +32,16 @@ std::string text(const Shape& shape) {
   return out + (shape.size() == 1 ? ",)" : ")");
 }
 
-std::string type_name(const py::array& array) { return py::str(array.dtype().attr("name")); }
-
-bool has_type(const py::array& array, char kind, int64_t bytes) {
-  const char order = array.dtype().byteorder();
-  return array.dtype().kind() == kind && array.itemsize() == bytes && (order == '=' || order == '|');
-}
-
 Shape shape_of(const py::array& array) { return {array.shape(), array.shape() + array.ndim()}; }
 
-void check_layout(const char* name, const py::array& array, const Shape& shape, bool written) {
+template <typename T>
+void check(const char* name, const py::array& array, const Shape& shape, const char* type, bool written = false) {
   if (shape_of(array) != shape)
     refuse(std::string(name) + " must have shape " + text(shape) + ", got " + text(shape_of(array)));
   if (!(array.flags() & py::array::c_style)) refuse(std::string(name) + " must be C-contiguous");
   if (written && !array.writeable()) refuse(std::string(name) + " must be writable");
-}
-
-void check(const char* name, const py::array& array, const Shape& shape, const char* type, char kind, int64_t bytes,
-           bool written = false) {
-  check_layout(name, array, shape, written);
-  if (!has_type(array, kind, bytes))
-    refuse(std::string(name) + " must be " + type + ", got " + type_name(array));
+  if (!py::isinstance<py::array_t<T>>(array))
+    refuse(std::string(name) + " must be " + type + ", got " + std::string(py::str(array.dtype().attr("name"))));
 }
 
 int check_rows(const char* name, int64_t count, int most) {
@@ -62,12 +51,12 @@ int check_rows(const char* name, int64_t count, int most) {
 }
 
 float* floats(const char* name, py::array array, const Shape& shape) {
-  check(name, array, shape, "float32", 'f', 4, true);
+  check<float>(name, array, shape, "float32", true);
   return static_cast<float*>(array.mutable_data());
 }
 
 const float* const_floats(const char* name, const py::array& array, const Shape& shape) {
-  check(name, array, shape, "float32", 'f', 4);
+  check<float>(name, array, shape, "float32");
   return static_cast<const float*>(array.data());
 }
 
@@ -101,7 +90,7 @@ elf::SlotStep read_slot(const py::handle& slot, const Shape& full) {
   if (source.has_value() != mask.has_value()) refuse("source and mask go together");
   if (source) {
     s.source = const_floats("source", *source, full);
-    check("mask", *mask, {full[0]}, "bool", 'b', 1);
+    check<bool>("mask", *mask, {full[0]}, "bool");
     s.mask = static_cast<const uint8_t*>(mask->data());
   }
   const py::sequence rows = slot.attr("rows");

@@ -7,7 +7,6 @@
 
 #if defined(__CUDACC_RTC__)
 typedef unsigned char uint8_t;
-typedef unsigned short uint16_t;
 typedef unsigned int uint32_t;
 typedef int int32_t;
 typedef long long int64_t;

@@ -1,9 +1,11 @@
 """The public API: ``load`` a bundle, ``generate`` or ``write`` texts, ``stream`` or ``submit`` them, or ``sample``
 latents with everything given."""
 
+import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -13,11 +15,12 @@ import numpy as np
 
 from elf_rt.backends import open_backend
 from elf_rt.bundle import Bundle
+from elf_rt.engine import running_engine
 from elf_rt.errors import BackendError, InputError
 from elf_rt.forking import keep_in_child
 from elf_rt.machine import check_threads
 from elf_rt.network import Backend
-from elf_rt.params import ModelConfig, SamplingParams
+from elf_rt.params import SamplingParams
 from elf_rt.pending import EventStream, Pending
 from elf_rt.request import (
     Checked,
@@ -35,13 +38,12 @@ from elf_rt.request import (
     prepare,
     preset_of,
 )
-from elf_rt.results import Draft, Outcome, Result, Timings
+from elf_rt.results import Draft, Outcome, Result
 from elf_rt.sampling import integrator
 from elf_rt.sampling.driver import CLOSED, Driver
-from elf_rt.sampling.engine import Engine, HostEngine
-from elf_rt.sampling.given import make_programs
+from elf_rt.sampling.given import as_floats, make_programs
 from elf_rt.sampling.outlook import Load, Outlook
-from elf_rt.sampling.program import Event, Program, StepDone, Written
+from elf_rt.sampling.program import Event, Program, StepDone, Timings, Written
 from elf_rt.sampling.schedule import Table, guidance_rows
 from elf_rt.sampling.stats import Stats
 from elf_rt.text.codec import TextCodec
@@ -81,10 +83,6 @@ def load(
     return Model(bundle, lambda: open_backend(bundle, backend, precision, threads), threads=threads, max_rows=max_rows)
 
 
-def _reopen(folder: Path, backend: str, precision: str, threads: int | None, max_rows: int | None) -> "Model":
-    return load(folder, backend, precision=precision, threads=threads, max_rows=max_rows)
-
-
 class Model:
     """A loaded model, as ``load`` gives it. Safe to share between threads, whose texts share network calls; ``close()``
     it, or use it as a context manager.
@@ -109,6 +107,7 @@ class Model:
         self.config = bundle.config
         self._open, self._threads, self._max_rows = open_backend, threads, max_rows
         self._folder = bundle.folder.resolve()
+        self._restarting = threading.Lock()  # of a forked child, whose threads may ask all at once
         self._start()
 
     def _start(self) -> None:
@@ -116,9 +115,9 @@ class Model:
         integrator.set_threads(check_threads(self._threads))
         self.backend, self.backend_reason = backend, _ = self._open()
         self.codec = TextCodec(bundle, self._threads)
-        self._driver = Driver(lambda: open_engine(backend, bundle.config, max_rows), bundle.config.max_length)
+        self._driver = Driver(running_engine(backend, bundle.config, max_rows), bundle.config.max_length)
         keep_in_child(backend, self.codec, self._driver)
-        self._finalizer = weakref.finalize(self, _close, self._driver, backend)
+        self._finalizer = weakref.finalize(self, _close, self._driver)
 
     def params(self, preset: str = "default", **overrides: Any) -> SamplingParams:
         """The bundle's preset with some values changed (None keeps the preset's).
@@ -247,12 +246,12 @@ class Model:
             InputError: an array has another shape than it says here, or holds other things than numbers.
             BackendError: a call failed, or the model is closed.
         """
-        whole = check_seeds(seeds)
+        whole, z0 = check_seeds(seeds), as_floats("z0", z0, (None, None, self.config.latent_dim))
         batch = len(whole) if z0 is None else len(z0)
         whole = whole * batch if len(whole) == 1 else whole
         if len(whole) != batch:
             raise InputError(f"seeds must have shape ({batch},), got ({len(whole)},)")
-        length = check_length(self.config, length if z0 is None or z0.ndim != 3 else z0.shape[1])
+        length = check_length(self.config, length if z0 is None else z0.shape[1])
         programs = make_programs(
             self.config,
             params or self.params(),
@@ -271,8 +270,8 @@ class Model:
 
     def run(self, programs: Sequence[Program]) -> list[Written]:
         """Programs of the engine, side by side: below text and arrays."""
-        run = EventStream(self._open_driver, iter([programs]), steps=False)
-        written = {index: event for index, event in run if isinstance(event, Written)}
+        with closing(EventStream(self._open_driver, iter([programs]), steps=False)) as run:
+            written = {index: event for index, event in run if isinstance(event, Written)}
         return [written[index] for index in range(len(programs))]
 
     def stats(self) -> Stats:
@@ -298,7 +297,8 @@ class Model:
         """A pickled model is a path: whoever unpickles it, in another process, opens the bundle again."""
         if not self._finalizer.alive:
             raise BackendError("the model is closed: load it again, or send the bundle's path instead")
-        return _reopen, (self._folder, self.backend.name, self.backend.precision, self._threads, self._max_rows)
+        options: dict[str, Any] = {"threads": self._threads, "max_rows": self._max_rows}
+        return partial(load, precision=self.backend.precision, **options), (self._folder, self.backend.name)
 
     def __enter__(self) -> Self:
         return self
@@ -313,8 +313,10 @@ class Model:
         if self._driver.forked:
             if self.backend.device == "cuda":
                 raise BackendError("a GPU cannot be used in a process forked after load: load the model in the child")
-            self._finalizer.detach()
-            self._start()
+            with self._restarting:
+                if self._driver.forked:
+                    self._finalizer.detach()
+                    self._start()
         return self._driver
 
     def _run(
@@ -344,13 +346,14 @@ class Model:
         run, _, prepared = self._run(texts, steps=on_step is not None)
         results: dict[int, Result] = {}
         done, total = 0, sum(text.params.steps for text in texts)
-        for index, event in run:
-            if isinstance(event, Written):
-                results[index] = self._result(prepared.pop(index), event)
-                continue
-            done += 1
-            if on_step is not None:
-                on_step(done, total)
+        with closing(run):
+            for index, event in run:
+                if isinstance(event, Written):
+                    results[index] = self._result(prepared.pop(index), event)
+                    continue
+                done += 1
+                if on_step is not None:
+                    on_step(done, total)
         return [results[index] for index in range(len(texts))]
 
     def _told(
@@ -379,22 +382,12 @@ class Model:
 
     def _result(self, prepared: Prepared, written: Written) -> Result:
         ids, checked = prepared.finish(self.codec, written.ids), prepared.checked
-        return Result(self.codec.decode(ids), ids, checked.seed, checked.prompt, Timings.of(written.times))
+        return Result(self.codec.decode(ids), ids, checked.seed, checked.prompt, written.timings)
 
     def _read(self, prepared: Prepared, ids: np.ndarray) -> str | None:
         return self.codec.decode(prepared.finish(self.codec, ids))
 
 
-def open_engine(backend: Backend, config: ModelConfig, max_rows: int | None = None) -> Engine[Any]:
-    """The engine of rows for a backend, to be used by the thread that opens it."""
-    if backend.device == "cuda":
-        from elf_rt.device.engine import DeviceEngine
-
-        return DeviceEngine(backend, config, max_rows)
-    return HostEngine(backend, config.latent_dim, max_rows)
-
-
-def _close(driver: Driver, backend: Backend) -> None:
+def _close(driver: Driver) -> None:
     if not driver.forked:
         driver.close()
-        backend.close()

@@ -143,18 +143,23 @@ class Pending:
     async def __aiter__(self) -> AsyncIterator[Draft]:
         self._check_process()
         seen, woken = 0, asyncio.Event()
+        watcher = asyncio.get_running_loop(), woken
         with self._changed:
-            self._watchers.append((asyncio.get_running_loop(), woken))
-        while True:
-            woken.clear()
-            over, fresh = self.done(), self._drafts[seen:]  # asked in this order, no draft is missed
-            for step in fresh:
-                yield self._draft(step)
-            seen += len(fresh)
-            if over:
-                return
-            if not fresh:
-                await woken.wait()
+            self._watchers.append(watcher)
+        try:
+            while True:
+                woken.clear()
+                over, fresh = self.done(), self._drafts[seen:]  # asked in this order, no draft is missed
+                for step in fresh:
+                    yield self._draft(step)
+                seen += len(fresh)
+                if over:
+                    return
+                if not fresh:
+                    await woken.wait()
+        finally:
+            with self._changed:
+                self._watchers.remove(watcher)
 
     async def _wait(self) -> Result:
         self._check_process()

@@ -87,7 +87,7 @@ def check(codec: TextCodec, presets: Mapping[str, SamplingParams], text: Text) -
         raise InputError(f"prompt must be a text, got {text.prompt!r}")
     seed = check_seed(secrets.randbits(32) if text.seed is None else text.seed)
     length = check_length(codec.config, text.length)
-    source = None if text.prompt is None else tuple(codec.tokenize([text.prompt])[0])
+    source = None if text.prompt is None else tuple(codec.tokenize([text.prompt], length)[0])
     pins = None if text.pinned is None else _pins(codec, text.pinned, codec.room(length, sourced=source is not None))
     return Checked(text.params or preset_of(presets, text.preset), seed, length, text.prompt, source, pins)
 
@@ -132,7 +132,7 @@ def check_many(
     alone = Checked(params, seed, length, None, None, pins)
     if prompts is None:
         return [replace(alone, seed=seed + k) for k in range(n)]
-    sources = [tuple(ids) for ids in codec.tokenize(prompts)]
+    sources = [tuple(ids) for ids in codec.tokenize(prompts, length)]
     return [replace(alone, seed=seed + k, prompt=prompts[k // n], source=sources[k // n]) for k in range(total)]
 
 

@@ -6,33 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from elf_rt.sampling.program import Times, Written
-
-
-@dataclass(frozen=True)
-class Timings:
-    """What one text took.
-
-    Attributes:
-        total_ms: milliseconds from its submission to its ids.
-        waited_ms: until its first network call.
-        network_ms: of the network calls that it took part in, which other texts may share.
-        integrator_ms: of the integrator's passes beside them.
-        calls: network calls, and one for each draft.
-    """
-
-    total_ms: float
-    waited_ms: float
-    network_ms: float
-    integrator_ms: float
-    calls: int
-
-    @classmethod
-    def of(cls, times: Times) -> "Timings":
-        total, waited, network, integrator = (
-            1e3 * seconds for seconds in (times.total, times.waited, times.network, times.integrator)
-        )
-        return cls(total, waited, network, integrator, times.calls)
+from elf_rt.sampling.program import Timings, Written
 
 
 @dataclass(frozen=True)
@@ -91,28 +65,18 @@ class Outcome:
     Attributes:
         latents: (B, L, C) float32, z at t = 1; of size 0 where they were not asked for.
         ids: (B, L) int64, as the network gave them.
-        seconds: of the text that took longest.
-        network_seconds: of them, the network calls.
-        integrator_seconds: of them, the integrator.
-        calls: network calls of the text that took most.
+        timings: what each text took.
     """
 
     latents: np.ndarray
     ids: np.ndarray
-    seconds: float
-    network_seconds: float
-    integrator_seconds: float
-    calls: int
+    timings: tuple[Timings, ...]
 
     @classmethod
     def of(cls, written: Sequence[Written]) -> "Outcome":
-        times = [each.times for each in written]
         latents = [each.latents for each in written if each.latents is not None]
         return cls(
             np.stack(latents) if latents else np.empty(0, np.float32),
             np.stack([each.ids for each in written]),
-            max(each.total for each in times),
-            max(each.network for each in times),
-            max(each.integrator for each in times),
-            max(each.calls for each in times),
+            tuple(each.timings for each in written),
         )

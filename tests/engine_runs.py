@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from plan_bundles import golden_bundle
+from stub_engine import running
 
 from elf_rt.bundle import Bundle
 from elf_rt.params import ModelConfig, SamplingParams
@@ -50,7 +51,7 @@ class Runs:
     """An engine behind a driver; what ``run`` gives are the events of each text, the last of them how it ended."""
 
     def __init__(self, make: Callable[[], Engine[Any]], length: int) -> None:
-        self.driver = Driver(make, length)
+        self.driver = Driver(running(make), length)
 
     def submit(self, programs: Sequence[Program]) -> list["SimpleQueue[Event]"]:
         queues: list[SimpleQueue[Event]] = [SimpleQueue() for _ in programs]
@@ -91,4 +92,4 @@ def assert_same(ours: Sequence[Event], theirs: Sequence[Event], atol: float = 1e
         elif isinstance(mine, Written) and isinstance(other, Written):
             np.testing.assert_array_equal(mine.ids, other.ids)
             np.testing.assert_allclose(mine.latents, other.latents, atol=atol)
-            assert mine.times.calls == other.times.calls
+            assert mine.timings.calls == other.timings.calls

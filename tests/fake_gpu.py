@@ -21,13 +21,16 @@ import numpy as np
 import pytest
 from cuda.bindings import runtime
 from cuda.bindings.runtime import cudaError_t
+from engine_runs import Runs
 
 from elf_rt.backends.ort import OrtBackend
 from elf_rt.bundle import Bundle
 from elf_rt.device import kernels
 from elf_rt.device.cudart import DeviceMemory
+from elf_rt.device.engine import DeviceEngine
 from elf_rt.errors import BackendError
 from elf_rt.network import Capture, Graph, Launchable, tensor_shapes
+from elf_rt.sampling.engine import HostEngine
 
 ADDRESS_BYTES = 8
 OK = cudaError_t.cudaSuccess
@@ -289,3 +292,17 @@ class FakeGraph:
         self.closed = True
         for memory in self._memory.values():
             memory.close()
+
+
+def on_device(bundle: Bundle, gpu: FakeGpu, max_rows: int | None = None, **options: Any) -> Runs:
+    backend = FakeBackend(bundle, gpu, **options)
+    return Runs(lambda: DeviceEngine(backend, bundle.config, max_rows), bundle.config.max_length)
+
+
+def on_host(bundle: Bundle) -> Runs:
+    backend = OrtBackend(bundle, "fp32", 2)
+    return Runs(lambda: HostEngine(backend, bundle.config.latent_dim), bundle.config.max_length)
+
+
+def assert_nothing_left(gpu: FakeGpu) -> None:
+    assert gpu.allocated() == gpu.allocated("host") == gpu.num_streams == len(gpu.graphs) == len(gpu._event_ms) == 0

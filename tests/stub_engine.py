@@ -2,6 +2,9 @@
 a driver on it, and a gate that lets its calls through."""
 
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from typing import Any
 
 import numpy as np
 
@@ -9,7 +12,7 @@ from elf_rt.params import ModelConfig, SamplingParams
 from elf_rt.pending import Pending
 from elf_rt.sampling import schedule
 from elf_rt.sampling.driver import Driver
-from elf_rt.sampling.engine import HostEngine
+from elf_rt.sampling.engine import Engine, HostEngine
 from elf_rt.sampling.program import Program, Written
 
 LONG = 30  # seconds after which a test that hangs fails
@@ -79,9 +82,17 @@ class Gate:
         self._free.release(calls)
 
 
+@contextmanager
+def running(make: Callable[[], Engine[Any]]) -> Iterator[Engine[Any]]:
+    """An engine that is made, used and closed in the driver's thread."""
+    with closing(make()) as engine:
+        yield engine
+
+
 def stub_driver(before_call=lambda rows: None, max_rows=None) -> Driver:
     backend = StubBackend(before_call)
-    return Driver(lambda: HostEngine(backend, backend.config.latent_dim, max_rows), backend.config.max_length)
+    engine = running(lambda: HostEngine(backend, backend.config.latent_dim, max_rows))
+    return Driver(engine, backend.config.max_length)
 
 
 def program(count=3, seed=0, length=4, **fields) -> Program:
@@ -109,3 +120,12 @@ def alone(made) -> Written:
         return pend(driver, made).result(LONG)
     finally:
         driver.close()
+
+
+def idle(model) -> bool:
+    stats = model.stats()
+    return (stats.slots, stats.waiting, stats.rows) == (0, 0, 0)
+
+
+def steps(model, count, **overrides) -> SamplingParams:
+    return model.params(steps=count, **overrides)

@@ -1,21 +1,17 @@
 """The engine of rows under its driver: many texts at once, each as it is alone, and nothing left behind."""
 
-import asyncio
 import random
 import threading
 import time
 from concurrent.futures import CancelledError, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
 
 import numpy as np
 import pytest
-from stub_engine import LONG, Gate, alone, close_while_calls_run, pend, program, stub_driver
+from stub_engine import LONG, Gate, alone, close_while_calls_run, idle, pend, program, steps, stub_driver
 
 import elf_rt
 from elf_rt.errors import BackendError, InputError
 from elf_rt.model import Text
-from elf_rt.params import SamplingParams
-from elf_rt.pending import Pending
 from elf_rt.sampling import schedule
 from elf_rt.sampling.program import Event, Program, StepDone, Written
 from elf_rt.sampling.schedule import Row, Table
@@ -25,15 +21,6 @@ from elf_rt.sampling.schedule import Row, Table
 def model(bundle):
     with elf_rt.load(bundle("cond"), "onnxruntime", threads=1) as opened:
         yield opened
-
-
-def idle(model) -> bool:
-    stats = model.stats()
-    return (stats.slots, stats.waiting, stats.rows) == (0, 0, 0)
-
-
-def steps(model, count, **overrides) -> SamplingParams:
-    return model.params(steps=count, **overrides)
 
 
 @pytest.fixture
@@ -130,6 +117,46 @@ def test_more_texts_than_fit_in_memory_are_refused(model):
         model.generate(n=999999999999)
 
 
+def test_what_the_caller_raises_ends_its_texts(model):
+    """While the error is kept, and with it the frames of the call, as an interactive Python keeps it."""
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as kept:
+        model.generate(n=4, seed=0, steps=5000, on_step=stop)
+    end = time.monotonic() + LONG
+    while not idle(model):
+        assert time.monotonic() < end
+    assert kept.tb is not None
+
+
+def test_a_prompt_without_room_for_text_is_refused_before_others_are_written(conditional):
+    calls, long = conditional.stats().calls, " ".join(["w1"] * conditional.config.max_input_length)
+    with pytest.raises(InputError, match="prompt 5 leaves no room for text"), pytest.warns(UserWarning):
+        conditional.generate([*["w1"] * 4, long], length=conditional.config.max_input_length, steps=1)
+    assert conditional.stats().calls == calls
+
+
+def test_a_model_may_be_closed_by_a_callback(bundle):
+    """In the driver's own thread, which closes engine and backend when it is done with them."""
+    before, over = threading.enumerate(), threading.Event()
+    model = elf_rt.load(bundle("cond"), "onnxruntime", threads=1)
+    (driver,) = [each for each in threading.enumerate() if each.name == "elf-rt" and each not in before]
+    pending, other = (model.submit(Text(seed=0, params=steps(model, count))) for count in (2, 5000))
+
+    def end(_):
+        model.close()
+        over.set()
+
+    pending.add_done_callback(end)
+    assert over.wait(LONG) and len(pending.result(LONG).ids)
+    with pytest.raises(BackendError, match="closed"):
+        other.result(LONG)
+    driver.join(LONG)
+    assert not driver.is_alive()
+
+
 def test_no_text_at_all_is_fine(model):
     assert model.write([]) == [] == model.run([])
     assert len(model.generate(n=1, seed=0, steps=1)) == 1
@@ -143,11 +170,11 @@ def test_few_steps_go_first_and_yet_all_advance():
     gate.reached()
     short = [pend(driver, program(1, seed=1 + k)) for k in range(20)]
     gate.let(1 + 6)  # the call under way, and six more: two texts of two calls, and every third for the long one
-    assert short[0].result(LONG).times.calls == short[1].result(LONG).times.calls == 2
+    assert short[0].result(LONG).timings.calls == short[1].result(LONG).timings.calls == 2
     gate.let(1000)
-    times = [pending.result(LONG).times for pending in (long, *short)]
-    assert times[0].waited < times[1].waited
-    assert sum(other.total < times[0].total for other in times[1:]) == 20  # 40 calls beside 20 of 21
+    times = [pending.result(LONG).timings for pending in (long, *short)]
+    assert times[0].waited_ms < times[1].waited_ms
+    assert sum(other.total_ms < times[0].total_ms for other in times[1:]) == 20  # 40 calls beside 20 of 21
     driver.close()
 
 
@@ -245,85 +272,15 @@ def test_not_finite_on_a_model(model):
     assert np.isfinite(model.sample(z0=z0[:1], params=steps(model, 2, sampler="ode")).latents).all()
 
 
-def test_timings_are_the_texts_own():
-    gate = Gate()
-    driver = stub_driver(gate, max_rows=1)
-    first = pend(driver, program(4, drafts_every=2))
-    gate.reached()
-    second = pend(driver, program(1, seed=1))
-    time.sleep(0.05)
-    gate.let(100)
-    a, b = first.result(LONG).times, second.result(LONG).times
-    assert a.calls == 5 + 1 and b.calls == 2  # a draft after step 2; after step 4 comes the text itself
-    for times in (a, b):
-        assert times.waited + times.network + times.integrator <= times.total
-    assert b.waited > 0.04 and a.network > 0.04
-    driver.close()
-
-
-def test_a_slow_reader_is_not_counted(model):
-    stream = model.stream(n=1, seed=0, steps=4, drafts_every=2)
-    told = []
-    for event in stream:
-        told.append(event)
-        time.sleep(0.1)
-    (result,) = told[-1]
-    assert [draft.step for draft in told[:-1]] == [1, 2, 3, 4] and result.timings.calls == 5 + 1
-    assert result.timings.total_ms < 400
-
-
-def test_drafts_of_a_pending(model):
-    pending = model.submit(Text(seed=3, params=steps(model, 7)), drafts_every=2)
-    assert [draft.step for draft in pending] == [2, 4, 6] and pending.done()
-    assert [draft.step for draft in pending] == [2, 4, 6]  # again, from the first one on
-    ended: list[Pending] = []
-    pending.add_done_callback(ended.append)
-    assert ended == [pending]
-    assert np.array_equal(pending.result().ids, model.generate(seed=3, steps=7)[0].ids)
-
-
-def test_result_waits_no_longer_than_it_is_told():
-    gate = Gate()
-    driver = stub_driver(gate)
-    pending = pend(driver, program(1))
-    with pytest.raises(FutureTimeout):
-        pending.result(0.01)
-    assert not pending.done()
-    gate.let(2)
-    assert pending.result(LONG)
-    driver.close()
-
-
-def test_asyncio(model):
-    async def use():
-        pending = model.submit(Text(seed=3, params=steps(model, 6)), drafts_every=2)
-        seen = [draft.step async for draft in pending]
-        return seen, await pending, await asyncio.gather(*(model.submit(Text(seed=k)) for k in range(5)))
-
-    seen, result, several = asyncio.run(asyncio.wait_for(use(), LONG))
-    assert seen == [2, 4] and np.array_equal(result.ids, model.generate(seed=3, steps=6)[0].ids)
-    for written, expected in zip(several, model.write([Text(seed=k) for k in range(5)]), strict=True):
-        assert np.array_equal(written.ids, expected.ids)
-
-
-def test_cancelling_the_task_that_awaits_cancels_the_text(model):
-    async def use():
-        pending = model.submit(Text(seed=0, params=steps(model, 500)))
-
-        async def wait():
-            await pending
-
-        task = asyncio.create_task(wait())
-        await asyncio.sleep(0.02)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        return pending
-
-    pending = asyncio.run(asyncio.wait_for(use(), LONG))
-    with pytest.raises(CancelledError):
-        pending.result(LONG)
-    assert pending.cancelled() and idle(model)
+def test_given_noise_on_a_grid_of_each_text(model):
+    """Where the step without noise is another one in each."""
+    grid = np.array([[0, 0.5, 0.5, 1], [0, 0.3, 0.6, 1]])
+    eps = np.random.default_rng(0).standard_normal((2, 2, model.config.max_length, model.config.latent_dim))
+    params = steps(model, 3, sampler="sde")
+    both = model.sample(grid=grid, eps=eps, seeds=[1, 2], params=params)
+    for k in range(2):
+        alone = model.sample(grid=grid[k], eps=eps[:, k : k + 1], seeds=[1 + k], params=params)
+        np.testing.assert_allclose(both.latents[k], alone.latents[0], atol=1e-5)
 
 
 @pytest.mark.parametrize(

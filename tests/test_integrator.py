@@ -260,36 +260,36 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("function", [step, step_numpy])
+@needs_extension
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_named(name, function):
+def test_bad_input_is_named(name):
     """In the second slot, so that nothing of the first is advanced either."""
     good, slot = make_slot((3, 8), seed=1), make_slot((3, 8), 2, conditional=True)
     before = good.z.copy()
     spoil, message = BAD[name]
     with pytest.raises(InputError, match=message):
-        function([good, replace(slot, **{name: spoil(slot)})])
+        step([good, replace(slot, **{name: spoil(slot)})])
     np.testing.assert_array_equal(good.z, before)
 
 
-@pytest.mark.parametrize("function", [step, step_numpy])
-def test_more_outputs_than_guidance_rows_are_refused(function):
+@needs_extension
+def test_more_outputs_than_guidance_rows_are_refused():
     slot = make_slot((3, 8), 1)
     five = replace(slot, x_rows=np.zeros((5, 3, 8), np.float32), weights=np.zeros(5, np.float32))
     with pytest.raises(InputError, match="x_rows must have at most 4 rows, got 5"):
-        function([five])
+        step([five])
     with pytest.raises(InputError, match=r"z must have shape \(L, C\), got \(24,\)"):
-        function([replace(slot, z=slot.z.reshape(-1))])
+        step([replace(slot, z=slot.z.reshape(-1))])
 
 
-@pytest.mark.parametrize("function", [step, step_numpy])
-def test_strided_arrays_are_refused(function):
+@needs_extension
+def test_strided_arrays_are_refused():
     slot = make_slot((3, 8))
     with pytest.raises(InputError, match="next_z must be C-contiguous"):
-        function([replace(slot, next_z=np.zeros((1, 3, 16), np.float32)[..., ::2])])
+        step([replace(slot, next_z=np.zeros((1, 3, 16), np.float32)[..., ::2])])
     slot.z.flags.writeable = False
-    with pytest.raises(ValueError, match=r"z must be writable|read-only"):
-        function([slot])
+    with pytest.raises(InputError, match="z must be writable"):
+        step([slot])
 
 
 def test_numpy_runs_where_the_extension_is_absent(monkeypatch):

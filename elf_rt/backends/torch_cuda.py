@@ -1,6 +1,6 @@
 """torch on the GPU: the fast path where TensorRT is not installed.
 
-torch leads the capture of its graphs itself, through torch.cuda.graph on the sampler's stream: its allocator has to
+torch leads the capture of its graphs itself, through torch.cuda.graph on the engine's stream: its allocator has to
 know of a capture, or it would hand the memory that a graph works in to somebody else afterwards. The integrator's
 kernels are launched on the same stream meanwhile and end up in the same graph. Inputs and outputs are tensors that live
 as long as the network, and whose addresses the kernels are given.

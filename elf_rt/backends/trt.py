@@ -2,7 +2,7 @@
 
 A plan is checked against its record before the library sees a byte of it. Everything that a network call needs (engine,
 execution contexts, inputs, outputs, scratch memory) is allocated and bound once, when the network is; from then on a
-call is one enqueue on the caller's stream, with no synchronisation, so that a whole sample can be one CUDA graph.
+call is one enqueue on the caller's stream, with no synchronisation, so that it can be captured in a CUDA graph.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The GPU side: static buffers, NVRTC kernels, and a sampler that is one CUDA graph."""
+"""The GPU side: the engine of rows with its kernel, its memory, and the graphs of its calls."""
 
 import threading
 
@@ -7,13 +7,12 @@ from elf_rt.errors import BackendError
 from elf_rt.libraries import why_absent
 
 # Held by whatever allocates, compiles or captures, for all models of the process: a capture must not meet a wait for
-# the whole GPU in any thread, which torch's set-up makes, and torch captures one graph at a time. Taken after a
-# sampler's own lock, never before it.
+# the whole GPU in any thread, which torch's set-up makes, and torch captures one graph at a time.
 setup_lock = threading.RLock()
 
 
 def unavailable() -> str | None:
-    """Why the device sampler cannot run here, or None. Compiles the kernels, so that nothing is left to fail later."""
+    """Why the device engine cannot run here, or None. Compiles the kernels, so that nothing is left to fail later."""
     gpu = find_gpu()  # first: without a driver cuda.core may not return
     if isinstance(gpu, str):
         return gpu

@@ -48,13 +48,9 @@ class Cuda:
             self._core = importlib.import_module("cuda.core")
         except ImportError as error:
             raise BackendError("cuda-core is not installed: pip install 'cuda-core>=1.0,<2'") from error
-        self.activate()
+        self._core.Device(0).set_current()  # in this thread, the only one that uses it
         self._kernel = load_kernel(gpu.sm)
         self._core_stream = functools.cache(self._core.Stream.from_handle)  # from_handle makes a class for each stream
-
-    def activate(self) -> None:
-        """Make the GPU current in the calling thread; each thread that uses it needs this once."""
-        self._core.Device(0).set_current()
 
     def step(self, stream: int, grid: tuple[int, int, int], *arguments: int | np.int32) -> None:
         """Enqueue the integrator's kernel: Python integers pass as 64 bits, np.int32 as 32.

@@ -9,10 +9,10 @@ through the token head, a few kernels once a text.
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
-from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -22,23 +22,17 @@ from elf_rt.device.cuda import Cuda
 from elf_rt.device.cudart import DeviceMemory, Event, PinnedArray, Stream
 from elf_rt.device.kernels import SLOT_STEP, grid, row_flags
 from elf_rt.device.memory import Fields, StagedArrays
-from elf_rt.errors import GpuMemoryError
+from elf_rt.errors import BackendError, GpuMemoryError
 from elf_rt.network import DeviceBackend, DeviceGraph
 from elf_rt.params import ModelConfig
 from elf_rt.sampling.cost import CallCost
-from elf_rt.sampling.engine import Call, Progress, not_finite, row_slices
+from elf_rt.sampling.engine import Call, Turn, not_finite, pack
 from elf_rt.sampling.noise import NoiseKey
-from elf_rt.sampling.program import Program
+from elf_rt.sampling.program import Event as TextEvent
+from elf_rt.sampling.program import Program, StepDone, Written
 from elf_rt.sampling.schedule import Row, X
 
 DEPTH = 4  # calls under way: enough for the host to be late
-
-
-class Closable(Protocol):
-    def close(self) -> None: ...
-
-
-T = TypeVar("T", bound=Closable)
 
 
 @dataclass(eq=False)
@@ -63,11 +57,11 @@ class DeviceSlot:
 
 @dataclass
 class _UnderWay:
-    """A call that was enqueued: its texts with the pass and the rows of each, and where its ids will be."""
+    """A call that was enqueued. texts: with the pass of each, and whether it decodes, into ids[place]."""
 
-    turns: Sequence[tuple[DeviceSlot, int, Sequence[Row]]]
+    texts: Sequence[tuple[DeviceSlot, int, bool]]
     rows: int
-    number: int
+    place: int
     begin: Event
     end: Event
 
@@ -82,7 +76,6 @@ class DeviceEngine:
     depth = DEPTH
 
     def __init__(self, backend: DeviceBackend, config: ModelConfig, max_rows: int | None = None) -> None:
-        self.cost = CallCost()
         self._backend, self._width, self._hidden = backend, config.latent_dim, config.hidden_size
         self._cuda = Cuda()
         self._stream = Stream()
@@ -92,34 +85,22 @@ class DeviceEngine:
         self._under_way: deque[_UnderWay] = deque()
         self._number = 0  # calls enqueued
         with ExitStack() as stack:
-
-            def own(resource: T) -> T:
-                stack.callback(resource.close)
-                return resource
-
-            own(self._stream)
+            stack.enter_context(closing(self._stream))
             # Graphs read the entries of a call at one address; the host writes them anew for each call under way.
-            self._entries = own(DeviceMemory(2 * MAX_ENTRIES * SLOT_STEP.itemsize))
-            self._written = [own(PinnedArray((2, MAX_ENTRIES), SLOT_STEP)) for _ in range(DEPTH + 1)]
-            self._events = [(own(Event()), own(Event())) for _ in range(DEPTH + 1)]
-            self._calls = Calls(backend, self._cuda, self._stream, self._integrate_call, self._make_room, max_rows)
+            self._entries = stack.enter_context(closing(DeviceMemory(2 * MAX_ENTRIES * SLOT_STEP.itemsize)))
+            self._written, self._events = [], []
+            for _ in range(DEPTH + 1):
+                self._written.append(stack.enter_context(closing(PinnedArray((2, MAX_ENTRIES), SLOT_STEP))))
+                begin, end = (stack.enter_context(closing(Event())) for _ in range(2))
+                self._events.append((begin, end))
+            integrate = partial(self._integrate, self._entries.pointer)  # entries are padded to the rows of the call
+            self._calls = Calls(backend, self._cuda, self._stream, integrate, self._make_room, max_rows)
+            self.cost = CallCost(self._calls.most)
             self._resources = stack.pop_all()
 
     @property
     def captures(self) -> int:
         return self._calls.captures
-
-    def max_rows(self, length: int, wanted: int = 0) -> int:
-        return self.cost.worth(length, self._calls.most(length), wanted)[0]
-
-    def settled(self, length: int) -> bool:
-        return self.cost.settled(length, self._calls.most(length))
-
-    def short_rows(self, length: int) -> int:
-        return self.cost.short(length, self._calls.most(length))
-
-    def share(self, length: int) -> int:
-        return self.cost.share(length, self._calls.most(length))
 
     def open(self, program: Program) -> DeviceSlot:
         self._backend.max_rows(program.length, program.max_rows)
@@ -152,25 +133,32 @@ class DeviceEngine:
         return slot
 
     def enqueue(self, slots: Sequence[DeviceSlot]) -> None:
-        length, packed = slots[0].program.length, [slot.program.rows(slot.j) for slot in slots]
-        rows = [row for mine in packed for row in mine]
-        turn, places = self._number % (DEPTH + 1), row_slices(packed)
-        bucket = self._calls.bucket(len(rows), length)
-        begin, end = self._events[turn]
-        begin.record(self._stream)
-        self._advance_left(set(slots), turn)
-        self._send_call(slots, packed, places, bucket, turn)
-        bucket.graph.launch()
-        self._decode(slots, rows, places, bucket.network, turn)
-        end.record(self._stream)
-        turns = [(slot, slot.j, mine) for slot, mine in zip(slots, packed, strict=True)]
-        self._under_way.append(_UnderWay(turns, len(rows), turn, begin, end))
+        turns = pack(slots)
+        bucket = self._calls.bucket(turns[-1][2].stop, slots[0].program.length)
+        try:
+            self._under_way.append(self._launch(turns, bucket))
+        except BackendError as error:  # also for lack of memory: the call has begun, and must not be made again
+            self._stream.synchronize()  # what was enqueued still reads the entries
+            raise BackendError(str(error)) from error
         self._number += 1
-        for slot, mine, place in zip(slots, packed, places, strict=True):
-            x = bucket.network.buffers["x"] + 4 * place.start * length * self._width
-            slot.outputs = x, sum(not row.decodes for row in mine)
+        for slot, rows, place in turns:
+            x = bucket.network.buffers["x"] + 4 * place.start * slot.program.length * self._width
+            slot.outputs = x, sum(not row.decodes for row in rows)
             slot.j, slot.advanced = slot.j + 1, False
         self._called = [slot for slot in slots if slot.j <= slot.program.last]
+
+    def _launch(self, turns: Sequence[Turn[DeviceSlot]], bucket: Bucket) -> _UnderWay:
+        """Enqueue a call, from the pass before it to the ids behind it."""
+        place = self._number % (DEPTH + 1)
+        begin, end = self._events[place]
+        begin.record(self._stream)
+        self._advance_left({slot for slot, *_ in turns}, place)
+        self._send_call(turns, bucket, place)
+        bucket.graph.launch()
+        self._decode(turns, bucket.network, place)
+        end.record(self._stream)
+        texts = [(slot, slot.j, rows[-1].decodes) for slot, rows, _ in turns]
+        return _UnderWay(texts, turns[-1][2].stop, place, begin, end)
 
     def collect(self) -> Call:
         call = self._under_way.popleft()
@@ -180,14 +168,15 @@ class DeviceEngine:
             self._under_way.clear()  # what is behind it will not come either
             raise
         seconds = call.end.seconds_since(call.begin)
-        self.cost.record(call.rows, call.turns[0][0].program.length, seconds)
-        return Call([self._progress(*turn, call.number) for turn in call.turns], call.rows, seconds, 0.0)
+        self.cost.record(call.rows, call.texts[0][0].program.length, seconds)
+        return Call([self._told(*text, call.place) for text in call.texts], call.rows, seconds, 0.0)
 
     def free(self, slot: DeviceSlot) -> None:
         del self._slots[slot]
         if slot in self._called:
             self._called.remove(slot)
-        slot.sent.record(self._stream)
+        if any(slot is each for call in self._under_way for each, *_ in call.texts):  # of a text that was cancelled
+            slot.sent.record(self._stream)
         if slot.noise is not None:
             self._stream.synchronize()
             slot.noise.close()
@@ -233,31 +222,24 @@ class DeviceEngine:
         entry["rows"], entry["num_rows"], entry["first_row"] = row_flags(rows), len(rows), first_row
         entry["t"], entry["s"] = table.t[j], program.sc_cfg
 
-    def _send_call(
-        self,
-        slots: Sequence[DeviceSlot],
-        packed: Sequence[Sequence[Row]],
-        places: Sequence[slice],
-        bucket: Bucket,
-        turn: int,
-    ) -> None:
-        entries, buffers = self._written[turn].array[0, : bucket.rows], bucket.network.buffers
+    def _send_call(self, turns: Sequence[Turn[DeviceSlot]], bucket: Bucket, place: int) -> None:
+        entries, buffers = self._written[place].array[0, : bucket.rows], bucket.network.buffers
         entries[...] = np.zeros((), SLOT_STEP)
-        for index, (slot, mine, place) in enumerate(zip(slots, packed, places, strict=True)):
-            self._write(entries, index, slot, slot.j, mine, place.start)
-            offset = 4 * place.start * slot.program.length * self._width
+        for index, (slot, rows, at) in enumerate(turns):
+            self._write(entries, index, slot, slot.j, rows, at.start)
+            offset = 4 * at.start * slot.program.length * self._width
             entries[index]["next_z"] = buffers["z"] + offset
             if "x_prev" in buffers:
                 entries[index]["next_x_prev"] = buffers["x_prev"] + offset
         self._stream.upload(self._entries.pointer, entries)
 
-    def _advance_left(self, chosen: set[DeviceSlot], turn: int) -> None:
+    def _advance_left(self, chosen: set[DeviceSlot], place: int) -> None:
         """The pass of texts that were in the last call and wait now, before their outputs are overwritten."""
         left = [slot for slot in self._called if slot not in chosen]
         self._called = []
         if not left:
             return
-        entries = self._written[turn].array[1, : len(left)]
+        entries = self._written[place].array[1, : len(left)]
         second_half = self._entries.pointer + MAX_ENTRIES * SLOT_STEP.itemsize
         entries[...] = np.zeros((), SLOT_STEP)
         for index, slot in enumerate(left):
@@ -266,10 +248,6 @@ class DeviceEngine:
         self._stream.upload(second_half, entries)
         self._integrate(second_half, len(left), left[0].program.length)
 
-    def _integrate_call(self, rows: int, length: int, buffers: Mapping[str, int]) -> None:
-        """The pass of a call's texts, whose entries are padded to its rows."""
-        self._integrate(self._entries.pointer, rows, length, buffers)
-
     def _integrate(self, entries: int, count: int, length: int, buffers: Mapping[str, int] | None = None) -> None:
         inputs = [0 if buffers is None else buffers.get(name, 0) for name in ("t", "s", "mode")]
         size = grid(count, length, self._width)
@@ -277,45 +255,42 @@ class DeviceEngine:
 
     # Decoding.
 
-    def _decode(
-        self, slots: Sequence[DeviceSlot], rows: Sequence[Row], places: Sequence[slice], network: DeviceGraph, turn: int
-    ) -> None:
-        """Send the rows that decode through the token head, and their ids on the way to the host."""
-        decoding = [r for r, row in enumerate(rows) if row.decodes]
+    def _decode(self, turns: Sequence[Turn[DeviceSlot]], network: DeviceGraph, place: int) -> None:
+        """Send the rows that decode, each the last of its text, through the token head, and their ids to the host."""
+        decoding = {at.stop - 1: slot for slot, rows, at in turns if rows[-1].decodes}
         if not decoding:
             return
-        length, row_bytes = slots[0].program.length, 4 * slots[0].program.length * self._hidden
-        ends = {place.stop - 1: slot for slot, place in zip(slots, places, strict=True)}
-        head, most = self._calls.head(len(decoding), length)
-        for start in range(0, len(decoding), most):
-            piece = decoding[start : start + most]
+        rows, length = list(decoding), turns[0][0].program.length
+        row_bytes = 4 * length * self._hidden
+        head, most = self._calls.head(len(rows), length)
+        for start in range(0, len(rows), most):
+            piece = rows[start : start + most]
             for first, count in _runs(piece):
                 source = network.buffers["hidden"] + piece[first] * row_bytes
                 self._stream.copy(head.buffers["hidden"] + first * row_bytes, source, count * row_bytes)
             head.enqueue()
             for index, row in enumerate(piece):
-                self._fetch(ends[row], head.buffers["ids"] + index * 8 * length, turn)
+                self._fetch(decoding[row], head.buffers["ids"] + index * 8 * length, place)
 
-    def _fetch(self, slot: DeviceSlot, ids: int, turn: int) -> None:
+    def _fetch(self, slot: DeviceSlot, ids: int, place: int) -> None:
         """A text's ids, and behind its last call what else is told of it, on the way to the host."""
         arrays, program = slot.arrays, slot.program
-        self._stream.download(arrays["ids"][turn], ids)
+        self._stream.download(arrays["ids"][place], ids)
         if slot.j == program.last:
             self._stream.download(arrays["not_finite"], arrays.address("not_finite"))
             if program.latents:
                 self._stream.download(arrays["z"], arrays.address("z"))
 
-    def _progress(self, slot: DeviceSlot, j: int, rows: Sequence[Row], turn: int) -> Progress:
+    def _told(self, slot: DeviceSlot, j: int, decodes: bool, place: int) -> TextEvent:
+        """What a finished call did for a text."""
         program, arrays = slot.program, slot.arrays
-        done = Progress(j - 1, float(program.table.t[j]))
-        ids = arrays["ids"][turn].copy() if rows[-1].decodes else None
+        ids = arrays["ids"][place].copy() if decodes else None
         if j < program.last:
-            done.draft = ids
-            return done
-        done.ids, done.latents = ids, arrays["z"].copy() if program.latents else None
+            return StepDone(j - 1, float(program.table.t[j]), ids)
         if arrays["not_finite"][0]:
-            done.error = not_finite(self._backend.name, self._backend.precision)
-        return done
+            return not_finite(self._backend.name, self._backend.precision)
+        assert ids is not None  # the last row of a program decodes
+        return Written(ids, arrays["z"].copy() if program.latents else None)
 
     def _take(self, program: Program) -> DeviceSlot:
         """An idle slot, or a new one; and memory for given noise."""
@@ -338,17 +313,14 @@ class DeviceEngine:
 
     def _make_room(self, length: int) -> bool:
         """Free what was made for other lengths; False where there is nothing."""
-        busy = {slot for call in self._under_way for slot, *_ in call.turns}  # of a text that was cancelled
+        busy = {slot for call in self._under_way for slot, *_ in call.texts}  # of a text that was cancelled
         idle = [slot for at, slots in self._idle.items() if at != length for slot in slots if slot not in busy]
-        if not idle and not self._calls.others(length):
-            return False
         self._advance_left(set(), self._number % (DEPTH + 1))  # the outputs of the last call may go with its bucket
         self._stream.synchronize()
-        self._calls.free(but=length)
         for slot in idle:
             self._idle[slot.program.length].remove(slot)
             slot.close()
-        return True
+        return self._calls.free(but=length) or bool(idle)
 
 
 def _slot_fields(length: int, width: int) -> Fields:

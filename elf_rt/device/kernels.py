@@ -97,14 +97,14 @@ def compile_cubin(sm: int) -> tuple[bytes, str]:
         nvrtc.nvrtcDestroyProgram(program)
 
 
-def load_kernel(sm: int, cache: Path | None = None) -> Any:
+def load_kernel(sm: int) -> Any:
     """The step as a cuda.core kernel of the current context.
 
     Only with a driver (``elf_rt.device.cudart.find_gpu``) and a device made current: cuda.core hangs without one.
     """
     from cuda.core import ObjectCode
 
-    cubin = get_cubin(sm, cache)
+    cubin = get_cubin(sm)
     try:
         module = ObjectCode.from_cubin(cubin, name="elf_rt_integrator")
         return module.get_kernel(NAME)

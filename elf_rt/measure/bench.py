@@ -157,7 +157,7 @@ def run_once(model: Model, work: Work, steps: int, batch: int, seed: int) -> Req
     run = RequestTimes()
     ids: list[np.ndarray] = []
     pieces: list[list[float]] = [[]]  # a batch that is more than one call holds is written in several
-    told_late = model.backend.device == "cuda"  # a sample is one launch there, and its steps are told at its end
+    told_late = model.backend.device == "cuda"  # calls are enqueued ahead there, and may be told of together
     begun_cpu = time.process_time()
     begun = last = time.perf_counter()
     for event in model.stream(

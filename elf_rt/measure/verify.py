@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from elf_rt.bundle import MIN_AGREEMENT, Bundle
+from elf_rt.engine import open_engine
 from elf_rt.errors import InputError
 from elf_rt.measure.evaluation import edit_distance
 from elf_rt.measure.replay import RecordedCall, RecordedRun, read_replay
-from elf_rt.model import Model, load, open_engine
+from elf_rt.model import Model, load
 from elf_rt.network import Backend
 from elf_rt.sampling.engine import Engine
 from elf_rt.sampling.program import Program, Written
@@ -167,7 +168,7 @@ def _in_one_call(engine: Engine[Any], programs: Sequence[Program]) -> list[Writt
         done = engine.collect()
     for slot in slots:
         engine.free(slot)
-    return [Written(each.ids, each.latents) for each in done.progress if each.ids is not None]
+    return [event for event in done.events if isinstance(event, Written)]
 
 
 def single_call(t: float) -> Table:

@@ -2,6 +2,7 @@
 
 import statistics
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 ENOUGH = 4  # calls that say what a size costs; the first one, which may set something up, does not count
@@ -35,8 +36,12 @@ class CallCost:
 
     A machine that others use too is now faster, now slower, by more than sizes differ. So what a size costs is told
     apart from the pace of the machine: seconds = pace x cost of a row x rows.
+
+    Attributes:
+        most: the most rows that a call of a length can have.
     """
 
+    most: Callable[[int], int]
     _sizes: dict[tuple[int, int], _Size] = field(default_factory=dict)
     _pace: float = 0.0  # of the last calls
     _paces: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
@@ -57,12 +62,30 @@ class CallCost:
         if len(size.costs) < SAMPLES:
             size.costs.append(of_row / self._pace)
 
-    def worth(self, length: int, limit: int, wanted: int) -> tuple[int, bool]:
-        """How many rows a call should hold, and whether that is settled: the fewest, up to the limit, of which one
-        costs about as little as in any other size. Where more rows are wanted than any call had, larger calls are
-        tried, until two sizes in a row did not pay. Sizes that are close to the best one are tried until all are known
-        well. What is tried takes turns with the best one, which tells the pace."""
-        costs = self._known(length, limit)
+    def max_rows(self, length: int, wanted: int = 0) -> int:
+        """The rows that a call should hold now, where so many are wanted; with 0, nothing is tried."""
+        return self._worth(length, wanted)[0]
+
+    def settled(self, length: int) -> bool:
+        """Whether it is found out how many rows are worth it."""
+        return self._worth(length, self.most(length))[1]
+
+    def share(self, length: int) -> int:
+        """The rows that one caller may have in flight: those of a call, or enough for two larger sizes to be tried."""
+        rows, settled = self._worth(length, self.most(length))
+        return rows if settled else min(4 * rows, self.most(length))
+
+    def short_rows(self, length: int) -> int:
+        """The rows of a call that is soon over, at a price: a row may cost half as much again as in the best size."""
+        costs = self._known(length)
+        return _fewest(costs, SHORT) if costs else 1
+
+    def _worth(self, length: int, wanted: int) -> tuple[int, bool]:
+        """How many rows a call should hold, and whether that is settled: the fewest of which one costs about as little
+        as in any other size. Where more rows are wanted than any call had, larger calls are tried, until two sizes in a
+        row did not pay. Sizes that are close to the best one are tried until all are known well. What is tried takes
+        turns with the best one, which tells the pace."""
+        costs, limit = self._known(length), self.most(length)
         if not costs:
             return 1, limit == 1
         best, largest = min(costs, key=costs.__getitem__), max(costs)
@@ -75,27 +98,13 @@ class CallCost:
             return self._in_turns(length, min(open_sizes, key=calls.__getitem__), best), False
         return _fewest(costs, TOLERANCE), settled
 
-    def settled(self, length: int, limit: int) -> bool:
-        """Whether it is found out how many rows are worth it."""
-        return self.worth(length, limit, limit)[1]
-
-    def share(self, length: int, limit: int) -> int:
-        """The rows that one caller may have in flight: those of a call, or enough for two larger sizes to be tried."""
-        rows, settled = self.worth(length, limit, limit)
-        return rows if settled else min(4 * rows, limit)
-
     def _in_turns(self, length: int, tried: int, best: int) -> int:
         return best if self._last == (length, tried) else tried
 
-    def short(self, length: int, limit: int) -> int:
-        """The rows of a call that is soon over, at a price: a row may cost half as much again as in the best size."""
-        costs = self._known(length, limit)
-        return _fewest(costs, SHORT) if costs else 1
-
-    def _known(self, length: int, limit: int) -> dict[int, float]:
+    def _known(self, length: int) -> dict[int, float]:
         """What a row costs, by size."""
-        sizes = sorted(self._sizes.items())
-        return {rows: size.cost for (at, rows), size in sizes if at == length and rows <= limit and size.known}
+        most, sizes = self.most(length), sorted(self._sizes.items())
+        return {rows: size.cost for (at, rows), size in sizes if at == length and rows <= most and size.known}
 
     def seconds(self, rows: int, length: int) -> float | None:
         """The usual seconds of a call of so many rows, or None when none was made."""

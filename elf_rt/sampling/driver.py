@@ -6,28 +6,27 @@ shorter calls, up to two rows of three: so they are back at once, and yet all ad
 in flight than fit in a call, so a long request has its first texts early, and leaves slots to others.
 """
 
+import contextlib
 import os
 import statistics
 import threading
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import CancelledError
-from dataclasses import dataclass, field
+from concurrent.futures import CancelledError, Future
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from elf_rt.errors import BackendError, ElfError, GpuMemoryError, first_line
-from elf_rt.sampling.engine import Engine, Progress, Slot
+from elf_rt.sampling.engine import Engine, Slot
 from elf_rt.sampling.outlook import OTHERS, Load, Outlook, Pace
-from elf_rt.sampling.program import Event, Program, StepDone, Times, Written
+from elf_rt.sampling.program import Event, Program, StepDone, Timings, Written
 from elf_rt.sampling.stats import Stats
 
 MAX_SLOTS = 128  # texts in flight
-RATE_SECONDS = 5.0  # over which steps a second are counted
-
 CLOSED = "the model is closed: load it again"
-
 
 Post = Callable[[Event], None]
 
@@ -39,7 +38,7 @@ class Task:
     program: Program
     post: Post
     caller: object
-    times: Times = field(default_factory=Times)
+    timings: Timings = field(default_factory=Timings)
     submitted: float = field(default_factory=time.perf_counter)
     slot: Slot | None = None
     cancelled: bool = False
@@ -68,14 +67,18 @@ class Task:
 
 
 class Driver:
-    """Starts the thread, which opens the engine.
+    """Starts the thread, which opens the engine, uses it, and closes it.
+
+    Args:
+        running: the engine, for as long as the thread runs.
+        length: that ``stats`` speaks of.
 
     Raises:
         BackendError: the engine could not be opened.
     """
 
-    def __init__(self, open_engine: Callable[[], Engine[Any]], length: int) -> None:
-        self._length = length  # that ``stats`` speaks of
+    def __init__(self, running: AbstractContextManager[Engine[Any]], length: int) -> None:
+        self._length = length
         self._wake = threading.Condition()
         self._waiting: OrderedDict[object, deque[Task]] = OrderedDict()  # by caller
         self._flying: dict[Task, None] = {}  # those that have a slot, in the order in which they got it
@@ -83,33 +86,23 @@ class Driver:
         self._under_way: deque[Mapping[Task, int]] = deque()  # by call, with the rows of each; also the one being made
         self._rows_of: Counter[object] = Counter()  # in flight, by caller
         self._count: Counter[str] = Counter()
-        self._steps: deque[tuple[float, int]] = deque(maxlen=256)
         self._last_rows = 0
-        self._since = 0.0  # when the call before was over, or the first one of a busy time begun
-        self._lasted: deque[float] = deque(maxlen=64)  # what recent turns took, over the usual time of their calls
+        self._turn_began = 0.0  # when the call before was over, or the first one of a busy time begun
+        self._overheads: deque[float] = deque(maxlen=64)  # what recent turns took, over the usual time of their calls
         self._owed = 0  # rows, times OTHERS, to texts that do not go first
         self._closing: str | None = None
         self._pid = os.getpid()
-        opened: deque[Engine[Any] | BaseException] = deque()
-        ready = threading.Event()
-        self._thread = threading.Thread(
-            target=self._main, args=(open_engine, opened, ready), name="elf-rt", daemon=True
-        )
+        opened: Future[Engine[Any]] = Future()
+        self._thread = threading.Thread(target=self._main, args=(running, opened), name="elf-rt", daemon=True)
         self._thread.start()
-        ready.wait()
-        engine = opened.pop()
-        if isinstance(engine, BaseException):
-            raise engine
-        self._engine = engine
+        self._engine = opened.result()
 
     @property
     def forked(self) -> bool:
         """Whether this process is a child that was forked after the thread was started, and has none."""
         return self._pid != os.getpid()
 
-    def submit(
-        self, programs: Sequence[Program], post: Sequence[Callable[[Event], None]], caller: object
-    ) -> list[Task]:
+    def submit(self, programs: Sequence[Program], post: Sequence[Post], caller: object) -> list[Task]:
         """Queue texts of one caller.
 
         Raises:
@@ -149,22 +142,20 @@ class Driver:
 
     def share(self, length: int) -> int:
         """The rows that one caller may have in flight now."""
-        return self._engine.share(length)
+        return self._engine.cost.share(length)
 
     def stats(self) -> Stats:
         with self._wake:
-            now = time.perf_counter()
-            recent = [(at, steps) for at, steps in self._steps if now - at < RATE_SECONDS]
-            span = now - recent[0][0] if recent else 0.0
+            cost = self._engine.cost
             return Stats(
                 slots=len(self._flying),
                 waiting=sum(map(len, self._waiting.values())),
                 rows=self._last_rows if self._flying else 0,
-                max_rows=self._engine.max_rows(self._length),
-                settled=self._engine.settled(self._length),
-                steps_per_second=sum(steps for _, steps in recent) / span if span else 0.0,
-                call_ms=self._engine.cost.by_rows(self._length),
+                max_rows=cost.max_rows(self._length),
+                settled=cost.settled(self._length),
+                call_ms=cost.by_rows(self._length),
                 calls=self._count["calls"],
+                steps=self._count["steps"],
                 captures=self._engine.captures,
                 bytes=self._engine.num_bytes(),
                 finished=self._count["finished"],
@@ -175,18 +166,21 @@ class Driver:
     def outlook(self, lengths: Iterable[int]) -> Outlook:
         """What is to be written, and how fast calls of its lengths and of these ones are."""
         with self._wake:
-            tasks = [*self._flying, *(task for queue in self._waiting.values() for task in queue)]
-            texts, under_way = [task.load for task in tasks], self._seconds_under_way()
-            overhead = statistics.median(self._lasted or [1.0])
+            texts, under_way = [task.load for task in self._everybody()], self._seconds_under_way()
+            overhead = statistics.median(self._overheads or [1.0])
         cost, every = self._engine.cost, {*lengths, *(text.length for text in texts)}
-        pace = {n: Pace(self._engine.max_rows(n), self._engine.short_rows(n), cost.by_rows(n)) for n in every}
+        pace = {n: Pace(cost.max_rows(n), cost.short_rows(n), cost.by_rows(n)) for n in every}
         return Outlook(texts, MAX_SLOTS, pace, overhead, under_way)
+
+    def _everybody(self) -> list[Task]:
+        """In flight and waiting."""
+        return [*self._flying, *(task for queue in self._waiting.values() for task in queue)]
 
     def _seconds_under_way(self) -> float:
         """Until the calls that come before all others are over."""
         calls = [(sum(call.values()), next(iter(call)).program.length) for call in list(self._under_way)]
         usual = sum(self._engine.cost.seconds(*call) or 0.0 for call in calls)
-        return max(0.0, usual - (time.perf_counter() - self._since))
+        return max(0.0, usual - (time.perf_counter() - self._turn_began))
 
     def close(self) -> None:
         """Stop after the calls under way; texts that are not over end with a BackendError. Waits for the thread."""
@@ -198,40 +192,40 @@ class Driver:
 
     # What follows runs in the driver's thread.
 
-    def _main(
-        self, open_engine: Callable[[], Engine[Any]], opened: deque[Engine[Any] | BaseException], ready: threading.Event
-    ) -> None:
+    def _main(self, running: AbstractContextManager[Engine[Any]], opened: "Future[Engine[Any]]") -> None:
         try:
-            engine = open_engine()
-            opened.append(engine)
+            with running as engine:
+                opened.set_result(engine)
+                self._run(engine)
         except BaseException as error:
-            opened.append(error)
-            return
-        finally:
-            ready.set()
+            if not opened.done():
+                opened.set_exception(error)
+            elif not isinstance(error, ElfError):  # of elf-rt itself; an engine that failed has told its texts
+                raise
+
+    def _run(self, engine: Engine[Any]) -> None:
         try:
             self._loop(engine)
-        except BaseException as error:  # of elf-rt itself: nobody must be left waiting
+        except BaseException as error:  # nobody must be left waiting
             self._closing = f"the engine stopped ({type(error).__name__}: {first_line(error)}): load the model again"
             raise
         finally:
             with self._wake:
-                left = [*self._flying, *(task for queue in self._waiting.values() for task in queue)]
+                left = self._everybody()
             for task in left:
-                self._end(engine, task, BackendError(self._closing or CLOSED))
-            engine.close()
+                with contextlib.suppress(ElfError):  # of a slot that a broken GPU does not take back
+                    self._end(engine, task, BackendError(self._closing or CLOSED))
 
     def _loop(self, engine: Engine[Any]) -> None:
-        self._since = time.perf_counter()
+        self._turn_began = time.perf_counter()
         while True:
             with self._wake:
                 while self._closing is None and not (self._waiting or self._flying or self._under_way):
                     self._wake.wait()
-                    self._since = time.perf_counter()
+                    self._turn_began = time.perf_counter()
                 if self._closing is not None:
                     return
-                everybody = [*self._flying, *(task for queue in self._waiting.values() for task in queue)]
-                dropped = [task for task in everybody if task.cancelled]
+                dropped = [task for task in self._everybody() if task.cancelled]
             for task in dropped:
                 self._end(engine, task, CancelledError("this text was cancelled"))
             self._admit(engine)
@@ -264,7 +258,7 @@ class Driver:
                 return None
             for caller, queue in self._waiting.items():
                 held, program = self._rows_of[caller], queue[0].program
-                if held and held + program.max_rows > engine.share(program.length):
+                if held and held + program.max_rows > engine.cost.share(program.length):
                     continue
                 task = queue.popleft()
                 self._waiting.move_to_end(caller)
@@ -284,7 +278,7 @@ class Driver:
             engine.enqueue(slots)
         except Exception as error:
             self._under_way.pop()
-            fewer = engine.max_rows(tasks[0].program.length) < sum(taken.values())
+            fewer = engine.cost.max_rows(tasks[0].program.length) < sum(taken.values())
             if isinstance(error, GpuMemoryError) and fewer and len(tasks) > 1:
                 self._ring.extendleft(reversed(tasks))
             else:
@@ -292,9 +286,9 @@ class Driver:
             return
         self._owe(taken)
         for task, draft in zip(tasks, drafts, strict=True):
-            if not task.times.calls:
-                task.times.waited = now - task.submitted
-            task.times.calls += 1 + draft
+            if not task.timings.calls:
+                task.timings.waited_ms = 1e3 * (now - task.submitted)
+            task.timings.calls += 1 + draft
             if task.passes_left:
                 self._ring.append(task)
 
@@ -309,9 +303,9 @@ class Driver:
         ring = [*others, *few] if theirs else [*few, *others]
         length = ring[0].program.length
         rows = {task: task.rows for task in ring if task.program.length == length}
-        room = engine.max_rows(length, sum(rows.values()))
+        room = engine.cost.max_rows(length, sum(rows.values()))
         if few and others:
-            room = min(room, engine.short_rows(length))
+            room = min(room, engine.cost.short_rows(length))
         taken: dict[Task, int] = {}
         for task, count in rows.items():
             if not taken or count <= room:
@@ -341,24 +335,26 @@ class Driver:
         with self._wake:
             self._count["calls"] += 1
             self._last_rows = call.rows
-            self._steps.append((now, len(tasks)))
-            self._lasted.append((now - self._since) / (usual or call.network))
-            self._since = now
-        for task, progress in zip(tasks, call.progress, strict=True):
-            task.times.network += call.network
-            task.times.integrator += call.integrator
+            self._count["steps"] += len(tasks)
+            self._overheads.append((now - self._turn_began) / (usual or call.network))
+            self._turn_began = now
+        for task, event in zip(tasks, call.events, strict=True):
+            task.timings.network_ms += 1e3 * call.network
+            task.timings.integrator_ms += 1e3 * call.integrator
             if not task.over:
-                self._tell(engine, task, progress)
+                self._tell(engine, task, event)
 
-    def _tell(self, engine: Engine[Any], task: Task, progress: Progress) -> None:
-        if progress.error is not None:
-            self._end(engine, task, progress.error)
-            return
-        if progress.step:
-            task.post(StepDone(progress.step, progress.t, progress.draft))
-        if progress.ids is not None:
-            task.times.total = time.perf_counter() - task.submitted
-            self._end(engine, task, Written(progress.ids, progress.latents, task.times))
+    def _tell(self, engine: Engine[Any], task: Task, event: Event) -> None:
+        if isinstance(event, Written):
+            task.timings.total_ms = 1e3 * (time.perf_counter() - task.submitted)
+            table = task.program.table
+            if table.num_steps:  # the pass before the decoding call ended the last step
+                task.post(StepDone(table.num_steps, float(table.t[-1])))
+            self._end(engine, task, replace(event, timings=task.timings))
+        elif not isinstance(event, StepDone):
+            self._end(engine, task, event)
+        elif event.step:
+            task.post(event)
 
     def _fail(self, engine: Engine[Any], tasks: Sequence[Task], error: Exception) -> None:
         for task in dict.fromkeys(tasks):
@@ -383,9 +379,11 @@ class Driver:
                 self._rows_of = +self._rows_of  # callers that have nothing left go
                 if task in self._ring:
                     self._ring.remove(task)
-        if task.slot is not None:
-            engine.free(task.slot)
-        task.post(event)
+        try:
+            if task.slot is not None:
+                engine.free(task.slot)
+        finally:
+            task.post(event)
 
 
 def _as_backend_error(error: Exception) -> ElfError:

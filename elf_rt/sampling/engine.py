@@ -23,7 +23,7 @@ from elf_rt.network import BoundGraph, Graph, HostBackend
 from elf_rt.sampling import integrator
 from elf_rt.sampling.cost import CallCost
 from elf_rt.sampling.integrator import SlotStep
-from elf_rt.sampling.program import Program
+from elf_rt.sampling.program import Event, Program, StepDone, Written
 from elf_rt.sampling.schedule import Row, X
 
 MAX_BOUND = 12  # graphs of different shapes that stay bound
@@ -31,25 +31,13 @@ MAX_TOKENS = 16384  # rows x length of one call, whatever pays
 
 
 @dataclass
-class Progress:
-    """What one call did for one text: the step that its pass ended, at time t of the next; 0 for the first call.
+class Call:
+    """One finished call: what it did for each text, in the order of the slots, and seconds.
 
-    draft and ids: (L,) raw ids of a draft and of the decoding call; latents: (L, C) where the program asks for them.
+    Of a text's last call that is ``Written``, of the others ``StepDone``, with step 0 of the first, which ends none.
     """
 
-    step: int
-    t: float
-    draft: np.ndarray | None = None
-    ids: np.ndarray | None = None
-    latents: np.ndarray | None = None
-    error: BackendError | None = None
-
-
-@dataclass
-class Call:
-    """One finished call: progress in the order of the slots, and seconds."""
-
-    progress: list[Progress]
+    events: list[Event]
     rows: int
     network: float
     integrator: float
@@ -63,33 +51,18 @@ class Slot(Protocol):
 
 
 S = TypeVar("S", bound=Slot)
+Turn = tuple[S, tuple[Row, ...], slice]  # of a slot in a call: its rows, and where they are
 
 
 class Engine(Protocol[S]):
     """Used by one thread: the driver's. S: its slots."""
 
     depth: int  # calls that may be under way before the oldest is waited for
-    cost: CallCost
+    cost: CallCost  # of this engine's calls, and how many rows they should have
 
     @property
     def captures(self) -> int:
         """CUDA graphs captured so far."""
-        ...
-
-    def max_rows(self, length: int, wanted: int = 0) -> int:
-        """The rows that a call of this length should hold now, where so many are wanted; with 0, nothing is tried."""
-        ...
-
-    def settled(self, length: int) -> bool:
-        """Whether it is found out how many rows that is."""
-        ...
-
-    def short_rows(self, length: int) -> int:
-        """The rows of a call of this length that should be over soon."""
-        ...
-
-    def share(self, length: int) -> int:
-        """The rows that one caller may have in flight: those of a call, or more while it is not known what pays."""
         ...
 
     def open(self, program: Program) -> S:
@@ -104,7 +77,7 @@ class Engine(Protocol[S]):
         """Advance slots of one length by one pass, and call the network on their rows.
 
         Raises:
-            GpuMemoryError: no memory for so many rows; ``max_rows`` is smaller now, and no slot was touched.
+            GpuMemoryError: no memory for so many rows, of which ``cost`` knows now. No slot was touched.
             BackendError: the call failed, and with it these slots.
         """
         ...
@@ -132,8 +105,6 @@ class HostSlot:
     program: Program
     z: np.ndarray
     x_last: np.ndarray
-    coef: np.ndarray  # float32 copies of the table's
-    weights: np.ndarray
     j: int = 1
     outputs: np.ndarray | None = None
     advanced: bool = False
@@ -142,11 +113,12 @@ class HostSlot:
         self, rows: Sequence[Row] = (), next_z: np.ndarray | None = None, next_x_prev: np.ndarray | None = None
     ) -> SlotStep:
         """Pass j as a step of the integrator; one that was done already only writes the inputs."""
-        program, coef, weights = self.program, self.coef[self.j], None
+        program, weights = self.program, None
+        coef = program.table.coef[self.j].astype(np.float32)
         if self.advanced:
-            coef = np.array([1, 0, 0, 0, coef[X]], np.float32)
+            coef[:X] = 1, 0, 0, 0
         elif self.outputs is not None:
-            weights = self.weights[self.j, : len(self.outputs)]
+            weights = program.table.weights[self.j, : len(self.outputs)].astype(np.float32)
         return SlotStep(
             self.z,
             self.x_last,
@@ -169,24 +141,12 @@ class HostEngine:
     captures = 0
 
     def __init__(self, backend: HostBackend, latent_dim: int, max_rows: int | None = None) -> None:
-        self.cost = CallCost()
+        self.cost = CallCost(self._most)
         self._backend, self._latent_dim, self._limit = backend, latent_dim, max_rows
         self._bound: OrderedDict[tuple[Graph, int, int], BoundGraph] = OrderedDict()
         self._slots: set[HostSlot] = set()
         self._called: list[HostSlot] = []  # those of the last call, whose outputs are still to be read
         self._done: deque[Call] = deque()
-
-    def max_rows(self, length: int, wanted: int = 0) -> int:
-        return self.cost.worth(length, self._most(length), wanted)[0]
-
-    def settled(self, length: int) -> bool:
-        return self.cost.settled(length, self._most(length))
-
-    def short_rows(self, length: int) -> int:
-        return self.cost.short(length, self._most(length))
-
-    def share(self, length: int) -> int:
-        return self.cost.share(length, self._most(length))
 
     def _most(self, length: int) -> int:
         limits = (max(1, MAX_TOKENS // length), self._limit, self._backend.max_rows(length))
@@ -194,36 +154,32 @@ class HostEngine:
 
     def open(self, program: Program) -> HostSlot:
         self._backend.max_rows(program.length, program.max_rows)
-        shape, table = (program.length, self._latent_dim), program.table
-        coef, weights = table.coef.astype(np.float32), table.weights.astype(np.float32)
+        shape = (program.length, self._latent_dim)
         x_last = np.zeros(shape, np.float32) if program.x_prev is None else program.x_prev.copy()
         z = np.zeros(shape, np.float32) if program.z0 is None else program.z0.copy()
         if program.z0 is None:
-            start = SlotStep(z, x_last, coef[0], program.noise(0), source=program.source, mask=program.mask)
-            integrator.step([start])
-        slot = HostSlot(program, z, x_last, coef, weights)
+            coef = program.table.coef[0].astype(np.float32)
+            integrator.step([SlotStep(z, x_last, coef, program.noise(0), source=program.source, mask=program.mask)])
+        slot = HostSlot(program, z, x_last)
         self._slots.add(slot)
         return slot
 
     def enqueue(self, slots: Sequence[HostSlot]) -> None:
         begun = time.perf_counter()
-        length, packed = slots[0].program.length, [slot.program.rows(slot.j) for slot in slots]
-        places = row_slices(packed)
-        rows = [row for mine in packed for row in mine]
+        length, turns = slots[0].program.length, pack(slots)
+        rows = [row for _, mine, _ in turns for row in mine]
         network = self._graph("denoiser", len(rows), length)
-        self._integrate(slots, packed, places, network.arrays)
-        _fill(network.arrays, slots, packed)
+        self._integrate(turns, network.arrays)
+        _fill(network.arrays, turns)
         between = time.perf_counter()
         network.run()
         ids = self._discretize(network.arrays["hidden"], [r for r, row in enumerate(rows) if row.decodes], length)
         ended = time.perf_counter()
         self.cost.record(len(rows), length, ended - begun)
         x = network.arrays["x"]
-        progress = [
-            self._progress(slot, x[place], ids.get(place.stop - 1)) for slot, place in zip(slots, places, strict=True)
-        ]
+        events = [self._finish_pass(slot, x[place], ids.get(place.stop - 1)) for slot, _, place in turns]
         self._called = [slot for slot in slots if slot.outputs is not None]
-        self._done.append(Call(progress, len(rows), ended - between, between - begun))
+        self._done.append(Call(events, len(rows), ended - between, between - begun))
 
     def collect(self) -> Call:
         return self._done.popleft()
@@ -234,8 +190,9 @@ class HostEngine:
             self._called.remove(slot)
 
     def num_bytes(self) -> int:
-        slots = sum(slot.z.nbytes + slot.x_last.nbytes for slot in list(self._slots))  # another thread may be asking
-        return slots + sum(array.nbytes for graph in list(self._bound.values()) for array in graph.arrays.values())
+        slots, graphs = list(self._slots), list(self._bound.values())  # copies, as another thread may be asking
+        arrays = [array for graph in graphs for array in list(graph.arrays.values())]
+        return sum(slot.z.nbytes + slot.x_last.nbytes for slot in slots) + sum(array.nbytes for array in arrays)
 
     def close(self) -> None:
         self._slots.clear()
@@ -243,37 +200,30 @@ class HostEngine:
         while self._bound:
             self._bound.popitem()[1].close()
 
-    def _integrate(
-        self,
-        slots: Sequence[HostSlot],
-        packed: Sequence[Sequence[Row]],
-        places: Sequence[slice],
-        arrays: Mapping[str, np.ndarray],
-    ) -> None:
+    def _integrate(self, turns: Sequence[Turn[HostSlot]], arrays: Mapping[str, np.ndarray]) -> None:
         """The next pass of these slots, into the inputs of their call; and of those that wait, before it."""
+        slots = [slot for slot, *_ in turns]
         left = [slot for slot in self._called if slot not in set(slots)]
         z, x_prev = arrays["z"], arrays.get("x_prev")
         integrator.step([slot.step() for slot in left])  # apart from the others, as their length may be another
-        steps = []
-        for slot, rows, place in zip(slots, packed, places, strict=True):
-            steps.append(slot.step(rows, z[place], None if x_prev is None else x_prev[place]))
-        integrator.step(steps)
+        integrator.step(
+            [slot.step(rows, z[place], None if x_prev is None else x_prev[place]) for slot, rows, place in turns]
+        )
         for slot in (*left, *slots):
             slot.advanced, slot.outputs = True, None
         self._called = []
 
-    def _progress(self, slot: HostSlot, x: np.ndarray, decoded: np.ndarray | None) -> Progress:
+    def _finish_pass(self, slot: HostSlot, x: np.ndarray, decoded: np.ndarray | None) -> Event:
         """What the call did for a slot, which goes on to its next pass. x: (K, L, C) of its rows."""
         program, j = slot.program, slot.j
         slot.j, slot.advanced = j + 1, False
-        done = Progress(j - 1, float(program.table.t[j]))
         if j < program.last:
-            done.draft, slot.outputs = decoded, x[: len(x) - (decoded is not None)]
-            return done
-        done.ids, done.latents = decoded, slot.z if program.latents else None
+            slot.outputs = x[: len(x) - (decoded is not None)]
+            return StepDone(j - 1, float(program.table.t[j]), decoded)
         if not np.isfinite(slot.z).all():
-            done.error = not_finite(self._backend.name, self._backend.precision)
-        return done
+            return not_finite(self._backend.name, self._backend.precision)
+        assert decoded is not None  # the last row of a program decodes
+        return Written(decoded, slot.z if program.latents else None)
 
     def _discretize(self, hidden: np.ndarray, rows: list[int], length: int) -> dict[int, np.ndarray]:
         """(L,) ids of each of these rows of the last call."""
@@ -294,15 +244,16 @@ class HostEngine:
         return self._bound[key]
 
 
-def row_slices(packed: Sequence[Sequence[Row]]) -> list[slice]:
-    """Where each text's rows are in a call that holds them behind each other."""
-    ends = list(accumulate(map(len, packed)))
-    return [slice(end - len(rows), end) for end, rows in zip(ends, packed, strict=True)]
+def pack(slots: Sequence[S]) -> list[Turn[S]]:
+    """The rows of texts, behind each other in one call."""
+    packed = [slot.program.rows(slot.j) for slot in slots]
+    ends = accumulate(map(len, packed))
+    return [(slot, rows, slice(end - len(rows), end)) for slot, rows, end in zip(slots, packed, ends, strict=True)]
 
 
-def _fill(arrays: Mapping[str, np.ndarray], slots: Sequence[Slot], packed: Sequence[Sequence[Row]]) -> None:
+def _fill(arrays: Mapping[str, np.ndarray], turns: Sequence[Turn[HostSlot]]) -> None:
     """The time, guidance scale and mode of each row."""
-    flat = [(slot, row) for slot, rows in zip(slots, packed, strict=True) for row in rows]
+    flat = [(slot, row) for slot, rows, _ in turns for row in rows]
     arrays["t"][:] = [1.0 if row.decodes else slot.program.table.t[slot.j] for slot, row in flat]
     if "s" in arrays:
         arrays["s"][:] = [slot.program.sc_cfg for slot, _ in flat]

@@ -42,11 +42,12 @@ def make_programs(
         _check_shape("mask", mask, shape[:2])
     if table is None:
         tables = _tables(config, params, seeds, grid, conditional=source is not None)
-    else:
-        _check_table(table)
+    elif isinstance(table, Table):
         tables = [table] * batch
+    else:
+        raise InputError(f"table must be an elf_rt.sampling.schedule.Table, got {type(table).__name__}")
     if eps is not None:
-        noisy = tables[0].noisy_steps
+        noisy = max(table.noisy_steps for table in tables)
         eps = as_floats("eps", np.asarray(eps)[:noisy], (noisy, *shape))
     return [
         Program(
@@ -65,8 +66,8 @@ def make_programs(
     ]
 
 
-def as_floats(name: str, array: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray | None:
-    """A caller's array as contiguous float32 of this shape; the same on every backend."""
+def as_floats(name: str, array: np.ndarray | None, shape: tuple[int | None, ...]) -> np.ndarray | None:
+    """A caller's array as contiguous float32 of this shape, where None is any size; the same on every backend."""
     if array is None:
         return None
     try:
@@ -89,11 +90,8 @@ def _tables(
     return [schedule.make_table(params, config, row, conditional=conditional) for row in grid]
 
 
-def _check_table(table: object) -> None:
-    if not isinstance(table, Table):
-        raise InputError(f"table must be an elf_rt.sampling.schedule.Table, got {type(table).__name__}")
-
-
-def _check_shape(name: str, array: np.ndarray, want: tuple[int, ...]) -> None:
-    if array.shape != want:
-        raise InputError(f"{name} must have shape {want}, got {array.shape}")
+def _check_shape(name: str, array: np.ndarray, want: tuple[int | None, ...]) -> None:
+    fits = array.ndim == len(want) and all(size in (None, got) for size, got in zip(want, array.shape, strict=True))
+    if not fits:
+        told = ", ".join("any" if size is None else str(size) for size in want)
+        raise InputError(f"{name} must have shape ({told}{',' * (len(want) == 1)}), got {array.shape}")

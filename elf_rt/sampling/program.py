@@ -68,14 +68,21 @@ def mean_rows(steps: int, guidance_rows: int, drafts_every: int) -> float:
 
 
 @dataclass
-class Times:
-    """Seconds of one text. waited: until its first call; network and integrator: of the steps that it took part in;
-    calls: network calls, drafts counted."""
+class Timings:
+    """What one text took.
 
-    waited: float = 0.0
-    network: float = 0.0
-    integrator: float = 0.0
-    total: float = 0.0
+    Attributes:
+        total_ms: milliseconds from its submission to its ids.
+        waited_ms: until its first network call.
+        network_ms: of the network calls that it took part in, which other texts may share.
+        integrator_ms: of the integrator's passes beside them; 0 on a GPU, where a call holds its pass.
+        calls: network calls, and one for each draft.
+    """
+
+    total_ms: float = 0.0
+    waited_ms: float = 0.0
+    network_ms: float = 0.0
+    integrator_ms: float = 0.0
     calls: int = 0
 
 
@@ -94,7 +101,7 @@ class Written:
 
     ids: np.ndarray
     latents: np.ndarray | None = None
-    times: Times = field(default_factory=Times)
+    timings: Timings = field(default_factory=Timings)
 
 
 Event = StepDone | Written | BaseException  # in this order: steps, then one of the other two

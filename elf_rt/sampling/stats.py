@@ -13,9 +13,9 @@ class Stats:
         rows: of the last network call; 0 when nothing is in flight.
         max_rows: the most that a call should hold, at the trained length.
         settled: whether it is found out that so many pay.
-        steps_per_second: of all texts, over the last seconds.
         call_ms: the usual milliseconds of a call by its rows, in sizes 1, 2, 4, …, at the trained length.
         calls: network calls so far.
+        steps: steps of all texts so far.
         captures: CUDA graphs captured so far.
         bytes: of slots and of the buffers of calls.
         finished, cancelled, failed: texts so far.
@@ -26,9 +26,9 @@ class Stats:
     rows: int
     max_rows: int
     settled: bool
-    steps_per_second: float
     call_ms: dict[int, float]
     calls: int
+    steps: int
     captures: int
     bytes: int
     finished: int

@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
-from elf_rt.results import Timings
+from elf_rt.model import Timings
 from elf_rt.sampling.stats import Stats
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
@@ -59,7 +59,6 @@ class _Engine:
             "texts_waiting": ("Accepted texts that are not in flight yet.", stats.waiting),
             "call_rows": ("Rows of the last network call.", stats.rows),
             "call_rows_max": ("Rows that a network call should hold.", stats.max_rows),
-            "steps_per_second": ("Steps of all texts.", stats.steps_per_second),
             "engine_bytes": ("Bytes of slots and bound graphs.", stats.bytes),
         }
         for name, (text, value) in gauges.items():
@@ -70,6 +69,7 @@ class _Engine:
         yield call
         counters = {
             "calls": ("Network calls.", stats.calls),
+            "steps": ("Steps of all texts.", stats.steps),
             "graph_captures": ("CUDA graphs captured.", stats.captures),
             "texts_cancelled": ("Texts cancelled before their end.", stats.cancelled),
             "texts_failed": ("Texts that the engine could not write.", stats.failed),

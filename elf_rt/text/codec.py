@@ -56,14 +56,17 @@ class TextCodec:
     def takes_prompts(self) -> bool:
         return self.config.max_input_length > 0 and self._encode is not None
 
-    def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
+    def tokenize(self, prompts: Sequence[str], length: int | None = None) -> list[list[int]]:
         """Source token ids of each prompt: no special tokens but the EOS that the model was trained with, cut to
         ``max_input_length``.
 
+        Args:
+            length: tokens of canvas; the trained length when None.
+
         Raises:
-            InputError: the model takes no prompt, or a prompt has no token.
+            InputError: the model takes no prompt, or a prompt has no token, or leaves no room for text.
         """
-        limit = self.config.max_input_length
+        length, limit = length or self.config.max_length, self.config.max_input_length
         if not self.takes_prompts:
             raise InputError("this model takes no prompt: it was exported without a text encoder")
         if self.tokenizer is None:
@@ -82,13 +85,13 @@ class TextCodec:
             if len(ids) > limit:
                 warn(f"prompt {index + 1} has {len(ids)} tokens and is cut to {limit}")
             sources.append(ids[:limit])
+            if len(sources[-1]) >= length:
+                raise InputError(f"prompt {index + 1} leaves no room for text: it has {len(ids)} tokens of {length}")
         return sources
 
     def encode(self, sources: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
         """Clean source latents (B, L, C) float32, normalised, and the mask (B, L) of the positions they hold."""
         width = max(len(ids) for ids in sources)
-        if width >= length:
-            raise InputError(f"a source of {width} tokens leaves no room for text in a length of {length}")
         if length < self.config.max_length:
             warn(
                 f"a length of {length} cuts texts to {self.room(length, sourced=True)} tokens, "
