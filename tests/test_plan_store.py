@@ -22,7 +22,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 # A process that builds one plan and says when it has come to a moment; there it waits to be killed. It imports neither
 # torch nor this file, to start quickly.
 BUILDER = """
-import sys, time
+import signal, sys, time
+from elf_rt import cli
 from elf_rt.bundle import Bundle
 from elf_rt.engines import build as building
 from elf_rt.engines.recipe import Recipe
@@ -42,6 +43,7 @@ elif moment == "between":
     real = building._build_graph
     building._build_graph = lambda spec, name, *rest: hold() if name == "discretizer" else real(spec, name, *rest)
 elif moment == "writing":
+    signal.signal(signal.SIGTERM, cli._stop)  # as under the command line
     building.Record.write = hold
 elif moment == "compiling":
     class Slow(building._monitor_class(spec.recipe.library.load())):
