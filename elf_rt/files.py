@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -25,6 +26,7 @@ ABANDONED_AFTER_SECONDS = 24 * 3600  # where a folder cannot be locked, so that 
 REMEMBERED_FROM_BYTES = 1 << 24  # smaller files are hashed in 10 ms
 SETTLED_SECONDS = 2  # the coarsest clock of a file system: a file younger than that may change and keep its time
 SEAL, SEAL_BYTES = "seal", 32
+_log = logging.getLogger(__name__)
 
 
 def sha256(path: Path) -> str:
@@ -48,8 +50,7 @@ def remembered_sha256(path: Path) -> str:
     digest = sha256(path)
     age = time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns)
     if age > SETTLED_SECONDS * 1e9:
-        with contextlib.suppress(OSError, BundleError):  # a cache that cannot be written costs the next start a second
-            write_sealed(known, json.dumps([*identity, digest]).encode())
+        write_sealed(known, json.dumps([*identity, digest]).encode())
     return digest
 
 
@@ -96,11 +97,19 @@ def read_sealed(path: Path) -> bytes | None:
     return content if hashlib.sha256(content).digest() == seal else None
 
 
-def write_sealed(path: Path, content: bytes) -> None:
-    """Keep bytes in a cache, with their checksum before them. Raises OSError or BundleError when it cannot."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as work:
-        work.write_bytes(hashlib.sha256(content).digest() + content)
+def write_sealed(path: Path, content: bytes, what: str = "") -> None:
+    """Keep bytes in a cache, with their checksum before them. Where it cannot, the next start makes them again.
+
+    Args:
+        what: the bytes' name, in the plural, for a warning in the log that they are not kept; "": no warning.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as work:
+            work.write_bytes(hashlib.sha256(content).digest() + content)
+    except (OSError, BundleError) as error:
+        if what:
+            _log.warning("%s are not kept: %s", what, error)
 
 
 @contextlib.contextmanager
@@ -126,8 +135,7 @@ def sealed_folder(folder: Path, digest: Callable[[Path], str]) -> Iterator[None]
         yield
         now = {path.name: known.get(path.name) or sha256(path) for path in folder.iterdir() if path.name != SEAL}
         if now != known:
-            with contextlib.suppress(OSError, BundleError):  # the next block will not know the new files
-                write_sealed(folder / SEAL, json.dumps(now).encode())
+            write_sealed(folder / SEAL, json.dumps(now).encode())
 
 
 def writable_target(path: Path) -> Path:

@@ -5,17 +5,14 @@ A file of another set has another name; one that was cut short or altered counts
 
 import hashlib
 import json
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from elf_rt.errors import ElfError
 from elf_rt.files import read_sealed, write_sealed
 from elf_rt.machine import user_cache
 
 NO_TUNE = "ELF_RT_NO_TUNE"  # environment variable: where it is set nothing is measured at load
-_log = logging.getLogger(__name__)
 
 
 class TuningCache:
@@ -33,10 +30,7 @@ class TuningCache:
     def put(self, key: str, entry: dict[str, Any]) -> None:
         """Atomically. A cache that cannot be written costs a measurement at the next start, not this one."""
         content = {"made_with": self._made_with, "entries": self._entries() | {key: entry}}
-        try:
-            write_sealed(self.path, json.dumps(content).encode())
-        except (OSError, ElfError) as error:
-            _log.warning("measurements are not kept: %s", error)
+        write_sealed(self.path, json.dumps(content).encode(), "measurements")
 
     def _entries(self) -> dict[str, Any]:
         content = json.loads(read_sealed(self.path) or b"{}")
