@@ -16,7 +16,7 @@ from plan_bundles import golden_bundle, model_bundle
 from torch_on_cpu import CpuTorch, call
 
 from elf_rt import device
-from elf_rt.backends import torch_cuda, torch_network
+from elf_rt.backends import open_backend, torch_cuda, torch_network
 from elf_rt.backends.ort import OrtBackend
 from elf_rt.backends.torch_cuda import TorchBackend
 from elf_rt.backends.torch_weights import Linear
@@ -247,7 +247,7 @@ def test_no_gpu_is_one_clear_line(bundles: Any, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(device, "find_gpu", lambda: "no NVIDIA GPU is visible")
     assert torch_cuda.unavailable() == "no NVIDIA GPU is visible"
     with pytest.raises(BackendError, match=r"^torch: no NVIDIA GPU is visible$"):
-        torch_cuda.open_backend(bundles("uncond"), "fp16")
+        open_backend(bundles("uncond"), "torch", "fp16")
 
 
 def test_a_torch_without_cuda_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,13 +26,6 @@ def unavailable() -> str | None:
     return why_absent("onnxruntime", "InferenceSession", "pip install 'elf-rt[cpu]'")
 
 
-def open_backend(bundle: Bundle, precision: str, threads: int | None = None) -> "OrtBackend":
-    reason = unavailable()
-    if reason:
-        raise BackendError(f"{NAME}: {reason}")
-    return OrtBackend(bundle, precision, threads)
-
-
 class OrtBackend:
     """Two sessions over one copy of the weights; every bound graph has its own IO binding.
 
@@ -92,6 +85,9 @@ class OrtBackend:
 
     def close(self) -> None:
         self.sessions.clear()
+
+
+open_backend = OrtBackend
 
 
 class OrtGraph:

@@ -37,19 +37,15 @@ def unavailable() -> str | None:
     return why_absent("openvino", "Core", "pip install 'elf-rt[openvino]'")
 
 
-def open_backend(bundle: Bundle, precision: str, threads: int | None = None) -> "OpenVinoBackend":
-    """Compile a bundle's float32 graphs. ``threads``: all cores, each pinned, by default; a number is not pinned.
+class OpenVinoBackend:
+    """Compiled networks that share one stream; every bound graph has its own request.
+
+    Args:
+        threads: None: all cores, each pinned; a number is not pinned.
 
     Raises:
-        BackendError: OpenVINO is missing or cannot compile the graphs.
+        BackendError: OpenVINO cannot compile the graphs.
     """
-    if reason := unavailable():
-        raise BackendError(f"{NAME}: {reason}")
-    return OpenVinoBackend(bundle, precision, threads)
-
-
-class OpenVinoBackend:
-    """Compiled networks that share one stream; every bound graph has its own request."""
 
     name = NAME
     device: Literal["cpu"] = "cpu"
@@ -129,6 +125,9 @@ class OpenVinoBackend:
             warn(f"compiled networks are not cached: {error}")
             return {}
         return {"CACHE_DIR": str(folder)}
+
+
+open_backend = OpenVinoBackend
 
 
 class OpenVinoGraph:
