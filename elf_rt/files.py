@@ -1,5 +1,6 @@
 """Files: written whole or not at all, known by their sha256, and what lies in the place of one that was not fetched."""
 
+import codecs
 import contextlib
 import hashlib
 import json
@@ -68,7 +69,7 @@ def why_not_here(path: Path) -> str | None:
         if not stat.S_ISREG(path.stat().st_mode):
             return "is no file, but a folder, a pipe or a device: put the file in its place"
         with path.open("rb") as file:
-            start = file.read(256).lstrip().lower()
+            start = file.read(256).removeprefix(codecs.BOM_UTF8).lstrip().lower()
     except FileNotFoundError:
         if path.with_name(f"{path.name}.dvc").is_file():
             return "is missing, but DVC knows it: run dvc pull"
@@ -83,7 +84,7 @@ def why_not_here(path: Path) -> str | None:
     if start.startswith((b"/annex/objects/", b"../.git/annex/")):
         return "is a git-annex pointer, not the file itself: run git annex get"
     if start.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")) and path.suffix != ".xml":
-        return "is a web page, not the file itself (a login or an error was answered): download it again"
+        return "is a web page, not the file itself: if this network has a login page, log in, then download it again"
     return None
 
 
