@@ -17,7 +17,7 @@ from typing import Any
 
 from elf_rt.bundle import Bundle, write_manifest
 from elf_rt.engines.build import PlanRequest, build, plan_spec
-from elf_rt.engines.recipe import Recipe
+from elf_rt.engines.recipe import RECIPES
 from elf_rt.engines.shapes import parse_profiles
 from elf_rt.errors import BackendError
 from elf_rt.export.graph import write_graphs
@@ -58,7 +58,7 @@ def make_bundle(folder: Path, config: ModelConfig) -> Bundle:
 def build_once(bundle: Bundle, precision: str, sm: int, length: int) -> Record:
     """Build a plan for one row, and keep only its record: the plans of ELF-L are gigabytes."""
     request = PlanRequest(precision, (sm,), parse_profiles("1", str(length), bundle.config))
-    spec = plan_spec(bundle, Recipe.load("tensorrt-rtx"), this_machine(), request)
+    spec = plan_spec(bundle, RECIPES["tensorrt-rtx"], this_machine(), request)
     record = build(spec)
     for engine in record.engines.values():
         (spec.target / engine.file).unlink()
@@ -114,7 +114,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             rows += measure_model(model, [int(sm) for sm in arguments.sm.split(",")], arguments.length, Path(folder))
     if arguments.json:
-        library = f"TensorRT-RTX {Recipe.load('tensorrt-rtx').library.load().__version__}"
+        library = f"TensorRT-RTX {RECIPES['tensorrt-rtx'].library.load().__version__}"
         machine = f"{platform.system()} {platform.machine()}, no GPU used"
         arguments.json.write_text(json.dumps({"library": library, "machine": machine, "rows": rows}, indent=1) + "\n")
 

@@ -125,14 +125,14 @@ def make_bundle(folder: Path, config: ModelConfig) -> Bundle:
 
 def build_plan(bundle: Bundle, target: str, batches: tuple[int, ...]) -> None:
     from elf_rt.engines.build import PlanRequest, build, plan_spec
-    from elf_rt.engines.recipe import Recipe
+    from elf_rt.engines.recipe import RECIPES
     from elf_rt.engines.shapes import parse_profiles
     from elf_rt.plans import this_machine
 
     machine = this_machine()
     assert machine.gpu is not None
     profiles = parse_profiles(",".join(map(str, batches)), None, bundle.config)
-    build(plan_spec(bundle, Recipe.load(target), machine, PlanRequest("fp16", (machine.gpu.sm,), profiles)))
+    build(plan_spec(bundle, RECIPES[target], machine, PlanRequest("fp16", (machine.gpu.sm,), profiles)))
 
 
 def systems(device: str) -> list[System]:

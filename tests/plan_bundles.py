@@ -7,7 +7,7 @@ from golden_cases import golden
 
 from elf_rt.bundle import Bundle, write_manifest
 from elf_rt.engines.build import PlanRequest, Spec, plan_spec
-from elf_rt.engines.recipe import Recipe
+from elf_rt.engines.recipe import RECIPES
 from elf_rt.engines.shapes import parse_profiles
 from elf_rt.export.graph import write_graphs
 from elf_rt.export.precision import Precision, PrecisionPlan
@@ -51,4 +51,4 @@ def rtx_spec(
     bundle: Bundle, precision: str = "fp16", sms: tuple[int, ...] = (89,), batch: str = "1", length: str | None = None
 ) -> Spec:
     request = PlanRequest(precision, sms, parse_profiles(batch, length, bundle.config))
-    return plan_spec(bundle, Recipe.load("tensorrt-rtx"), NO_GPU, request)
+    return plan_spec(bundle, RECIPES["tensorrt-rtx"], NO_GPU, request)

@@ -26,7 +26,7 @@ import signal, sys, time
 from elf_rt import cli
 from elf_rt.bundle import Bundle
 from elf_rt.engines import build as building
-from elf_rt.engines.recipe import Recipe
+from elf_rt.engines.recipe import RECIPES
 from elf_rt.engines.shapes import parse_profiles
 from elf_rt.plans import Machine, this_machine
 
@@ -36,7 +36,7 @@ def hold(*_, **__):
 
 bundle, moment = Bundle.open(sys.argv[1]), sys.argv[2]
 request = building.PlanRequest("fp16", (89,), parse_profiles("1", None, bundle.config))
-spec = building.plan_spec(bundle, Recipe.load("tensorrt-rtx"), Machine(this_machine().os, None), request)
+spec = building.plan_spec(bundle, RECIPES["tensorrt-rtx"], Machine(this_machine().os, None), request)
 if moment == "parsed":
     building.set_attention = hold
 elif moment == "between":
