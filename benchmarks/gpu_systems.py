@@ -137,7 +137,7 @@ def build_plan(bundle: Bundle, target: str, batches: tuple[int, ...]) -> None:
 
 def systems(device: str) -> list[System]:
     """In the order in which they run: what is left of the time goes to the last."""
-    cannot = {a.name: a.reason for a in backends.discover()}
+    cannot = backends.discover()
 
     def why(backend: str) -> str | None:
         return "needs a GPU" if device == "cpu" else cannot[backend]

@@ -166,10 +166,10 @@ def _parse(name: str) -> tuple[str, str]:
 def _all_here(bundle: Bundle) -> list[tuple[str, str]]:
     """Every backend that works here in its best precision, in float32, and in int8 where the bundle has it."""
     choices = []
-    for backend in discover():
-        if backend.reason is None:
-            held = held_precisions(bundle, backend.name)
-            choices += [(backend.name, p) for p in held if p in (held[0], "fp32", "int8")]
+    for backend, reason in discover().items():
+        if reason is None:
+            held = held_precisions(bundle, backend)
+            choices += [(backend, p) for p in held if p in (held[0], "fp32", "int8")]
     if not choices:
         raise BackendError("no backend works here: elf-rt doctor tells why")
     return choices
