@@ -10,7 +10,7 @@ import hashlib
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from elf_rt.errors import BackendError, last_line, warn
 from elf_rt.files import sealed_folder
 from elf_rt.libraries import import_library, why_absent
 from elf_rt.machine import cores, user_cache
-from elf_rt.network import Graph, check_widths, tensor_shapes
+from elf_rt.network import Graph, HostBackend, check_widths, tensor_shapes
 
 if TYPE_CHECKING:
     import openvino
@@ -37,7 +37,7 @@ def unavailable() -> str | None:
     return why_absent("openvino", "Core", "pip install 'elf-rt[openvino]'")
 
 
-class OpenVinoBackend:
+class OpenVinoBackend(HostBackend):
     """Compiled networks that share one stream; every bound graph has its own request.
 
     Args:
@@ -48,7 +48,6 @@ class OpenVinoBackend:
     """
 
     name = NAME
-    device: Literal["cpu"] = "cpu"
 
     def __init__(self, bundle: Bundle, precision: str, threads: int | None) -> None:
         self._ov = import_library("openvino")
@@ -88,9 +87,6 @@ class OpenVinoBackend:
         if graph == "denoiser":
             return OpenVinoGraph(self._ov, self.denoiser(length), shapes)
         return OpenVinoHead(self._ov, self.discretizer, shapes)
-
-    def max_rows(self, length: int, needed: int = 1) -> None:
-        return None
 
     def describe(self) -> Mapping[str, str]:
         return {
