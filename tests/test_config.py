@@ -122,7 +122,7 @@ def test_released_sizes_need_no_yaml(tmp_path):
         ("{max_length: 16, max_input_length: 16}", "max_input_length 16 must be below max_length 16"),
         ("{max_length: 16, latent_std: 0}", "latent_std must be a number from 1e-09 to 1e.06, got 0"),
         ("{max_length: 16, denoiser_p_mean: .nan}", "denoiser_p_mean must be a number from -100 to 100, got nan"),
-        ("{max_length: 16, t_eps: small}", "t_eps must be a number from 1e-12 to 1, got 'small'"),
+        ("{max_length: 16, t_eps: small}", "t_eps must be a number from 1e-09 to 1, got 'small'"),
     ],
 )
 def test_bad_yaml(tmp_path, text, message):
