@@ -12,6 +12,7 @@ import numpy as np
 from elf_rt.export import rewrite
 from elf_rt.export.graph_builder import GraphBuilder, Value, WeightFile
 from elf_rt.export.precision import FP32, Precision, PrecisionPlan
+from elf_rt.export.reference import NORM_EPS
 from elf_rt.params import ModelConfig
 
 FUSED_OPSET = 23  # the first with Attention and RMSNormalization
@@ -177,7 +178,7 @@ class _Denoiser:
     def norm(self, name: str, x: Value) -> Value:
         """RMSNorm of the float32 residual."""
         self.g.scope = name
-        return rms_norm(self.g, x, self.g.weight(f"{name}.weight", self.state[f"{name}.weight"]), rewrite.NORM_EPS)
+        return rms_norm(self.g, x, self.g.weight(f"{name}.weight", self.state[f"{name}.weight"]), NORM_EPS)
 
     def head_norm(self, name: str, x: Value, norm: rewrite.HeadNorm) -> Value:
         """RMSNorm of float32 queries or keys (R, heads, S, D) over each head."""
@@ -192,7 +193,7 @@ def _discretizer(g: GraphBuilder, config: ModelConfig, state: Mapping[str, np.nd
     hidden = g.input("hidden", ("rows", "length", config.hidden_size))
     if config.decoder_head_norm:
         weight = g.weight("decoder_head_norm.weight", state["decoder_head_norm.weight"])
-        hidden = rms_norm(g, hidden, weight, rewrite.NORM_EPS)
+        hidden = rms_norm(g, hidden, weight, NORM_EPS)
     features = linear(g, "proj", hidden, rewrite.head_projection(state), plan.precision_of("proj"))  # (R, L, C)
     features = g.op("Gelu", features, approximate=config.head_gelu)
     g.output(_likeliest(g, features, rewrite.unembedding(config, state, plan), plan), "ids", ("rows", "length"))

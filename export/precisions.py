@@ -73,8 +73,8 @@ class PrecisionWriter:
         self._calibration: Calibration | None = None
         self._ranges: Ranges
 
-    def write(self, precisions: Sequence[str]) -> dict[str, Any]:
-        """All variants; returns the manifest. Raises InputError: float32 or a required variant is not proven."""
+    def write(self, precisions: Sequence[str]) -> None:
+        """All variants. Raises InputError: float32 or a required variant is not proven."""
         self._say("writing the fp32 graphs")
         write_graphs(self.folder, self.checkpoint.config, self._state, FP32, self.opset)
         proof = self._prove("fp32", _files(""), None)
@@ -91,7 +91,6 @@ class PrecisionWriter:
             elif name.startswith("int8"):
                 self._write_int8(name)
         write_manifest(self.folder, self.manifest)
-        return self.manifest
 
     def _write_16_bits(self, precision: Precision) -> None:
         """As many operations as possible in 16 bits: each attempt keeps more of them in float32 than the one before."""
