@@ -20,7 +20,7 @@ from elf_rt.engines.build import PlanRequest, build, plan_spec
 from elf_rt.engines.recipe import RECIPES
 from elf_rt.engines.shapes import parse_profiles
 from elf_rt.errors import BackendError
-from elf_rt.export.graph import write_graphs
+from elf_rt.export.graph import variant_files, write_graphs
 from elf_rt.export.precision import Precision, PrecisionPlan
 from elf_rt.export.random_init import random_state
 from elf_rt.params import RELEASED, ModelConfig, presets_for
@@ -47,8 +47,8 @@ def make_bundle(folder: Path, config: ModelConfig) -> Bundle:
     variants = {}
     for precision, place in (("fp32", ""), ("fp16", "fp16/")):
         (folder / place).mkdir(parents=True, exist_ok=True)
-        names = write_graphs(folder / place, config, state, PrecisionPlan(Precision(precision)))
-        variants[precision] = {Path(name).stem: place + name for name in names}
+        write_graphs(folder / place, config, state, PrecisionPlan(Precision(precision)))
+        variants[precision] = variant_files(place)
     presets = {name: params.to_json() for name, params in presets_for(config).items()}
     manifest = {"model": config.to_json(), "presets": presets, "variants": variants}
     write_manifest(folder, manifest)

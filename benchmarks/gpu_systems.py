@@ -16,7 +16,7 @@ import elf_rt
 from elf_rt import backends
 from elf_rt.bundle import Bundle, write_manifest
 from elf_rt.export import reference, replay
-from elf_rt.export.graph import write_graphs
+from elf_rt.export.graph import variant_files, write_graphs
 from elf_rt.export.precision import Precision, PrecisionPlan
 from elf_rt.export.random_init import random_state
 from elf_rt.params import ModelConfig, SamplingParams
@@ -114,8 +114,8 @@ def make_bundle(folder: Path, config: ModelConfig) -> Bundle:
     """FP16 graphs with random weights."""
     (folder / "fp16").mkdir(parents=True)
     state = {name: tensor.numpy() for name, tensor in random_state(config, seed=0).items()}
-    names = write_graphs(folder / "fp16", config, state, PrecisionPlan(Precision.FP16))
-    variants = {"fp16": {Path(name).stem: f"fp16/{name}" for name in names}}
+    write_graphs(folder / "fp16", config, state, PrecisionPlan(Precision.FP16))
+    variants = {"fp16": variant_files("fp16/")}
     presets = {"default": SamplingParams().to_json()}
     source = {"checkpoint": "random weights", "sha256": "", "weights": "random"}
     manifest = {"model": config.to_json(), "presets": presets, "variants": variants, "source": source}

@@ -20,14 +20,20 @@ END = np.iinfo(np.int64).max
 LOGITS_AT_ONCE = 65536  # logits of one token that are in memory together
 
 
+def variant_files(prefix: str = "") -> dict[str, str]:
+    """A variant of a bundle's manifest: what ``write_graphs`` writes, in the folder `prefix` ("fp16/")."""
+    names = {"denoiser": "denoiser.onnx", "discretizer": "discretizer.onnx", "weights": "weights.bin"}
+    return {part: prefix + name for part, name in names.items()}
+
+
 def write_graphs(
     folder: Path,
     config: ModelConfig,
     state: Mapping[str, np.ndarray],
     plan: PrecisionPlan = FP32,
     opset: int = FUSED_OPSET,
-) -> list[str]:
-    """Write denoiser.onnx, discretizer.onnx and weights.bin into `folder`, and return these names.
+) -> None:
+    """Write denoiser.onnx, discretizer.onnx and weights.bin into `folder`.
 
     `state` holds float32 arrays under the official names. `opset` 23 and above uses Attention and RMSNormalization;
     20 spells both out, for engines that are older than these operators. Inputs and outputs are float32 in every plan.
@@ -39,7 +45,6 @@ def write_graphs(
             graph = GraphBuilder(name, opset, weights, avoid_float32_gemm=plan.precision is Precision.FP16)
             write(graph, config, state, plan)
             graph.save(folder / f"{name}.onnx", metadata)
-    return ["denoiser.onnx", "discretizer.onnx", "weights.bin"]
 
 
 def _denoiser(g: GraphBuilder, config: ModelConfig, state: Mapping[str, np.ndarray], plan: PrecisionPlan) -> None:
