@@ -17,10 +17,10 @@ from typing import Any
 
 from elf_rt.bundle import Bundle, write_manifest
 from elf_rt.engines.build import PlanRequest, build, plan_spec
-from elf_rt.engines.recipe import Recipe
+from elf_rt.engines.recipe import RECIPES
 from elf_rt.engines.shapes import parse_profiles
 from elf_rt.errors import BackendError
-from elf_rt.export.graph import write_graphs
+from elf_rt.export.graph import variant_files, write_graphs
 from elf_rt.export.precision import Precision, PrecisionPlan
 from elf_rt.export.random_init import random_state
 from elf_rt.params import RELEASED, ModelConfig, presets_for
@@ -47,8 +47,8 @@ def make_bundle(folder: Path, config: ModelConfig) -> Bundle:
     variants = {}
     for precision, place in (("fp32", ""), ("fp16", "fp16/")):
         (folder / place).mkdir(parents=True, exist_ok=True)
-        names = write_graphs(folder / place, config, state, PrecisionPlan(Precision(precision)))
-        variants[precision] = {Path(name).stem: place + name for name in names}
+        write_graphs(folder / place, config, state, PrecisionPlan(Precision(precision)))
+        variants[precision] = variant_files(place)
     presets = {name: params.to_json() for name, params in presets_for(config).items()}
     manifest = {"model": config.to_json(), "presets": presets, "variants": variants}
     write_manifest(folder, manifest)
@@ -58,7 +58,7 @@ def make_bundle(folder: Path, config: ModelConfig) -> Bundle:
 def build_once(bundle: Bundle, precision: str, sm: int, length: int) -> Record:
     """Build a plan for one row, and keep only its record: the plans of ELF-L are gigabytes."""
     request = PlanRequest(precision, (sm,), parse_profiles("1", str(length), bundle.config))
-    spec = plan_spec(bundle, Recipe.load("tensorrt-rtx"), this_machine(), request)
+    spec = plan_spec(bundle, RECIPES["tensorrt-rtx"], this_machine(), request)
     record = build(spec)
     for engine in record.engines.values():
         (spec.target / engine.file).unlink()
@@ -114,7 +114,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             rows += measure_model(model, [int(sm) for sm in arguments.sm.split(",")], arguments.length, Path(folder))
     if arguments.json:
-        library = f"TensorRT-RTX {Recipe.load('tensorrt-rtx').library.load().__version__}"
+        library = f"TensorRT-RTX {RECIPES['tensorrt-rtx'].library.load().__version__}"
         machine = f"{platform.system()} {platform.machine()}, no GPU used"
         arguments.json.write_text(json.dumps({"library": library, "machine": machine, "rows": rows}, indent=1) + "\n")
 

@@ -16,7 +16,7 @@ import elf_rt
 from elf_rt import backends
 from elf_rt.bundle import Bundle, write_manifest
 from elf_rt.export import reference, replay
-from elf_rt.export.graph import write_graphs
+from elf_rt.export.graph import variant_files, write_graphs
 from elf_rt.export.precision import Precision, PrecisionPlan
 from elf_rt.export.random_init import random_state
 from elf_rt.params import ModelConfig, SamplingParams
@@ -114,8 +114,8 @@ def make_bundle(folder: Path, config: ModelConfig) -> Bundle:
     """FP16 graphs with random weights."""
     (folder / "fp16").mkdir(parents=True)
     state = {name: tensor.numpy() for name, tensor in random_state(config, seed=0).items()}
-    names = write_graphs(folder / "fp16", config, state, PrecisionPlan(Precision.FP16))
-    variants = {"fp16": {Path(name).stem: f"fp16/{name}" for name in names}}
+    write_graphs(folder / "fp16", config, state, PrecisionPlan(Precision.FP16))
+    variants = {"fp16": variant_files("fp16/")}
     presets = {"default": SamplingParams().to_json()}
     source = {"checkpoint": "random weights", "sha256": "", "weights": "random"}
     manifest = {"model": config.to_json(), "presets": presets, "variants": variants, "source": source}
@@ -125,19 +125,19 @@ def make_bundle(folder: Path, config: ModelConfig) -> Bundle:
 
 def build_plan(bundle: Bundle, target: str, batches: tuple[int, ...]) -> None:
     from elf_rt.engines.build import PlanRequest, build, plan_spec
-    from elf_rt.engines.recipe import Recipe
+    from elf_rt.engines.recipe import RECIPES
     from elf_rt.engines.shapes import parse_profiles
     from elf_rt.plans import this_machine
 
     machine = this_machine()
     assert machine.gpu is not None
     profiles = parse_profiles(",".join(map(str, batches)), None, bundle.config)
-    build(plan_spec(bundle, Recipe.load(target), machine, PlanRequest("fp16", (machine.gpu.sm,), profiles)))
+    build(plan_spec(bundle, RECIPES[target], machine, PlanRequest("fp16", (machine.gpu.sm,), profiles)))
 
 
 def systems(device: str) -> list[System]:
     """In the order in which they run: what is left of the time goes to the last."""
-    cannot = {a.name: a.reason for a in backends.discover()}
+    cannot = backends.discover()
 
     def why(backend: str) -> str | None:
         return "needs a GPU" if device == "cpu" else cannot[backend]

@@ -46,7 +46,7 @@ def shakespeare(model: elf_rt.Model, steps: int, samples: int) -> tuple[np.ndarr
 def compare(path: Path, write: Any, samples: int, steps: tuple[int, ...]) -> list[dict[str, Any]]:
     """A row for each precision and number of steps; float32 first."""
     bundle = Bundle.open(path)
-    here = [backend.name for backend in discover() if backend.name in BACKENDS and backend.reason is None]
+    here = [name for name, reason in discover().items() if reason is None]
     choices = [(name, p) for name in here for p in held_precisions(bundle, name)]
     choices.sort(key=lambda choice: choice[1] != "fp32")
     rows: list[dict[str, Any]] = []

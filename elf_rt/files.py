@@ -1,8 +1,10 @@
 """Files: written whole or not at all, known by their sha256, and what lies in the place of one that was not fetched."""
 
+import codecs
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -25,6 +27,7 @@ ABANDONED_AFTER_SECONDS = 24 * 3600  # where a folder cannot be locked, so that 
 REMEMBERED_FROM_BYTES = 1 << 24  # smaller files are hashed in 10 ms
 SETTLED_SECONDS = 2  # the coarsest clock of a file system: a file younger than that may change and keep its time
 SEAL, SEAL_BYTES = "seal", 32
+_log = logging.getLogger(__name__)
 
 
 def sha256(path: Path) -> str:
@@ -48,8 +51,7 @@ def remembered_sha256(path: Path) -> str:
     digest = sha256(path)
     age = time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns)
     if age > SETTLED_SECONDS * 1e9:
-        with contextlib.suppress(OSError, BundleError):  # a cache that cannot be written costs the next start a second
-            write_sealed(known, json.dumps([*identity, digest]).encode())
+        write_sealed(known, json.dumps([*identity, digest]).encode())
     return digest
 
 
@@ -67,7 +69,7 @@ def why_not_here(path: Path) -> str | None:
         if not stat.S_ISREG(path.stat().st_mode):
             return "is no file, but a folder, a pipe or a device: put the file in its place"
         with path.open("rb") as file:
-            start = file.read(256).lstrip().lower()
+            start = file.read(256).removeprefix(codecs.BOM_UTF8).lstrip().lower()
     except FileNotFoundError:
         if path.with_name(f"{path.name}.dvc").is_file():
             return "is missing, but DVC knows it: run dvc pull"
@@ -82,7 +84,7 @@ def why_not_here(path: Path) -> str | None:
     if start.startswith((b"/annex/objects/", b"../.git/annex/")):
         return "is a git-annex pointer, not the file itself: run git annex get"
     if start.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")) and path.suffix != ".xml":
-        return "is a web page, not the file itself (a login or an error was answered): download it again"
+        return "is a web page, not the file itself: if this network has a login page, log in, then download it again"
     return None
 
 
@@ -96,11 +98,19 @@ def read_sealed(path: Path) -> bytes | None:
     return content if hashlib.sha256(content).digest() == seal else None
 
 
-def write_sealed(path: Path, content: bytes) -> None:
-    """Keep bytes in a cache, with their checksum before them. Raises OSError or BundleError when it cannot."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as work:
-        work.write_bytes(hashlib.sha256(content).digest() + content)
+def write_sealed(path: Path, content: bytes, what: str = "") -> None:
+    """Keep bytes in a cache, with their checksum before them. Where it cannot, the next start makes them again.
+
+    Args:
+        what: the bytes' name, in the plural, for a warning in the log that they are not kept; "": no warning.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as work:
+            work.write_bytes(hashlib.sha256(content).digest() + content)
+    except (OSError, BundleError) as error:
+        if what:
+            _log.warning("%s are not kept: %s", what, error)
 
 
 @contextlib.contextmanager
@@ -126,8 +136,7 @@ def sealed_folder(folder: Path, digest: Callable[[Path], str]) -> Iterator[None]
         yield
         now = {path.name: known.get(path.name) or sha256(path) for path in folder.iterdir() if path.name != SEAL}
         if now != known:
-            with contextlib.suppress(OSError, BundleError):  # the next block will not know the new files
-                write_sealed(folder / SEAL, json.dumps(now).encode())
+            write_sealed(folder / SEAL, json.dumps(now).encode())
 
 
 def writable_target(path: Path) -> Path:

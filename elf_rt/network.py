@@ -29,7 +29,7 @@ class Library(Protocol):
         Raises:
             BackendError: it takes fewer than are needed; says what would mend that.
         """
-        ...
+        return None
 
     def describe(self) -> Mapping[str, str]:
         """Library, version, precision, threads: what ``elf-rt bench`` prints."""
@@ -53,7 +53,7 @@ class BoundGraph(Protocol):
 class HostBackend(Library, Protocol):
     """A library that computes on the CPU."""
 
-    device: Literal["cpu"]
+    device: Literal["cpu"] = "cpu"
 
     def bind(self, graph: Graph, rows: int, length: int) -> BoundGraph:
         """Buffers and engine state for calls of this shape."""
@@ -91,7 +91,7 @@ Capture = Callable[[int, Callable[[], None]], Launchable]  # (stream, body) -> w
 class DeviceBackend(Library, Protocol):
     """A library that computes on the GPU."""
 
-    device: Literal["cuda"]
+    device: Literal["cuda"] = "cuda"
 
     def bind(self, graph: Graph, rows: int, length: int, stream: int) -> DeviceGraph:
         """Buffers and engine state for calls of this shape on this stream, a CUstream as an integer.

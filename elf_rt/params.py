@@ -13,15 +13,17 @@ from elf_rt.errors import InputError
 SAMPLERS = ("ode", "sde", "ab2", "refine")
 KINDS: dict[Any, Any] = {int: Integral, str: str, float: Real}  # type of a field -> what it may be given
 SCHEDULES = ("logit_normal", "uniform", "quantile", "shift")
-LIMITS: dict[str, tuple[float, float]] = {  # bounds of ModelConfig's numbers; the others have 1 .. 65536 or -1e6 .. 1e6
+LIMITS: dict[str, tuple[float, float]] = {  # bounds of ModelConfig's numbers; the others have 1 .. 65536
     "vocab_size": (2, 1 << 24),
     "max_input_length": (0, 1 << 16),
     "num_time_tokens": (0, 1 << 10),
     "num_self_cond_cfg_tokens": (0, 1 << 10),
     "num_model_mode_tokens": (0, 1 << 10),
-    "noise_scale": (1e-6, 1e6),
+    "noise_scale": (1e-6, 1e4),
     "t_eps": (1e-9, 1),
-    "p_std": (0, 1e3),
+    "p_mean": (-100, 100),
+    "p_std": (0, 100),
+    "latent_mean": (-1e6, 1e6),
     "latent_std": (1e-9, 1e6),
 }
 
@@ -92,7 +94,7 @@ class ModelConfig:
             kinds = (int, float) if field.type is float else (field.type,)
             if type(value) not in kinds:
                 raise TypeError(f"{field.name} must be {field.type.__name__}, got {value!r}")  # type: ignore[union-attr]
-            least, most = LIMITS.get(field.name, (1, 1 << 16) if field.type is int else (-1e6, 1e6))
+            least, most = LIMITS.get(field.name, (1, 1 << 16))
             if field.type in (int, float) and not least <= value <= most:  # also refuses NaN
                 raise InputError(f"{field.name} must be between {least:g} and {most:g}, got {value!r}")
         _one_of("head_gelu", self.head_gelu, ("tanh", "none"))

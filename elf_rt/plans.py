@@ -10,7 +10,6 @@ given another one fails late and obscurely, so the record is checked before a si
 """
 
 import dataclasses
-import functools
 import json
 import platform
 from collections.abc import Callable, Iterator
@@ -25,11 +24,11 @@ from elf_rt.errors import BackendError
 from elf_rt.fields import MOST_COUNT, Field, Wrong, read_json
 from elf_rt.files import atomic_file, is_inside, sha256
 from elf_rt.libraries import import_library, why_absent
+from elf_rt.network import GRAPHS
 
 RECORD = "plan.json"
 FORMAT = "elf-rt-plan"
 SCHEMA_VERSION = 1
-GRAPHS = ("denoiser", "discretizer")
 MOST_SIZE = 1 << 30  # of an axis
 
 
@@ -61,8 +60,9 @@ TENSORRT_RTX = Library(
 LIBRARIES = {library.name: library for library in (TENSORRT, TENSORRT_RTX)}
 
 
-@functools.cache
-def _logger_class(trt: ModuleType) -> type:
+def make_log(trt: ModuleType) -> Any:
+    """A logger for the library: ``lines`` of (severity, text), and ``errors()`` as one line."""
+
     class Log(trt.ILogger):  # type: ignore[name-defined, misc]  # a base class known only at run time
         """Keeps what the library says instead of printing it."""
 
@@ -82,12 +82,7 @@ def _logger_class(trt: ModuleType) -> type:
                     return "; ".join(dict.fromkeys(found[-4:]))
             return "the library gave no reason"
 
-    return Log
-
-
-def make_log(trt: ModuleType) -> Any:
-    """A logger for the library: ``lines`` of (severity, text), and ``errors()`` as one line."""
-    return _logger_class(trt)()
+    return Log()
 
 
 @dataclass(frozen=True)

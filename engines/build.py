@@ -7,11 +7,12 @@ Nothing is written until both engines exist in memory, so a build that fails or 
 """
 
 import hashlib
+import json
 import re
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,15 +20,16 @@ from types import ModuleType
 from typing import Any
 
 from elf_rt.bundle import Bundle
-from elf_rt.engines.key import folder_name, plan_key
 from elf_rt.engines.network import count_types, parse, set_attention
 from elf_rt.engines.recipe import Recipe
 from elf_rt.engines.shapes import input_shape
 from elf_rt.engines.store import find_built, new_plan
 from elf_rt.errors import BackendError
 from elf_rt.files import atomic_file
-from elf_rt.plans import GRAPHS, Engine, Machine, Profile, Record, graph_hashes, make_log
+from elf_rt.network import GRAPHS
+from elf_rt.plans import Engine, Machine, Profile, Record, graph_hashes, make_log
 
+KEY_LETTERS = 16
 BUILDER_REVISION = 1  # part of the key: raise it when the same request would give another plan
 NO_FUSED_ATTENTION = "not supported by a dedicated kernel"
 DEFAULT_OPT_LEVEL = 3
@@ -82,7 +84,7 @@ def plan_spec(bundle: Bundle, recipe: Recipe, machine: Machine, request: PlanReq
         "gpu": None if recipe.sms or machine.gpu is None else machine.gpu.name,
     }
     hashes = graph_hashes(bundle, request.precision)
-    key = plan_key(
+    key = _plan_key(
         **made_from,
         os=machine.os,
         precision=request.precision,
@@ -90,8 +92,24 @@ def plan_spec(bundle: Bundle, recipe: Recipe, machine: Machine, request: PlanReq
         graphs=hashes,
         settings=settings,
     )
-    target = bundle.plans_dir / folder_name(**made_from, key=key)
+    target = bundle.plans_dir / _folder_name(**made_from, key=key)
     return Spec(request, recipe, version, machine.os, made_from["gpu"], graphs, hashes, settings, key, target)
+
+
+def _plan_key(**made_from: Any) -> str:
+    """Of everything that made a plan, so that the same request finds the same plan."""
+    text = json.dumps(
+        made_from, sort_keys=True, separators=(",", ":"), default=vars
+    )  # vars of elf_rt.plans' dataclasses
+    return hashlib.sha256(text.encode()).hexdigest()[:KEY_LETTERS]
+
+
+def _folder_name(*, sms: tuple[int, ...], gpu: str | None, library: str, version: str, key: str) -> str:
+    """For people: nothing reads meaning from it."""
+    place = "-".join(f"sm{sm}" for sm in sms)
+    if gpu:
+        place += "-" + "".join(letter if letter.isalnum() else "-" for letter in gpu.lower()).strip("-")
+    return f"{place}-{library}-{version}-{key}"
 
 
 def build(
@@ -131,8 +149,8 @@ def build(
         not_replayed="nobody asked for it",
     )
     with new_plan(spec.target, spec.key) as folder:
-        for name, plan in plans.items():
-            (folder / engines[name].file).write_bytes(plan)
+        for graph, plan in plans.items():
+            (folder / engines[graph].file).write_bytes(plan)
         record.write(folder)
         record = prove(folder, record)
         record.write(folder)
@@ -228,24 +246,14 @@ def _monitor_class(trt: ModuleType) -> type:
 def _in_thread(work: Callable[[threading.Event], Any]) -> Any:
     """Run ``work`` beside the main thread, which then answers Ctrl-C at once, not after minutes in the library."""
     stop = threading.Event()
-    outcome: Future[Any] = Future()
-
-    def run() -> None:
+    with ThreadPoolExecutor(1) as thread:
         try:
-            outcome.set_result(work(stop))
-        except BaseException as error:
-            outcome.set_exception(error)
-
-    thread = threading.Thread(target=run)
-    try:
-        thread.start()
-        while thread.is_alive():
-            thread.join(0.1)
-    except BaseException:
-        stop.set()
-        if thread.is_alive():
-            thread.join()
-        raise
+            outcome = thread.submit(work, stop)
+            while not outcome.done():
+                wait([outcome], timeout=0.1)
+        except BaseException:
+            stop.set()
+            raise
     return outcome.result()
 
 

@@ -1,12 +1,10 @@
-"""What differs between TensorRT and TensorRT-RTX when they build, read from ``recipes/*.toml``: data, not branches."""
+"""What differs between TensorRT and TensorRT-RTX when they build, as data, not branches."""
 
-import tomllib
-from dataclasses import dataclass
-from importlib import resources
-from typing import Any, Self
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from elf_rt.errors import BackendError
-from elf_rt.plans import LIBRARIES, Library, Machine
+from elf_rt.plans import TENSORRT, TENSORRT_RTX, Library, Machine
 
 
 @dataclass(frozen=True)
@@ -15,24 +13,18 @@ class Recipe:
 
     sms: compute capabilities that it can build for on any machine; empty: only for the GPU at hand.
     alone: those that share a plan with no other. no_fp32, no_bf16: those without such matrix products.
-    operators: ONNX operator -> the first version that parses it.
+    operators: ONNX operator -> the first version that parses it; an older one is told to export with --opset 20.
     """
 
     library: Library
     oldest: str
     sms: tuple[int, ...]
     timing_cache: bool
-    flags: tuple[str, ...]
-    operators: dict[str, str]
+    flags: tuple[str, ...] = ()
+    operators: Mapping[str, str] = field(default_factory=dict)
     alone: tuple[int, ...] = ()
     no_fp32: tuple[int, ...] = ()
     no_bf16: tuple[int, ...] = ()
-
-    @classmethod
-    def load(cls, name: str) -> Self:
-        text = resources.files("elf_rt.engines").joinpath("recipes", f"{name}.toml").read_text(encoding="utf-8")
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in tomllib.loads(text).items()}
-        return cls(library=LIBRARIES[values.pop("library")], **values)
 
     def check_version(self, version: str) -> None:
         if version_tuple(version) < version_tuple(self.oldest):
@@ -90,6 +82,29 @@ class Recipe:
                 "--target tensorrt-rtx"
             )
         return (here,)
+
+
+RECIPES = {  # in the order in which --target auto asks for them
+    # Compiles for the GPU of the machine that it runs on, and times kernels while it does.
+    "tensorrt": Recipe(
+        library=TENSORRT,
+        oldest="10.3",  # JetPack 6; strongly typed networks and 64-bit memory sizes are there
+        sms=(),
+        timing_cache=True,
+        operators={"Attention": "10.14", "RMSNormalization": "10.15", "RotaryEmbedding": "10.15"},
+    ),
+    # Compiles ahead for any GeForce or RTX GPU, without one; the GPU's own driver finishes the kernels at load.
+    "tensorrt-rtx": Recipe(
+        library=TENSORRT_RTX,
+        oldest="1.5",
+        sms=(75, 80, 86, 89, 120, 121),  # no Hopper (90) and no Orin (87): those need TensorRT
+        timing_cache=False,  # nothing is timed
+        flags=("REQUIRE_USER_ALLOCATION",),  # the plan allocates nothing while it runs: a CUDA graph can capture it
+        alone=(75,),  # a plan for Turing holds nothing else
+        no_fp32=(75,),  # it has no float32 matrix product for Turing; FP16 graphs have none
+        no_bf16=(75,),
+    ),
+}
 
 
 def version_tuple(version: str) -> tuple[int, ...]:

@@ -2,12 +2,9 @@
 
 import contextlib
 import os
-import signal
 import tempfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 
 from elf_rt.errors import BackendError
 from elf_rt.files import UNFINISHED, locked, remove_abandoned, unfinished_folder
@@ -30,12 +27,13 @@ def find_built(target: Path, key: str) -> Record | None:
 def new_plan(target: Path, key: str) -> Iterator[Path]:
     """A hidden folder to write a plan into; it takes the name ``target`` when the block succeeds.
 
-    When another build of the same key was faster, its plan stays and ours is dropped. SIGTERM and SIGHUP end the block
-    like an exception, so that nothing is left; what a SIGKILL leaves is removed by the next build.
+    When another build of the same key was faster, its plan stays and ours is dropped. An exception in the block leaves
+    nothing, and the command line makes one of each signal that ends it; what a killed process leaves is removed by the
+    next build.
     """
     plans = target.parent
     plans.mkdir(parents=True, exist_ok=True)
-    with _signals_raise(), unfinished_folder(plans) as work:
+    with unfinished_folder(plans) as work:
         yield work
         work.chmod(0o755)
         _publish(work, target, key)
@@ -49,22 +47,3 @@ def _publish(work: Path, target: Path, key: str) -> None:
             os.replace(target, Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=target.parent)) / "damaged")
         os.replace(work, target)
         remove_abandoned(target.parent)
-
-
-@contextlib.contextmanager
-def _signals_raise() -> Iterator[None]:
-    """Turn the signals that end a process into SystemExit while files are being written."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -12,7 +12,7 @@ from elf_rt.errors import CheckpointError, warn
 from elf_rt.export.foreign import shown
 from elf_rt.export.reference import TIME_FREQUENCIES
 from elf_rt.export.settings import LENGTH, Settings
-from elf_rt.params import RELEASED, ModelConfig
+from elf_rt.params import LIMITS, RELEASED, ModelConfig
 
 TensorShape = tuple[int | None, ...]  # None: a size that no tensor tells
 
@@ -26,14 +26,6 @@ _KEYS = {  # field of ModelConfig -> key in the YAML
     "p_std": "denoiser_p_std",
     "latent_mean": "latent_mean",
     "latent_std": "latent_std",
-}
-_RANGES: dict[str, tuple[float, float]] = {
-    "denoiser_noise_scale": (1e-6, 1e4),
-    "t_eps": (1e-12, 1),
-    "denoiser_p_mean": (-100, 100),
-    "denoiser_p_std": (0, 100),
-    "latent_mean": (-1e6, 1e6),
-    "latent_std": (1e-9, 1e6),
 }
 USED = {  # fields of a config that are read, here or for the encoder and the presets
     *(*_KEYS.values(), *_PRESET_SIZES, LENGTH, "max_input_length", "self_cond_prob", "active_depth", "pad_token"),
@@ -148,7 +140,7 @@ def make_config(sizes: Mapping[str, int | None], settings: Settings) -> ModelCon
     if max_input_length >= max_length:
         raise CheckpointError(f"{where}: max_input_length {max_input_length} must be below max_length {max_length}")
     numbers: dict[str, Any] = {
-        field: settings.number(key, *_RANGES[key]) for field, key in _KEYS.items() if key in settings
+        field: settings.number(key, *LIMITS[field]) for field, key in _KEYS.items() if key in settings
     }
     if absent := [key for key in _KEYS.values() if key not in settings]:
         warn(f"{where} lacks {', '.join(absent)}: ELF-B's values are taken")

@@ -11,8 +11,11 @@ import torch
 from elf_rt.errors import CheckpointError
 from elf_rt.export.foreign import few, printable, read_json
 from elf_rt.export.gpt2 import GPT2Sizes
+from elf_rt.export.graph import normalised, positions
+from elf_rt.export.graph_builder import GraphBuilder, WeightFile
 from elf_rt.export.hub import download
 from elf_rt.export.layouts import is_sharded, read_stored
+from elf_rt.export.precision import Precision
 from elf_rt.export.settings import Settings
 from elf_rt.export.stored import FLOATS, refuse_type
 from elf_rt.export.t5 import T5Sizes
@@ -20,6 +23,7 @@ from elf_rt.export.tokenizer import BYTE_LEVEL, is_byte_level
 from elf_rt.libraries import import_library
 
 TABLE = "embedding.weight"
+OPSET = 20  # the first with Gelu; every engine reads it
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # T5's own names have no organisation: t5-small
 _TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "spiece.model"]
 _HUB_FILES = ["config.json", "model.safetensors", *_TOKENIZER_FILES]
@@ -106,10 +110,26 @@ def _write_network(
     shapes = sizes.shapes()
     tensors = {name: stored[paths[name]] for name in shapes if name in paths}
     _check_network(path, tensors, shapes, paths)
-    sizes.write(folder, {name: tensors[name].float().numpy() for name in shapes}, statistics)
+    _write_graph(folder, sizes, {name: tensors[name].float().numpy() for name in shapes}, statistics)
     _prove(folder, sizes)
     files = {"encoder": "encoder.onnx", "weights": "encoder.bin"}
     return {"kind": "onnx", "files": files, "vocab_size": sizes.vocab_size}
+
+
+def _write_graph(
+    folder: Path, sizes: T5Sizes | GPT2Sizes, state: Mapping[str, np.ndarray], statistics: np.ndarray | None
+) -> None:
+    """Writes encoder.onnx and its weights, encoder.bin: ids, mask (B, S) int64 -> latents (B, S, C) float32.
+
+    `state` holds the float32 arrays that `sizes.shapes()` names; `statistics` are those of ``graph.normalised``.
+    """
+    with WeightFile(folder / "encoder.bin") as weights:
+        g = GraphBuilder("encoder", OPSET, weights)
+        ids, mask = g.integer_input("ids", ("rows", "length")), g.integer_input("mask", ("rows", "length"))
+        position = positions(g, ids)  # (S,)
+        latents = normalised(g, sizes.latents(g, state, ids, mask, position), position, statistics)
+        g.output(latents, "latents", ("rows", "length", sizes.d_model))
+        g.save(folder / "encoder.onnx", {"precision": Precision.FP32.value})
 
 
 def _weights_of(root: Path) -> Path:

@@ -3,15 +3,14 @@
 import json
 import re
 import reprlib
-import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from elf_rt.errors import CheckpointError
-from elf_rt.files import remembered_sha256
+from elf_rt.files import remembered_sha256, why_not_here
 
 AGAIN = "copy or download it again"
 MOST_TEXT = 4 << 20  # bytes of a JSON
@@ -21,13 +20,8 @@ MOST_ALIASES, MOST_MERGED = 1_000, 10_000  # a YAML's aliases can multiply until
 _HEAD = 512
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
-# What a file's first bytes say it is, where it cannot be used: what to do then.
-_OTHER_KINDS: tuple[tuple[bytes, str], ...] = (
-    (b"version https://git-lfs", "a Git LFS pointer, not the file itself: run `git lfs pull` in its folder"),
-    (
-        b"<",
-        "a web page, not the file itself: if this network has a login page, log in, then download it again",
-    ),
+# Formats, by a file's first bytes, that cannot be used: what to do then.
+_OTHER_FORMATS = (
     (b"GGUF", "a GGUF file, which holds no ELF: give the checkpoint that it was made from"),
     (b"\x89HDF", "an HDF5 file (Keras): save the weights with torch or safetensors"),
     (b"\x1f\x8b", "a gzip archive: unpack it first"),
@@ -66,18 +60,14 @@ def refuse_other_kinds(path: Path) -> bytes:
         CheckpointError: it is not there, empty, of another kind, or damaged since the Hub gave it; the message says
             which and what to do.
     """
-    try:
-        if not path.is_dir() and not stat.S_ISREG(path.stat().st_mode):
-            raise CheckpointError(f"{path} is a pipe or a device: copy what it gives into a file, and name that")
-        with path.open("rb") as file:
-            head = file.read(_HEAD)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    if reason := why_not_here(path):
+        raise CheckpointError(f"{path} {reason}")
+    with path.open("rb") as file:
+        head = file.read(_HEAD)
     if not head:
         raise CheckpointError(f"{path} is empty: {AGAIN}")
-    start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-    for signature, kind in _OTHER_KINDS:
-        if start.startswith(signature):
+    for signature, kind in _OTHER_FORMATS:
+        if head.startswith(signature):
             raise CheckpointError(f"{path} is {kind}")
     blob = path.resolve()  # the Hub's cache names large files after their sha256
     if blob.parent.name == "blobs" and len(blob.name) == 64 and blob.name != remembered_sha256(blob):
@@ -120,7 +110,7 @@ def read_json(path: Path, most: int = MOST_TEXT) -> dict[str, Any]:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping; its tags build nothing. Raises CheckpointError as `read_text` does, or where it is no mapping."""
-    text = read_text(path, MOST_YAML) if path.exists() and path.stat().st_size else _nothing(path)
+    text = read_text(path, MOST_YAML)
     try:
         settings = yaml.load(text, Loader=_PlainLoader)
     except Exception as error:  # its constructors raise whatever int(), dict() and the like do
@@ -128,12 +118,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise CheckpointError(f"{path} must hold a YAML mapping (max_length: ...), got a {type(settings).__name__}")
     return settings
-
-
-def _nothing(path: Path) -> str:
-    if not path.exists():
-        raise CheckpointError(f"{path} cannot be read: No such file or directory")
-    return ""
 
 
 def _reason(error: Exception) -> str:
@@ -176,8 +160,3 @@ _PlainLoader.yaml_implicit_resolvers = {
 }
 _PlainLoader.add_constructor("tag:yaml.org,2002:timestamp", _PlainLoader.text)
 _PlainLoader.add_multi_constructor("", _PlainLoader.plain)
-
-
-def as_mapping(value: Any) -> Mapping[str, Any]:
-    """Settings that were kept beside weights, where they are a mapping."""
-    return value if isinstance(value, Mapping) else {}

@@ -12,12 +12,22 @@ from typing import Any
 import numpy as np
 
 from elf_rt.errors import CheckpointError
-from elf_rt.export.graph import linear, normalised, positions
-from elf_rt.export.graph_builder import GraphBuilder, Value, WeightFile
+from elf_rt.export.foreign import shown
+from elf_rt.export.graph import linear
+from elf_rt.export.graph_builder import GraphBuilder, Value
 from elf_rt.export.precision import Precision
 from elf_rt.export.rewrite import Linear
-from elf_rt.export.t5 import MASKED, OPSET
+from elf_rt.export.settings import Settings
+from elf_rt.export.t5 import MASKED
 
+RANGES = {  # bounds of the numbers in config.json: GPT-2 XL's, and some more
+    "n_embd": (1, 1 << 16),
+    "n_layer": (1, 500),
+    "n_head": (1, 1 << 10),
+    "vocab_size": (1, 1 << 22),
+    "n_positions": (1, 1 << 16),
+    "n_inner": (1, 1 << 18),
+}
 _FIXED = {  # settings that every released GPT-2 has, and that this graph computes
     "activation_function": "gelu_new",
     "scale_attn_weights": True,
@@ -43,14 +53,12 @@ class GPT2Sizes:
         """Raises CheckpointError: the config is of another kind of GPT-2, or incomplete."""
         for key, value in _FIXED.items():
             if config.get(key, value) != value:
-                raise CheckpointError(f"{where}: {key} must be {value!r}, got {config[key]!r}")
-        try:
-            sizes = cls(**{name: config[name] for name in cls.__dataclass_fields__ if name in config})
-        except TypeError as error:
-            raise CheckpointError(f"{where} is incomplete ({str(error).split(') ')[-1]})") from error
-        for name in ("n_embd", "n_layer", "n_head", "vocab_size", "n_positions"):
-            if not isinstance(value := getattr(sizes, name), int) or value < 1:
-                raise CheckpointError(f"{where}: {name} must be a whole number from 1 up, got {value!r}")
+                raise CheckpointError(f"{where}: {key} must be {value!r}, got {shown(config[key])}")
+        settings = Settings(config, where)
+        known: dict[str, Any] = settings.integers(RANGES, defaults=vars(cls))
+        if "layer_norm_epsilon" in settings:
+            known["layer_norm_epsilon"] = settings.number("layer_norm_epsilon", 0, 1)
+        sizes = cls(**known)
         if sizes.n_embd % sizes.n_head:
             raise CheckpointError(f"{where}: n_head {sizes.n_head} must divide n_embd {sizes.n_embd}")
         return sizes
@@ -74,35 +82,27 @@ class GPT2Sizes:
                 shapes |= {f"h.{i}.{name}.weight": shape, f"h.{i}.{name}.bias": shape[1:]}
         return shapes
 
-    def write(self, folder: Path, state: Mapping[str, np.ndarray], statistics: np.ndarray | None = None) -> None:
-        """Writes encoder.onnx and its weights, encoder.bin: ids, mask (B, S) int64 -> latents (B, S, C) float32.
-
-        `state` holds the float32 arrays that `shapes()` names; `statistics` are those of ``graph.normalised``. A token
-        sees those before it and itself, and never padding.
-        """
-        with WeightFile(folder / "encoder.bin") as weights:
-            _Writer(GraphBuilder("encoder", OPSET, weights), self, state).write(statistics).save(
-                folder / "encoder.onnx", {"precision": Precision.FP32.value}
-            )
+    def latents(
+        self, g: GraphBuilder, state: Mapping[str, np.ndarray], ids: Value, mask: Value, position: Value
+    ) -> Value:
+        """ids, mask (B, S) at positions (S,) -> (B, S, C) by the weights that `shapes()` names. A token sees those
+        before it and itself, and never padding."""
+        return _Writer(g, self, state).latents(ids, mask, position)
 
 
 class _Writer:
     def __init__(self, g: GraphBuilder, sizes: GPT2Sizes, state: Mapping[str, np.ndarray]) -> None:
         self.g, self.sizes, self.state = g, sizes, state
 
-    def write(self, statistics: np.ndarray | None) -> GraphBuilder:
+    def latents(self, ids: Value, mask: Value, position: Value) -> Value:
         g = self.g
-        ids, mask = g.integer_input("ids", ("rows", "length")), g.integer_input("mask", ("rows", "length"))
-        position = positions(g, ids)  # (S,)
         tokens = g.op("Gather", self.stored("wte.weight"), ids, axis=0)  # (B, S, C)
         h = g.op("Add", tokens, g.op("Gather", self.stored("wpe.weight"), position, axis=0))
         bias = self.mask_bias(position, mask)  # (B, 1, S, S)
         for i in range(self.sizes.n_layer):
             h = g.op("Add", h, self.attention(f"h.{i}", h, bias))
             h = g.op("Add", h, self.mlp(f"h.{i}", h))
-        latents = normalised(g, self.norm("ln_f", h), position, statistics)
-        g.output(latents, "latents", ("rows", "length", self.sizes.n_embd))
-        return g
+        return self.norm("ln_f", h)
 
     def mask_bias(self, position: Value, mask: Value) -> Value:
         """0 where a query may look, a huge negative number at later keys and at padding."""

@@ -12,11 +12,18 @@ import numpy as np
 from elf_rt.export import rewrite
 from elf_rt.export.graph_builder import GraphBuilder, Value, WeightFile
 from elf_rt.export.precision import FP32, Precision, PrecisionPlan
+from elf_rt.export.reference import NORM_EPS
 from elf_rt.params import ModelConfig
 
 FUSED_OPSET = 23  # the first with Attention and RMSNormalization
 END = np.iinfo(np.int64).max
 LOGITS_AT_ONCE = 65536  # logits of one token that are in memory together
+
+
+def variant_files(prefix: str = "") -> dict[str, str]:
+    """A variant of a bundle's manifest: what ``write_graphs`` writes, in the folder `prefix` ("fp16/")."""
+    names = {"denoiser": "denoiser.onnx", "discretizer": "discretizer.onnx", "weights": "weights.bin"}
+    return {part: prefix + name for part, name in names.items()}
 
 
 def write_graphs(
@@ -25,8 +32,8 @@ def write_graphs(
     state: Mapping[str, np.ndarray],
     plan: PrecisionPlan = FP32,
     opset: int = FUSED_OPSET,
-) -> list[str]:
-    """Write denoiser.onnx, discretizer.onnx and weights.bin into `folder`, and return these names.
+) -> None:
+    """Write denoiser.onnx, discretizer.onnx and weights.bin into `folder`.
 
     `state` holds float32 arrays under the official names. `opset` 23 and above uses Attention and RMSNormalization;
     20 spells both out, for engines that are older than these operators. Inputs and outputs are float32 in every plan.
@@ -38,7 +45,6 @@ def write_graphs(
             graph = GraphBuilder(name, opset, weights, avoid_float32_gemm=plan.precision is Precision.FP16)
             write(graph, config, state, plan)
             graph.save(folder / f"{name}.onnx", metadata)
-    return ["denoiser.onnx", "discretizer.onnx", "weights.bin"]
 
 
 def _denoiser(g: GraphBuilder, config: ModelConfig, state: Mapping[str, np.ndarray], plan: PrecisionPlan) -> None:
@@ -177,7 +183,7 @@ class _Denoiser:
     def norm(self, name: str, x: Value) -> Value:
         """RMSNorm of the float32 residual."""
         self.g.scope = name
-        return rms_norm(self.g, x, self.g.weight(f"{name}.weight", self.state[f"{name}.weight"]), rewrite.NORM_EPS)
+        return rms_norm(self.g, x, self.g.weight(f"{name}.weight", self.state[f"{name}.weight"]), NORM_EPS)
 
     def head_norm(self, name: str, x: Value, norm: rewrite.HeadNorm) -> Value:
         """RMSNorm of float32 queries or keys (R, heads, S, D) over each head."""
@@ -192,7 +198,7 @@ def _discretizer(g: GraphBuilder, config: ModelConfig, state: Mapping[str, np.nd
     hidden = g.input("hidden", ("rows", "length", config.hidden_size))
     if config.decoder_head_norm:
         weight = g.weight("decoder_head_norm.weight", state["decoder_head_norm.weight"])
-        hidden = rms_norm(g, hidden, weight, rewrite.NORM_EPS)
+        hidden = rms_norm(g, hidden, weight, NORM_EPS)
     features = linear(g, "proj", hidden, rewrite.head_projection(state), plan.precision_of("proj"))  # (R, L, C)
     features = g.op("Gelu", features, approximate=config.head_gelu)
     g.output(_likeliest(g, features, rewrite.unembedding(config, state, plan), plan), "ids", ("rows", "length"))

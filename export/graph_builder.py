@@ -47,14 +47,15 @@ class WeightFile:
         self._file = path.open("wb")
         self._names: set[str] = set()
 
-    def add(self, name: str, array: np.ndarray, precision: Precision) -> TensorProto:
+    def add(self, name: str, array: np.ndarray) -> TensorProto:
+        """The tensor for a graph's initializers, in the array's type."""
         if name in self._names:
             raise ValueError(f"{name} would be stored twice")
         self._names.add(name)
-        data = np.ascontiguousarray(array, dtype=NUMPY_TYPE[precision])
+        data = np.ascontiguousarray(array)
         alignment = PAGE if data.nbytes >= 16 * PAGE else ALIGNMENT
         self._file.write(b"\0" * (-self._file.tell() % alignment))
-        tensor = TensorProto(name=name, data_type=ONNX_TYPE[precision], dims=data.shape)
+        tensor = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(data.dtype), dims=data.shape)
         tensor.data_location = TensorProto.EXTERNAL
         for key, value in (("location", self.path.name), ("offset", self._file.tell()), ("length", data.nbytes)):
             tensor.external_data.add(key=key, value=str(value))
@@ -105,7 +106,7 @@ class GraphBuilder:
 
     def weight(self, name: str, array: np.ndarray, precision: Precision = Precision.FP32) -> Value:
         """A parameter, rounded to `precision`, in the external file."""
-        self._initializers[name] = self._weights.add(name, array, precision)
+        self._initializers[name] = self._weights.add(name, np.asarray(array, NUMPY_TYPE[precision]))
         return Value(name, precision)
 
     def integers(self, *values: int) -> Value:

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 
 from elf_rt.errors import CheckpointError
 from elf_rt.export.distcp import METADATA, read_distcp
-from elf_rt.export.foreign import as_mapping, printable, read_text
+from elf_rt.export.foreign import printable, read_text
 from elf_rt.export.orbax import is_orbax, read_orbax
 from elf_rt.export.shards import INDEX, index_of, parts_in, read_safetensors, read_sharded
 from elf_rt.export.stored import Stored, flatten
@@ -27,15 +26,6 @@ _WRITERS = (  # key at the top level -> who wrote it
 )
 _MODEL_STATES = "mp_rank_*_model_states.pt"  # DeepSpeed's
 _ZERO_3 = "zero_pp_rank_*_model_states.pt"
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A way to keep weights. recognise: whether a file or folder is of this layout; read: what it holds."""
-
-    name: str
-    recognise: Callable[[Path], bool]
-    read: Callable[[Path], Stored]
 
 
 def is_distcp(place: Path) -> bool:
@@ -91,33 +81,35 @@ def read_torch_file(path: Path) -> Stored:
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a mapping of weights")
     top = {str(key): value for key, value in content.items()}
     writer = next((name.format(printable(top[key])) for key, name in _WRITERS if key in top), "torch file")
-    settings: Mapping[str, Any] = next((value for key in _SETTINGS_KEYS if (value := as_mapping(top.get(key)))), {})
+    mappings = (value for key in _SETTINGS_KEYS if isinstance(value := top.get(key), Mapping))
+    settings = next(filter(None, mappings), {})
     step = next((top[key] for key in _STEP_KEYS if type(top.get(key)) is int), None)
     return Stored(writer, flatten(top), (path,), settings, step, top)
 
 
-LAYOUTS = (
-    Layout("Orbax", lambda place: place.is_dir() and is_orbax(place), read_orbax),
-    Layout("torch.distributed.checkpoint", is_distcp, read_distcp),
-    Layout("DeepSpeed", is_deepspeed, read_deepspeed),
-    Layout("shards", is_sharded, read_sharded),
-    Layout("safetensors", is_safetensors, read_safetensors),
-    Layout("torch.save", Path.is_file, read_torch_file),
+# (whether a file or folder is of this layout, how to read it); the first that is decides.
+LAYOUTS: tuple[tuple[Callable[[Path], bool], Callable[[Path], Stored]], ...] = (
+    (lambda place: place.is_dir() and is_orbax(place), read_orbax),
+    (is_distcp, read_distcp),
+    (is_deepspeed, read_deepspeed),
+    (is_sharded, read_sharded),
+    (is_safetensors, read_safetensors),
+    (Path.is_file, read_torch_file),
 )
 
 
-def recognise(place: Path) -> Layout | None:
-    """The layout of a file or folder; None: a folder that holds no checkpoint itself."""
-    return next((layout for layout in LAYOUTS if layout.recognise(place)), None)
+def recognise(place: Path) -> Callable[[Path], Stored] | None:
+    """What reads a file or folder; None: a folder that holds no checkpoint itself."""
+    return next((read for is_of_this, read in LAYOUTS if is_of_this(place)), None)
 
 
 def read_stored(place: Path) -> Stored:
     """What a checkpoint holds. Raises CheckpointError: it is damaged, unsafe, unfinished or of no known layout."""
-    layout = recognise(place)
-    if layout is None:
+    read = recognise(place)
+    if read is None:
         raise CheckpointError(f"{place} holds no checkpoint")
     try:
-        return layout.read(place)
+        return read(place)
     except OSError as error:
         raise CheckpointError(f"{error.filename or place} cannot be read: {error.strerror}") from error
 

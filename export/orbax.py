@@ -7,7 +7,7 @@ versions wrote. `_METADATA` lists the leaves. Only the arrays that are asked for
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -77,11 +77,11 @@ def _torch_name(leaf: str) -> str:
     return f"{name.removesuffix('.kernel')}.weight" if name.endswith(".kernel") else name
 
 
-class _Listing:
+class _Listing(NamedTuple):
     """What `_METADATA` says: the leaves, and whether arrays of zeros are stored (older versions leave them out)."""
 
-    def __init__(self, leaves: list[str], stores_zeros: bool) -> None:
-        self.leaves, self.stores_zeros = leaves, stores_zeros
+    leaves: list[str]
+    stores_zeros: bool
 
 
 def _listing(folder: Path) -> _Listing:

@@ -99,7 +99,7 @@ def export_bundle(
     model.eval()
     with atomic_folder(output) as folder:
         official = presets_for(checkpoint.config, family_of(checkpoint.settings.values))
-        manifest = _describe(checkpoint, options, official | options.presets)
+        manifest = _describe(checkpoint, official | options.presets)
         manifest |= _write_text_side(folder, checkpoint, options)
         write_manifest(folder, manifest | {"variants": {}})  # enough for the text side
         codec = TextCodec(Bundle.open(folder))
@@ -136,7 +136,7 @@ def export_bundle(
     return [f"read: {checkpoint.summary}", *ignored, *writer.notes]
 
 
-def _describe(checkpoint: Checkpoint, options: ExportOptions, presets: dict[str, SamplingParams]) -> dict[str, Any]:
+def _describe(checkpoint: Checkpoint, presets: dict[str, SamplingParams]) -> dict[str, Any]:
     return {
         "exporter": f"elf-rt {__version__}",
         "source": {

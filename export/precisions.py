@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from elf_rt.bundle import write_manifest
 from elf_rt.errors import InputError
 from elf_rt.export.checkpoint import Checkpoint
-from elf_rt.export.graph import write_graphs
+from elf_rt.export.graph import variant_files, write_graphs
 from elf_rt.export.planner import plan_precision
 from elf_rt.export.precision import FP32, Precision
 from elf_rt.export.quantize import Calibration, calibrate, write_int8
@@ -73,11 +73,11 @@ class PrecisionWriter:
         self._calibration: Calibration | None = None
         self._ranges: Ranges
 
-    def write(self, precisions: Sequence[str]) -> dict[str, Any]:
-        """All variants; returns the manifest. Raises InputError: float32 or a required variant is not proven."""
+    def write(self, precisions: Sequence[str]) -> None:
+        """All variants. Raises InputError: float32 or a required variant is not proven."""
         self._say("writing the fp32 graphs")
         write_graphs(self.folder, self.checkpoint.config, self._state, FP32, self.opset)
-        proof = self._prove("fp32", _files(""), None)
+        proof = self._prove("fp32", variant_files(), None)
         if not proof.passed:
             raise InputError(f"the fp32 graphs do not repeat the reference model ({proof.summary}); no bundle written")
         self._say("measuring activations")
@@ -91,7 +91,6 @@ class PrecisionWriter:
             elif name.startswith("int8"):
                 self._write_int8(name)
         write_manifest(self.folder, self.manifest)
-        return self.manifest
 
     def _write_16_bits(self, precision: Precision) -> None:
         """As many operations as possible in 16 bits: each attempt keeps more of them in float32 than the one before."""
@@ -101,7 +100,7 @@ class PrecisionWriter:
             plan = plan_precision(precision, self.checkpoint.config, self._state, self._ranges, attempt)
             (self.folder / name).mkdir(exist_ok=True)
             write_graphs(self.folder / name, self.checkpoint.config, self._state, plan, self.opset)
-            proof = self._prove(name, _files(f"{name}/"), plan.to_json())
+            proof = self._prove(name, variant_files(f"{name}/"), plan.to_json())
             if proof.passed or time.monotonic() > until:
                 break
         if not proof.passed:
@@ -142,7 +141,7 @@ class PrecisionWriter:
         if name == "int8":
             (self.folder / name).mkdir()
             write_int8(self.folder, self.folder / name, self._calibration)
-            files = _files(f"{name}/")
+            files = variant_files(f"{name}/")
         else:
             files = write_openvino_int8(self.folder, self.model, self._runs, list(self._calibration.kept))
         self._prove(name, files, self._calibration.to_json())
@@ -160,8 +159,3 @@ class PrecisionWriter:
         elif proof.passed:
             self.notes.append(f"proven: {proof.summary}")
         return proof
-
-
-def _files(prefix: str) -> dict[str, str]:
-    names = {"denoiser": "denoiser.onnx", "discretizer": "discretizer.onnx", "weights": "weights.bin"}
-    return {part: prefix + name for part, name in names.items()}

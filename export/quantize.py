@@ -17,20 +17,20 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import onnx
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 from torch import Tensor
 
+from elf_rt.export.graph_builder import WeightFile
 from elf_rt.export.reference import ELF
 from elf_rt.export.replay import Run, sample
 
 CONTRIB = "com.microsoft"
 SMALL = 1024  # bytes; smaller tensors stay inside the graph
-ALIGNMENT = 4096  # a page, so that engines can map the file
 QUANTIZED = re.compile(r"blocks\.\d+\.(attn\.qkv|attn\.proj|mlp\.w12|mlp\.w3)")
 WEIGHT_LIMIT = 63
 COMPARED_ROWS = 2  # rows of each call that are compared; more would only take longer
@@ -99,21 +99,20 @@ def calibrate(model: ELF, runs: Iterable[Run]) -> Calibration:
     return calibration
 
 
-def write_int8(source: Path, folder: Path, calibration: Calibration) -> list[str]:
-    """Quantise the float32 graphs in `source`; write both, and their weights in one file, into `folder`.
-
-    Returns the file names.
-    """
+def write_int8(source: Path, folder: Path, calibration: Calibration) -> None:
+    """Quantise the float32 graphs in `source`; write the files of ``graph.variant_files`` into `folder`."""
     denoiser = onnx.load(source / "denoiser.onnx")  # external weights are loaded, too
     discretizer = onnx.load(source / "discretizer.onnx")
     _quantize(denoiser.graph, calibration)
     denoiser.opset_import.append(helper.make_opsetid(CONTRIB, 1))
-    with (folder / "weights.bin").open("wb") as file:
+    with WeightFile(folder / "weights.bin") as weights:
         for name, model in (("denoiser.onnx", denoiser), ("discretizer.onnx", discretizer)):
             helper.set_model_props(model, {"precision": "int8"})
-            _move_weights(model.graph, file)
+            for tensor in model.graph.initializer:
+                array = numpy_helper.to_array(tensor)
+                if array.nbytes >= SMALL:
+                    tensor.CopyFrom(weights.add(tensor.name, array))
             (folder / name).write_bytes(model.SerializeToString(deterministic=True))
-    return ["denoiser.onnx", "discretizer.onnx", "weights.bin"]
 
 
 def _quantize(graph: Any, calibration: Calibration) -> None:
@@ -141,21 +140,6 @@ def _quantize(graph: Any, calibration: Calibration) -> None:
         node.input[1:] = [f"{name}.int8", f"{name}.int8_scale"]
     del graph.initializer[:]
     graph.initializer.extend(weights.values())
-
-
-def _move_weights(graph: Any, file: BinaryIO) -> None:
-    """Large tensors into the external file, which both graphs share."""
-    for tensor in graph.initializer:
-        data = numpy_helper.to_array(tensor).tobytes()
-        if len(data) < SMALL:
-            continue
-        file.write(b"\0" * (-file.tell() % ALIGNMENT))
-        for data_field in ("raw_data", "float_data", "external_data"):
-            tensor.ClearField(data_field)
-        tensor.data_location = TensorProto.EXTERNAL
-        for key, value in (("location", Path(file.name).name), ("offset", file.tell()), ("length", len(data))):
-            tensor.external_data.add(key=key, value=str(value))
-        file.write(data)
 
 
 def quantize_weight(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

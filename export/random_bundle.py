@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from elf_rt.bundle import write_manifest
-from elf_rt.export.graph import write_graphs
+from elf_rt.export.graph import variant_files, write_graphs
 from elf_rt.export.precision import Precision, PrecisionPlan
 from elf_rt.export.quantize import Calibration, write_int8
 from elf_rt.export.quantize_openvino import write_openvino_int8
@@ -36,10 +36,10 @@ def write_random_bundle(
         place = "" if precision == "fp32" else f"{precision}/"
         (folder / place).mkdir(exist_ok=True)
         if precision == "int8":
-            names = write_int8(folder, folder / place, Calibration())  # nothing measured: all layers in int8
+            write_int8(folder, folder / place, Calibration())  # nothing measured: all layers in int8
         else:
-            names = write_graphs(folder / place, config, arrays, PrecisionPlan(Precision(precision)))
-        variants[precision] = {Path(name).stem: place + name for name in names}
+            write_graphs(folder / place, config, arrays, PrecisionPlan(Precision(precision)))
+        variants[precision] = variant_files(place)
     presets = {name: params.to_json() for name, params in presets_for(config).items()}
     write_manifest(
         folder,

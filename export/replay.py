@@ -146,11 +146,11 @@ def _draw(
     return Run(params, t, z0, eps, cond[index], mask[index])
 
 
-def record(model: ELF, runs: list[Run], on_call: Callable[[Call], None] | None = None) -> dict[str, np.ndarray]:
+def record(model: ELF, runs: list[Run]) -> dict[str, np.ndarray]:
     """The arrays of replay.npz."""
     arrays: dict[str, np.ndarray] = {}
     for i, run in enumerate(runs):
-        latent, ids = sample(model, run, on_call)
+        latent, ids = sample(model, run)
         p = run.params
         spec = {
             "method": p.sampler,

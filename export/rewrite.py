@@ -18,10 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from elf_rt.export.precision import PrecisionPlan
-from elf_rt.export.reference import ROPE_BASE, TIME_FREQUENCIES
+from elf_rt.export.reference import NORM_EPS, ROPE_BASE, TIME_FREQUENCIES
 from elf_rt.params import ModelConfig
 
-NORM_EPS = 1e-6
 HEAD, INNER, VOCABULARY = 8, 16, 128  # 16-bit plans pad to what a tensor core loads, and to whole tiles of 32100 ids
 
 State = Mapping[str, np.ndarray]

@@ -21,7 +21,6 @@ from elf_rt.text.codec import read_positions
 OPERATIONS = ("attn", "attn.qkv", "attn.proj", "mlp.w12", "mlp.w3")
 KEPT_AGREEMENT = 0.9975  # so many tokens must stay, so that a proof on few texts finds the 0.99 of verify
 RANKING_CALLS = 4
-OFFICIAL = TokenizerPart()  # the official models' ids of pad and EOS
 
 Rounding = Callable[[Tensor], Tensor]
 
@@ -39,9 +38,7 @@ def _float16(x: Tensor) -> Tensor:
 ROUND: dict[Precision, Rounding] = {Precision.BF16: _bfloat16, Precision.FP16: _float16}
 
 
-def engine_agreement(
-    model: ELF, runs: Sequence[Run], ids: Sequence[Tensor], special: TokenizerPart = OFFICIAL
-) -> float:
+def engine_agreement(model: ELF, runs: Sequence[Run], ids: Sequence[Tensor], special: TokenizerPart) -> float:
     """Share of tokens that stay the same when an engine rounds the float32 graphs by itself, as OpenVINO does.
 
     No graph of the bundle tells what such an engine computes, so nothing can be proven by replaying one; here the
@@ -53,7 +50,7 @@ def engine_agreement(
 
 
 def operations_to_keep(
-    model: ELF, runs: Sequence[Run], ids: Sequence[Tensor], special: TokenizerPart = OFFICIAL
+    model: ELF, runs: Sequence[Run], ids: Sequence[Tensor], special: TokenizerPart
 ) -> dict[str, float]:
     """Operations of the blocks that stay float32 in the bfloat16 graphs; how much each alone would change x.
 

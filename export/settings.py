@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,19 @@ class Settings:
                 f"{self.where}: {key} must be a whole number from {least} to {most}, got {shown(value)}"
             )
         return int(number)
+
+    def integers(self, ranges: Mapping[str, tuple[int, int]], defaults: Container[str]) -> dict[str, int]:
+        """Those of some whole numbers that are here, by key.
+
+        Args:
+            defaults: keys that may be absent.
+
+        Raises:
+            CheckpointError: another one is absent, or one is out of range.
+        """
+        if absent := [key for key in ranges if key not in self and key not in defaults]:
+            raise CheckpointError(f"{self.where} is incomplete ({', '.join(map(repr, absent))})")
+        return {key: self.integer(key, *limits) for key, limits in ranges.items() if key in self}
 
     def number(self, key: str, least: float, most: float) -> float:
         """A number in a range. Raises CheckpointError: it is none, or outside."""

@@ -16,13 +16,12 @@ from onnx import TensorProto
 
 from elf_rt.errors import CheckpointError
 from elf_rt.export.foreign import shown
-from elf_rt.export.graph import linear, normalised, positions, rms_norm
-from elf_rt.export.graph_builder import GraphBuilder, Value, WeightFile
+from elf_rt.export.graph import linear, rms_norm
+from elf_rt.export.graph_builder import GraphBuilder, Value
 from elf_rt.export.precision import Precision
 from elf_rt.export.rewrite import Linear
 from elf_rt.export.settings import Settings
 
-OPSET = 20  # the first with Gelu; every engine reads it
 MASKED = -1e9  # added to the scores of padding: exp of it is exactly 0, and a row of nothing but padding stays finite
 FAMILIES = ("t5", "mt5")  # mt5 differs from T5 1.1 in its vocabulary alone
 RANGES = {  # bounds of the numbers in config.json: T5-XXL's, and some more
@@ -64,11 +63,9 @@ class T5Sizes:
                 f"{where} is a {shown(config.get('model_type'))} model: "
                 f"the encoder must be one of {', '.join(FAMILIES)}, gpt2"
             )
-        if absent := [name for name in RANGES if name not in config and not hasattr(cls, name)]:
-            raise CheckpointError(f"{where} is incomplete ({', '.join(map(repr, absent))})")
         settings = Settings(config, where)
-        known: dict[str, Any] = {n: settings.integer(n, *limits) for n, limits in RANGES.items() if n in config}
-        if "layer_norm_epsilon" in config:
+        known: dict[str, Any] = settings.integers(RANGES, defaults=vars(cls))
+        if "layer_norm_epsilon" in settings:
             known["layer_norm_epsilon"] = settings.number("layer_norm_epsilon", 0, 1)
         activation = config.get("feed_forward_proj", cls.feed_forward_proj)
         if not isinstance(activation, str) or activation not in ACTIVATIONS:
@@ -105,24 +102,17 @@ class T5Sizes:
             shapes |= {f"{layer}.layer_norm.weight": (C,) for layer in (attention, feed_forward)}
         return shapes
 
-    def write(self, folder: Path, state: Mapping[str, np.ndarray], statistics: np.ndarray | None = None) -> None:
-        """Writes encoder.onnx and its weights, encoder.bin: ids, mask (B, S) int64 -> latents (B, S, C) float32.
-
-        `state` holds the float32 arrays that `shapes()` names; `statistics` are those of ``graph.normalised``. Padding
-        is never attended to.
-        """
-        with WeightFile(folder / "encoder.bin") as weights:
-            g = GraphBuilder("encoder", OPSET, weights)
-            ids, mask = g.integer_input("ids", ("rows", "length")), g.integer_input("mask", ("rows", "length"))
-            position = positions(g, ids)
-            h = g.op("Gather", g.weight("shared.weight", state["shared.weight"]), ids, axis=0)  # (B, S, C)
-            bias = g.op("Add", _position_bias(g, self, state, position), _mask_bias(g, mask))  # (B, heads, S, S)
-            for i in range(self.num_layers):
-                h = g.op("Add", h, _attention(g, self, state, f"encoder.block.{i}.layer.0", h, bias))
-                h = g.op("Add", h, _feed_forward(g, self, state, f"encoder.block.{i}.layer.1", h))
-            latents = normalised(g, _norm(g, self, state, "encoder.final_layer_norm", h), position, statistics)
-            g.output(latents, "latents", ("rows", "length", self.d_model))
-            g.save(folder / "encoder.onnx", {"precision": Precision.FP32.value})
+    def latents(
+        self, g: GraphBuilder, state: Mapping[str, np.ndarray], ids: Value, mask: Value, position: Value
+    ) -> Value:
+        """ids, mask (B, S) at positions (S,) -> (B, S, C) by the weights that `shapes()` names. Nothing attends to
+        padding."""
+        h = g.op("Gather", g.weight("shared.weight", state["shared.weight"]), ids, axis=0)  # (B, S, C)
+        bias = g.op("Add", _position_bias(g, self, state, position), _mask_bias(g, mask))  # (B, heads, S, S)
+        for i in range(self.num_layers):
+            h = g.op("Add", h, _attention(g, self, state, f"encoder.block.{i}.layer.0", h, bias))
+            h = g.op("Add", h, _feed_forward(g, self, state, f"encoder.block.{i}.layer.1", h))
+        return _norm(g, self, state, "encoder.final_layer_norm", h)
 
 
 def relative_buckets(distance: torch.Tensor, num_buckets: int, max_distance: int) -> torch.Tensor:

@@ -6,7 +6,6 @@ from typing import Any
 
 from elf_rt.errors import CheckpointError, InputError
 from elf_rt.export.foreign import MOST_INDEX, printable, read_json
-from elf_rt.files import why_not_here
 from elf_rt.text.tokenizer import TextTokenizer
 
 BYTE_LEVEL = "tokenizer_config.json"  # all that a folder of ByT5 says of its tokenizer
@@ -19,8 +18,6 @@ def check_tokenizer(path: Path, vocab_size: int) -> TextTokenizer:
     Raises:
         CheckpointError: the file is no tokenizer, or has a token that the head cannot write.
     """
-    if reason := why_not_here(path):
-        raise CheckpointError(f"{path} {reason}")
     try:
         tokenizer = TextTokenizer(path, json.dumps(_content(path), ensure_ascii=False))
     except InputError as error:

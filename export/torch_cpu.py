@@ -5,16 +5,16 @@ It has the interface of the runtime's backends (elf_rt.network), so that everyth
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elf_rt.errors import BackendError
+from elf_rt.errors import BackendError, first_line
 from elf_rt.export.reference import ELF, Attention, rotate
-from elf_rt.network import Graph, tensor_shapes
+from elf_rt.network import Graph, HostBackend, tensor_shapes
 from elf_rt.params import ModelConfig
 
 
@@ -31,10 +31,8 @@ class FusedAttention(Attention):
         return self.proj(mixed.reshape(rows, length, -1))
 
 
-class TorchCpuBackend:
+class TorchCpuBackend(HostBackend):
     """ELF on the CPU: eager float32, or compiled, in bfloat16 autocast where ``bf16`` says so."""
-
-    device: Literal["cpu"] = "cpu"
 
     def __init__(
         self, config: ModelConfig, state: dict[str, torch.Tensor], *, compiled: bool, bf16: bool, threads: int
@@ -54,9 +52,6 @@ class TorchCpuBackend:
 
     def bind(self, graph: Graph, rows: int, length: int) -> "TorchGraph":
         return TorchGraph(self, graph, tensor_shapes(graph, self.config, rows, length))
-
-    def max_rows(self, length: int, needed: int = 1) -> None:
-        return None
 
     def describe(self) -> Mapping[str, str]:
         return {
@@ -98,5 +93,4 @@ def _clear_errors(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise BackendError(f"{name} does not work here: {reason[0]}") from error
+        raise BackendError(f"{name} does not work here: {first_line(error)}") from error

@@ -7,9 +7,9 @@ from golden_cases import golden
 
 from elf_rt.bundle import Bundle, write_manifest
 from elf_rt.engines.build import PlanRequest, Spec, plan_spec
-from elf_rt.engines.recipe import Recipe
+from elf_rt.engines.recipe import RECIPES
 from elf_rt.engines.shapes import parse_profiles
-from elf_rt.export.graph import write_graphs
+from elf_rt.export.graph import variant_files, write_graphs
 from elf_rt.export.precision import Precision, PrecisionPlan
 from elf_rt.params import ModelConfig, SamplingParams
 from elf_rt.plans import Machine, this_machine
@@ -35,8 +35,8 @@ def model_bundle(
         place = "" if precision == "fp32" else f"{precision}/"
         (folder / place).mkdir(parents=True, exist_ok=True)
         arrays = {name: tensor.numpy() for name, tensor in state.items()}
-        names = write_graphs(folder / place, config, arrays, PrecisionPlan(Precision(precision)), opset)
-        variants[precision] = {Path(name).stem: place + name for name in names}
+        write_graphs(folder / place, config, arrays, PrecisionPlan(Precision(precision)), opset)
+        variants[precision] = variant_files(place)
     manifest = {
         "model": config.to_json(),
         "presets": {"default": SamplingParams().to_json()},
@@ -51,4 +51,4 @@ def rtx_spec(
     bundle: Bundle, precision: str = "fp16", sms: tuple[int, ...] = (89,), batch: str = "1", length: str | None = None
 ) -> Spec:
     request = PlanRequest(precision, sms, parse_profiles(batch, length, bundle.config))
-    return plan_spec(bundle, Recipe.load("tensorrt-rtx"), NO_GPU, request)
+    return plan_spec(bundle, RECIPES["tensorrt-rtx"], NO_GPU, request)

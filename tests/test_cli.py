@@ -314,7 +314,7 @@ def test_presets_that_go_are_told(run_cli, tmp_path):
     (tmp_path / "half.json").write_text('{"\\ud800": {"steps": 2}}')
     run_cli(*args, "half.json").assert_clear_error("half.json is not JSON", "surrogates")
     os.mkfifo(tmp_path / "pipe")  # nobody writes into it
-    run_cli(*args, "pipe").assert_clear_error("is a pipe or a device")
+    run_cli(*args, "pipe").assert_clear_error("is no file, but a folder, a pipe or a device")
     again = run_cli("export", source, "--precision", "fp32")
     assert again.code == 0 and "had presets that this one has not: fast" in again.err
 

@@ -11,7 +11,7 @@ from engine_runs import assert_same, events_of, golden_bundles, programs_of, wri
 from fake_gpu import FakeBackend, FakeGpu, assert_nothing_left, install_gpu, on_device, on_host
 from golden_cases import CASES
 
-from elf_rt.backends import ort_cuda
+from elf_rt.backends import open_backend, ort_cuda
 from elf_rt.backends.ort_cuda import OrtCudaBackend
 from elf_rt.device.engine import DEPTH
 from elf_rt.errors import BackendError
@@ -190,7 +190,7 @@ def test_onnxruntime_cuda_golden_runs(bundles: Any, ort_cuda_backend: OrtCudaBac
 
 def test_onnxruntime_cuda_on_the_cpu_build_says_so(bundles: Any) -> None:
     with pytest.raises(BackendError, match="onnxruntime-cuda: this onnxruntime is the CPU build"):
-        ort_cuda.open_backend(bundles("cond"), "fp32")
+        open_backend(bundles("cond"), "onnxruntime-cuda", "fp32")
 
 
 def test_onnxruntime_cuda_does_not_fall_back_to_the_cpu(bundles: Any) -> None:

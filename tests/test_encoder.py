@@ -125,7 +125,9 @@ def test_gpt2_same_as_transformers(tmp_path, run, language_model):
     [
         ({"activation_function": "relu"}, "activation_function must be 'gelu_new', got 'relu'"),
         ({"n_layer": None}, "incomplete"),
-        ({"n_head": 0}, "n_head must be a whole number from 1 up, got 0"),
+        ({"n_head": 0}, "n_head must be a whole number from 1 to 1024, got 0"),
+        ({"n_layer": 10**9}, "n_layer must be a whole number from 1 to 500"),
+        ({"layer_norm_epsilon": "x"}, "layer_norm_epsilon must be a number from 0 to 1, got 'x'"),
         ({"n_head": 5}, "n_head 5 must divide n_embd 24"),
         ({"n_positions": 30}, "has 30 positions, fewer than the model's 32"),
     ],

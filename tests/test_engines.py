@@ -19,7 +19,7 @@ from plan_bundles import NO_GPU, golden_bundle, model_bundle, rtx_spec
 from elf_rt.bundle import Bundle
 from elf_rt.device.cudart import Gpu
 from elf_rt.engines.build import PlanRequest, build, find_built, plan_spec
-from elf_rt.engines.recipe import Recipe, version_tuple
+from elf_rt.engines.recipe import RECIPES, version_tuple
 from elf_rt.engines.shapes import buffer_bytes, parse_profiles, parse_range
 from elf_rt.errors import BackendError, ElfError, InputError
 from elf_rt.export.random_init import random_state
@@ -153,7 +153,7 @@ class TestKey:
         state = dict(golden("uncond").state)
         state["proj_bias"] = state["proj_bias"] + 1
         other = model_bundle(tmp_path / "other.elfrt", fresh.config, state)
-        recipe = Recipe.load("tensorrt-rtx")
+        recipe = RECIPES["tensorrt-rtx"]
         request = PlanRequest("fp16", (89,), parse_profiles("1", None, fresh.config))
         keys = {
             plan_spec(fresh, recipe, NO_GPU, request).key,
@@ -224,8 +224,8 @@ class TestShapes:
 
 
 class TestRecipes:
-    RTX = Recipe.load("tensorrt-rtx")
-    TRT = Recipe.load("tensorrt")
+    RTX = RECIPES["tensorrt-rtx"]
+    TRT = RECIPES["tensorrt"]
     ADA = Machine("linux-x86_64", Gpu("NVIDIA GeForce RTX 4090", 89))
 
     def test_turing_is_built_apart(self) -> None:
@@ -273,7 +273,7 @@ class TestPlainTensorrt:
     def request_for(self) -> Callable[[Bundle, str], Any]:
         def make(bundle: Bundle, precision: str = "fp16") -> Any:
             request = PlanRequest(precision, (89,), parse_profiles("1:2:4", None, bundle.config), opt_level=2)
-            return plan_spec(bundle, Recipe.load("tensorrt"), this_machine(), request)
+            return plan_spec(bundle, RECIPES["tensorrt"], this_machine(), request)
 
         return make
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "onnx", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "cuda", "transformers", "matplotlib")
 ALLOWED = {  # package -> modules of elf_rt that it may import, beside its own
     "export": ("bundle", "errors", "files", "libraries", "machine", "manifest", "network", "params", "text"),
-    "engines": ("bundle", "errors", "files", "params", "plans"),
+    "engines": ("bundle", "errors", "files", "network", "params", "plans"),
 }
 
 

@@ -19,6 +19,7 @@ from onnx_run import random_call
 from elf_rt.backends import ort
 from elf_rt.bundle import Bundle, write_manifest
 from elf_rt.export.checkpoint import load_checkpoint
+from elf_rt.export.graph import variant_files
 from elf_rt.export.quantize import Calibration, calibrate, quantize_activation, quantize_weight, write_int8
 from elf_rt.export.reference import ELF
 from elf_rt.export.replay import plan_runs
@@ -62,9 +63,9 @@ def with_int8(source: Path, target: Path, calibration: Calibration) -> Bundle:
     """A copy of a bundle with an int8 variant."""
     shutil.copytree(source, target)
     (target / "int8").mkdir()
-    names = write_int8(target, target / "int8", calibration)
+    write_int8(target, target / "int8", calibration)
     manifest = json.loads((target / "manifest.json").read_text(encoding="utf-8"))
-    manifest["variants"]["int8"] = {Path(name).stem: f"int8/{name}" for name in names}
+    manifest["variants"]["int8"] = variant_files("int8/")
     write_manifest(target, {name: value for name, value in manifest.items() if name != "files"})
     return Bundle.open(target)
 

@@ -22,10 +22,11 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 # A process that builds one plan and says when it has come to a moment; there it waits to be killed. It imports neither
 # torch nor this file, to start quickly.
 BUILDER = """
-import sys, time
+import signal, sys, time
+from elf_rt import cli
 from elf_rt.bundle import Bundle
 from elf_rt.engines import build as building
-from elf_rt.engines.recipe import Recipe
+from elf_rt.engines.recipe import RECIPES
 from elf_rt.engines.shapes import parse_profiles
 from elf_rt.plans import Machine, this_machine
 
@@ -35,13 +36,14 @@ def hold(*_, **__):
 
 bundle, moment = Bundle.open(sys.argv[1]), sys.argv[2]
 request = building.PlanRequest("fp16", (89,), parse_profiles("1", None, bundle.config))
-spec = building.plan_spec(bundle, Recipe.load("tensorrt-rtx"), Machine(this_machine().os, None), request)
+spec = building.plan_spec(bundle, RECIPES["tensorrt-rtx"], Machine(this_machine().os, None), request)
 if moment == "parsed":
     building.set_attention = hold
 elif moment == "between":
     real = building._build_graph
     building._build_graph = lambda spec, name, *rest: hold() if name == "discretizer" else real(spec, name, *rest)
 elif moment == "writing":
+    signal.signal(signal.SIGTERM, cli._stop)  # as under the command line
     building.Record.write = hold
 elif moment == "compiling":
     class Slow(building._monitor_class(spec.recipe.library.load())):

@@ -12,16 +12,17 @@ from elf_rt.export.planner import plan_precision
 from elf_rt.export.precision import Precision, PrecisionPlan
 from elf_rt.export.replay import plan_runs, sample
 from elf_rt.export.sensitivity import engine_agreement, operations_to_keep
+from elf_rt.manifest import TokenizerPart
 from elf_rt.params import SamplingParams
 from elf_rt.text.codec import read_positions
 
 
 @pytest.fixture(scope="module")
 def shakespeare():
-    """The model, runs of it, and what they write."""
+    """The model, runs of it, what they write, and the ids that tell what of it is read."""
     model, _ = demo("shakespeare", 2300, 0)
     runs = plan_runs(model.config, {"default": SamplingParams(steps=8)}, None, None, max_steps=8, batch=6, seed=3)
-    return model, runs, [sample(model, run)[1] for run in runs]
+    return model, runs, [sample(model, run)[1] for run in runs], TokenizerPart()
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +40,9 @@ def test_the_operation_to_blame_leaves_first(shakespeare, kept):
 
 
 def test_measuring_leaves_the_model_as_it_was(shakespeare):
-    model, runs, ids = shakespeare
+    model, runs, ids, special = shakespeare
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    agreement = engine_agreement(model, runs, ids)
+    agreement = engine_agreement(model, runs, ids, special)
     assert 0.93 < agreement < 0.99
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(sample(model, runs[0])[1], ids[0])
@@ -52,8 +53,8 @@ def test_a_text_that_stays_keeps_nearly_everything_in_bfloat16():
     params = {"default": SamplingParams(steps=4, sampler="ode", sc_cfg=1.0, guidance_scale=2.0)}
     runs = plan_runs(model.config, params, *source, max_steps=4, batch=32, seed=3)
     ids = [sample(model, run)[1] for run in runs]
-    assert len(operations_to_keep(model, runs, ids)) <= 3  # of 30
-    assert engine_agreement(model, runs, ids) >= 0.99
+    assert len(operations_to_keep(model, runs, ids, TokenizerPart())) <= 3  # of 30
+    assert engine_agreement(model, runs, ids, TokenizerPart()) >= 0.99
 
 
 @pytest.mark.parametrize(("steps", "samples"), [(8, 8), (32, 4)])

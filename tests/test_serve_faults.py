@@ -1,6 +1,7 @@
 """What the world does to a server: nonsense, clients that leave, signals in mid-flight, broken bundles."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -224,6 +225,13 @@ def test_an_idle_server_ends_at_once_and_prints_no_prompt(bundle):
         (record,) = [json.loads(line) for line in lines if "/v1/completions" in line]
         assert record["status"] == 200 and len(record["request"]) == 16
         assert not any("secret" in line for line in lines)
+
+
+def test_a_package_that_is_too_old_is_one_line(run_cli, bundle, tmp_path, monkeypatch):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "fastapi.py").touch()  # has no FastAPI
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "old"), prepend=os.pathsep)
+    run_cli("serve", bundle("spoken-to-written")).assert_clear_error("FastAPI", "pip install 'elf-rt[serve]'")
 
 
 def test_what_cannot_be_served_is_one_line(run_cli, bundle, tmp_path):

@@ -16,7 +16,7 @@ from plan_bundles import golden_bundle, model_bundle
 from torch_on_cpu import CpuTorch, call
 
 from elf_rt import device
-from elf_rt.backends import torch_cuda, torch_network
+from elf_rt.backends import open_backend, torch_cuda, torch_network
 from elf_rt.backends.ort import OrtBackend
 from elf_rt.backends.torch_cuda import TorchBackend
 from elf_rt.backends.torch_weights import Linear
@@ -24,7 +24,7 @@ from elf_rt.bundle import Bundle
 from elf_rt.device import kernels
 from elf_rt.device.cudart import Gpu
 from elf_rt.errors import BackendError, GpuMemoryError
-from elf_rt.export.graph import write_graphs
+from elf_rt.export.graph import variant_files, write_graphs
 from elf_rt.export.precision import Item, Precision, PrecisionPlan
 from elf_rt.measure.verify import verify
 from elf_rt.model import Model
@@ -91,9 +91,8 @@ def test_follows_the_precision_plan(tmp_path: Path) -> None:
     folded = tmp_path / "b"
     folded.mkdir()
     write_graphs(folded, data.config, state, PrecisionPlan(Precision.FP32, items))
-    files = {"denoiser": "denoiser.onnx", "discretizer": "discretizer.onnx", "weights": "weights.bin"}
     plain = CpuTorch(bundle, "fp32")
-    bundle.variant = lambda precision: {part: folded / name for part, name in files.items()}  # type: ignore[method-assign]
+    bundle.variant = lambda precision: {part: folded / name for part, name in variant_files().items()}  # type: ignore[method-assign]
     scaled = CpuTorch(bundle, "fp32")
     q_eps, k_eps = scaled.network.blocks[0].eps
     assert q_eps != k_eps
@@ -247,7 +246,7 @@ def test_no_gpu_is_one_clear_line(bundles: Any, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(device, "find_gpu", lambda: "no NVIDIA GPU is visible")
     assert torch_cuda.unavailable() == "no NVIDIA GPU is visible"
     with pytest.raises(BackendError, match=r"^torch: no NVIDIA GPU is visible$"):
-        torch_cuda.open_backend(bundles("uncond"), "fp16")
+        open_backend(bundles("uncond"), "torch", "fp16")
 
 
 def test_a_torch_without_cuda_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

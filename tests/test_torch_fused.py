@@ -14,7 +14,7 @@ from elf_rt.backends.torch_network import Choice, Network
 from elf_rt.backends.torch_tuning import KERNELS, Call, Tuner, make_fused, make_tiles, tiles_of
 from elf_rt.backends.tuning_cache import TuningCache
 from elf_rt.bundle import Bundle
-from elf_rt.export.graph import write_graphs
+from elf_rt.export.graph import variant_files, write_graphs
 from elf_rt.export.precision import Item, Precision, PrecisionPlan
 
 pytest.importorskip("triton")
@@ -51,8 +51,7 @@ def test_folded_powers_of_two(tmp_path: Path) -> None:
     )
     state = {name: tensor.numpy() for name, tensor in data.state.items()}
     write_graphs(tmp_path, data.config, state, PrecisionPlan(Precision.FP16, items))
-    names = {"denoiser": "denoiser.onnx", "discretizer": "discretizer.onnx", "weights": "weights.bin"}
-    bundle.variant = lambda precision: {part: tmp_path / name for part, name in names.items()}  # type: ignore[method-assign]
+    bundle.variant = lambda precision: {part: tmp_path / name for part, name in variant_files().items()}  # type: ignore[method-assign]
     assert Network(bundle, "fp16", "cpu").blocks[1].proj.scale is not None
     assert relative_error(fused_call(bundle), plain) < 1e-3
 

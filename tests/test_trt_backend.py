@@ -22,7 +22,7 @@ from elf_rt.backends.trt_inspect import inspect_denoiser
 from elf_rt.bundle import Bundle
 from elf_rt.device.cudart import Gpu
 from elf_rt.engines.build import PlanRequest, build, plan_spec
-from elf_rt.engines.recipe import Recipe
+from elf_rt.engines.recipe import RECIPES
 from elf_rt.engines.shapes import parse_profiles
 from elf_rt.errors import BackendError, GpuMemoryError
 from elf_rt.measure.verify import verify
@@ -45,7 +45,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 
 def build_fake(bundle: Bundle, batch: str, precision: str = "fp32") -> Record:
     """A plan of the fake TensorRT that is installed, for the fake GPU."""
-    recipe, machine = Recipe.load("tensorrt"), this_machine()
+    recipe, machine = RECIPES["tensorrt"], this_machine()
     (sms,) = recipe.groups((), precision, machine)
     request = PlanRequest(precision, sms, parse_profiles(batch, None, bundle.config))
     return build(plan_spec(bundle, recipe, machine, request))

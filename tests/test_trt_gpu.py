@@ -14,7 +14,7 @@ from elf_rt.bundle import Bundle
 from elf_rt.device import cudart
 from elf_rt.device.cudart import Gpu, Stream, find_gpu
 from elf_rt.engines.build import PlanRequest, build, plan_spec
-from elf_rt.engines.recipe import Recipe
+from elf_rt.engines.recipe import RECIPES
 from elf_rt.engines.shapes import parse_profiles
 from elf_rt.measure.verify import verify
 from elf_rt.model import Model
@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not isinstance(find_gpu(), Gpu
 @pytest.fixture(params=["tensorrt", "tensorrt-rtx"])
 def library(request: pytest.FixtureRequest) -> str:
     name = str(request.param)
-    reason = why_unavailable(LIBRARIES[name]) or Recipe.load(name).cannot_target((), this_machine())
+    reason = why_unavailable(LIBRARIES[name]) or RECIPES[name].cannot_target((), this_machine())
     if reason:
         pytest.skip(f"{name}: {reason}")
     return name
@@ -36,7 +36,7 @@ def library(request: pytest.FixtureRequest) -> str:
 def opened(folder: Path, library: str, precision: str, case: str = "uncond") -> tuple[Bundle, TrtBackend]:
     """A golden bundle with a plan for the GPU here, built and loaded."""
     bundle, machine = golden_bundle(folder / f"{case}.elfrt", case), this_machine()
-    recipe = Recipe.load(library)
+    recipe = RECIPES[library]
     (sms,) = recipe.groups((), precision, machine)
     build(
         plan_spec(bundle, recipe, machine, PlanRequest(precision, sms, parse_profiles("1,1:4:16", None, bundle.config)))

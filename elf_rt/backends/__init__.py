@@ -1,7 +1,6 @@
 """Engine libraries. A backend's library is imported only when that backend is asked for."""
 
 import importlib
-from dataclasses import dataclass
 from typing import Any
 
 from elf_rt.backends.table import BACKENDS, PRECISIONS, held_precisions, variant_of
@@ -10,20 +9,12 @@ from elf_rt.errors import BackendError, InputError, warn
 from elf_rt.machine import check_threads
 from elf_rt.network import Backend
 
-__all__ = ["BACKENDS", "PRECISIONS", "Availability", "discover", "held_precisions", "open_backend", "variant_of"]
+__all__ = ["BACKENDS", "PRECISIONS", "discover", "held_precisions", "open_backend", "variant_of"]
 
 
-@dataclass(frozen=True)
-class Availability:
-    """Whether a backend can be used on this machine; ``reason`` says why not."""
-
-    name: str
-    reason: str | None
-
-
-def discover() -> list[Availability]:
-    """Every backend with the reason why it cannot be used here, best first."""
-    return [Availability(name, _module(name).unavailable()) for name in BACKENDS]
+def discover() -> dict[str, str | None]:
+    """Every backend with the reason why it cannot be used here, or None; best first."""
+    return {name: _module(name).unavailable() for name in BACKENDS}
 
 
 def open_backend(

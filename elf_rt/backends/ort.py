@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from elf_rt.bundle import Bundle
 from elf_rt.errors import BackendError, first_line
 from elf_rt.libraries import import_library, why_absent
 from elf_rt.machine import cores
-from elf_rt.network import Graph, check_widths, tensor_shapes
+from elf_rt.network import Graph, HostBackend, check_widths, tensor_shapes
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -26,21 +26,13 @@ def unavailable() -> str | None:
     return why_absent("onnxruntime", "InferenceSession", "pip install 'elf-rt[cpu]'")
 
 
-def open_backend(bundle: Bundle, precision: str, threads: int | None = None) -> "OrtBackend":
-    reason = unavailable()
-    if reason:
-        raise BackendError(f"{NAME}: {reason}")
-    return OrtBackend(bundle, precision, threads)
-
-
-class OrtBackend:
+class OrtBackend(HostBackend):
     """Two sessions over one copy of the weights; every bound graph has its own IO binding.
 
     fp16 and bf16 graphs are computed in float32 and rounded, to check them.
     """
 
     name = NAME
-    device: Literal["cpu"] = "cpu"
 
     def __init__(self, bundle: Bundle, precision: str, threads: int | None) -> None:
         self._ort = import_library("onnxruntime")
@@ -80,9 +72,6 @@ class OrtBackend:
             return OrtGraph(self._ort, self.sessions[graph], shapes, 1 if self.precision == "int8" else rows)
         return OrtGraph(self._ort, self.sessions[graph], shapes, DISCRETIZED_TOKENS, merged=True)
 
-    def max_rows(self, length: int, needed: int = 1) -> None:
-        return None
-
     def describe(self) -> Mapping[str, str]:
         return {
             "library": f"ONNX Runtime {self._ort.__version__}",
@@ -92,6 +81,9 @@ class OrtBackend:
 
     def close(self) -> None:
         self.sessions.clear()
+
+
+open_backend = OrtBackend
 
 
 class OrtGraph:

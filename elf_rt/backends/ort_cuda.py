@@ -6,7 +6,7 @@ streams of its own, so the host waits before and after each network call, and no
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from elf_rt.bundle import Bundle
 from elf_rt.device.cudart import DeviceMemory, synchronize
 from elf_rt.errors import BackendError, first_line
 from elf_rt.libraries import import_library, why_absent
-from elf_rt.network import GRAPHS, Capture, Enqueued, Graph, tensor_shapes
+from elf_rt.network import GRAPHS, Capture, DeviceBackend, Enqueued, Graph, tensor_shapes
 
 NAME = "onnxruntime-cuda"
 PROVIDER = "CUDAExecutionProvider"
@@ -34,16 +34,13 @@ def unavailable() -> str | None:
 
 def open_backend(bundle: Bundle, precision: str, threads: int | None = None) -> "OrtCudaBackend":
     """``threads`` has no meaning on a GPU."""
-    if reason := unavailable():
-        raise BackendError(f"{NAME}: {reason}")
     return OrtCudaBackend(bundle, precision)
 
 
-class OrtCudaBackend:
+class OrtCudaBackend(DeviceBackend):
     """Two sessions in GPU memory."""
 
     name = NAME
-    device: Literal["cuda"] = "cuda"
 
     def __init__(self, bundle: Bundle, precision: str) -> None:
         self._ort = import_library("onnxruntime")
@@ -57,9 +54,6 @@ class OrtCudaBackend:
     def bind(self, graph: Graph, rows: int, length: int, stream: int) -> "OrtCudaGraph":
         shapes = tensor_shapes(graph, self.config, rows, length)
         return OrtCudaGraph(self.sessions[graph], shapes, stream)
-
-    def max_rows(self, length: int, needed: int = 1) -> None:
-        return None
 
     def capture(self, plain: Capture, stream: int, body: Callable[[], None]) -> Enqueued:
         """Never a CUDA graph."""

@@ -10,7 +10,7 @@ import hashlib
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from elf_rt.errors import BackendError, last_line, warn
 from elf_rt.files import sealed_folder
 from elf_rt.libraries import import_library, why_absent
 from elf_rt.machine import cores, user_cache
-from elf_rt.network import Graph, check_widths, tensor_shapes
+from elf_rt.network import Graph, HostBackend, check_widths, tensor_shapes
 
 if TYPE_CHECKING:
     import openvino
@@ -37,22 +37,17 @@ def unavailable() -> str | None:
     return why_absent("openvino", "Core", "pip install 'elf-rt[openvino]'")
 
 
-def open_backend(bundle: Bundle, precision: str, threads: int | None = None) -> "OpenVinoBackend":
-    """Compile a bundle's float32 graphs. ``threads``: all cores, each pinned, by default; a number is not pinned.
+class OpenVinoBackend(HostBackend):
+    """Compiled networks that share one stream; every bound graph has its own request.
+
+    Args:
+        threads: None: all cores, each pinned; a number is not pinned.
 
     Raises:
-        BackendError: OpenVINO is missing or cannot compile the graphs.
+        BackendError: OpenVINO cannot compile the graphs.
     """
-    if reason := unavailable():
-        raise BackendError(f"{NAME}: {reason}")
-    return OpenVinoBackend(bundle, precision, threads)
-
-
-class OpenVinoBackend:
-    """Compiled networks that share one stream; every bound graph has its own request."""
 
     name = NAME
-    device: Literal["cpu"] = "cpu"
 
     def __init__(self, bundle: Bundle, precision: str, threads: int | None) -> None:
         self._ov = import_library("openvino")
@@ -93,9 +88,6 @@ class OpenVinoBackend:
             return OpenVinoGraph(self._ov, self.denoiser(length), shapes)
         return OpenVinoHead(self._ov, self.discretizer, shapes)
 
-    def max_rows(self, length: int, needed: int = 1) -> None:
-        return None
-
     def describe(self) -> Mapping[str, str]:
         return {
             "library": f"OpenVINO {self._ov.get_version().split('-')[0]}",
@@ -129,6 +121,9 @@ class OpenVinoBackend:
             warn(f"compiled networks are not cached: {error}")
             return {}
         return {"CACHE_DIR": str(folder)}
+
+
+open_backend = OpenVinoBackend
 
 
 class OpenVinoGraph:

@@ -9,7 +9,7 @@ from elf_rt.machine import has_bf16
 
 @dataclass(frozen=True)
 class Ability:
-    """module: has unavailable() and open_backend(bundle, precision, threads).
+    """module: has unavailable() and, called where that gives None, open_backend(bundle, precision, threads).
 
     precisions: best first. checking: those that it only emulates, to check their graphs, and runs where it is named.
     rounded: those that may be asked for and give the nearest that the processor has, with a warning. variants: the

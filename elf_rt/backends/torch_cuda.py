@@ -51,8 +51,6 @@ def unavailable() -> str | None:
 
 def open_backend(bundle: Bundle, precision: str, threads: int | None = None) -> "TorchBackend":
     """``threads`` has no meaning on a GPU."""
-    if reason := unavailable():
-        raise BackendError(f"{NAME}: {reason}")
     return TorchBackend(bundle, precision, tune=not os.environ.get(NO_TUNE))
 
 

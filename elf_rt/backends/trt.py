@@ -15,8 +15,8 @@ from elf_rt.backends.trt_graph import TrtGraph
 from elf_rt.bundle import Bundle
 from elf_rt.device.kernels import default_cache
 from elf_rt.errors import BackendError
-from elf_rt.network import Capture, Graph, Launchable
-from elf_rt.plans import GRAPHS, TENSORRT, Library, Record, find_plans, make_log, this_machine
+from elf_rt.network import GRAPHS, Capture, Graph, Launchable
+from elf_rt.plans import TENSORRT, Library, Record, find_plans, make_log, this_machine
 
 NAME = TENSORRT.name
 
@@ -129,7 +129,7 @@ class TrtBackend:
     def _load(self, folder: Path, record: Record) -> dict[str, LoadedEngine]:
         if folder not in self._loaded:
             record.check_files(folder, self._bundle.digest)
-            engines = {}
+            engines: dict[str, LoadedEngine] = {}
             for name in GRAPHS:
                 path = folder / record.engines[name].file
                 engine = self._runtime.deserialize_cuda_engine(path.read_bytes())

@@ -5,15 +5,11 @@ shape: here all at once and before that run goes on, since a CUDA graph keeps th
 the user's cache, so that the next start does not compile them again.
 """
 
-import logging
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from elf_rt.errors import ElfError
 from elf_rt.files import read_sealed, write_sealed
-
-_log = logging.getLogger(__name__)
 
 
 class LoadedEngine:
@@ -36,15 +32,12 @@ class LoadedEngine:
         return self.engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
 
     def close(self) -> None:
-        """Keep the kernels that were finished since. A cache that cannot be written only costs the next start time."""
+        """Keep the kernels that were finished since."""
         if self._cache is None or self._file is None:
             return
         kernels = bytes(self._cache.serialize() or b"")
         if kernels != self._known:
-            try:
-                write_sealed(self._file, kernels)
-            except (OSError, ElfError) as error:
-                _log.warning("finished kernels are not kept: %s", error)
+            write_sealed(self._file, kernels, "finished kernels")
         self._config = self._cache = None
 
     def _configure(self, kernels: Path) -> None:

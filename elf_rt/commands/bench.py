@@ -23,6 +23,7 @@ from elf_rt.measure.bench import BenchReport, Contender, Opened, Work, measure, 
 from elf_rt.measure.bench_report import describe_machine, draw, lines
 from elf_rt.model import Model
 from elf_rt.params import RELEASED, ModelConfig
+from elf_rt.request import preset_of
 from elf_rt.text.tokenizer import TextTokenizer
 
 TINY = ModelConfig(
@@ -166,10 +167,10 @@ def _parse(name: str) -> tuple[str, str]:
 def _all_here(bundle: Bundle) -> list[tuple[str, str]]:
     """Every backend that works here in its best precision, in float32, and in int8 where the bundle has it."""
     choices = []
-    for backend in discover():
-        if backend.reason is None:
-            held = held_precisions(bundle, backend.name)
-            choices += [(backend.name, p) for p in held if p in (held[0], "fp32", "int8")]
+    for backend, reason in discover().items():
+        if reason is None:
+            held = held_precisions(bundle, backend)
+            choices += [(backend, p) for p in held if p in (held[0], "fp32", "int8")]
     if not choices:
         raise BackendError("no backend works here: elf-rt doctor tells why")
     return choices
@@ -228,10 +229,8 @@ def _write_random(folder: Path, size: str, wanted: Sequence[tuple[str, str]]) ->
 
 
 def _work(bundle: Bundle, options: dict[str, Any]) -> Work:
-    preset = options["preset"]
-    if preset not in bundle.presets:
-        raise InputError(f"preset must be one of {', '.join(bundle.presets)}, got {preset!r}")
-    steps = RANDOM_STEPS if options["random_size"] else bundle.presets[preset].steps
+    params = preset_of(bundle.presets, options["preset"])
+    steps = RANDOM_STEPS if options["random_size"] else params.steps
     return Work(
         steps=options["steps"] or (steps,),
         batches=options["batches"],
@@ -239,7 +238,7 @@ def _work(bundle: Bundle, options: dict[str, Any]) -> Work:
         seed=options["seed"],
         length=options["length"],
         prompts=_prompts(bundle, options["input_path"]),
-        preset=preset,
+        preset=options["preset"],
     )
 
 

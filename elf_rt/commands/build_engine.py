@@ -104,15 +104,14 @@ def command(
 
 def _recipe(target: str, sms: tuple[int, ...], machine: "Machine") -> "Recipe":
     """The library to build with. TensorRT builds only for a GPU that is here, so --sm alone asks for TensorRT-RTX."""
-    from elf_rt.engines.recipe import Recipe
+    from elf_rt.engines.recipe import RECIPES
 
     if target != "auto":
-        recipe = Recipe.load(target)
+        recipe = RECIPES[target]
         recipe.library.load()
         return recipe
     reasons = []
-    for name in ("tensorrt", "tensorrt-rtx"):
-        recipe = Recipe.load(name)
+    for name, recipe in RECIPES.items():
         reason = recipe.library.unavailable() or recipe.cannot_target(sms, machine)
         if reason is None:
             return recipe

@@ -19,9 +19,9 @@ def command() -> None:
     if integrator.IMPLEMENTATION == "numpy":
         click.echo("  the C++ extension was not built: install a C++ compiler and reinstall elf-rt to make it faster")
     found = discover()
-    for backend in found:
-        click.echo(f"{'ok ' if backend.reason is None else '-- '} {backend.name:16} {backend.reason or ''}".rstrip())
-        if backend.name == torch_cuda.NAME and backend.reason is None:
+    for name, reason in found.items():
+        click.echo(f"{'ok ' if reason is None else '-- '} {name:16} {reason or ''}".rstrip())
+        if name == torch_cuda.NAME and reason is None:
             click.echo(f"     {torch_cuda.details()}")
-    if all(backend.reason for backend in found):
+    if all(found.values()):
         click.echo("no backend works here: pip install 'elf-rt[cpu]'")

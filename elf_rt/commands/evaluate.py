@@ -139,7 +139,7 @@ def _measure(
         perplexity = None
         if model is not None:
             with progress("perplexity", total=len(run.texts)) as ticker:
-                perplexity = model.perplexity(run.texts, ticker.update).value
+                perplexity = model.perplexity(run.texts, ticker.update)
         values |= asdict(evaluation.fluency(run.tokens, perplexity))
     if "accuracy" in wanted:
         assert references is not None

@@ -92,10 +92,11 @@ def command(
         }
         in_json = as_json or output_path is not None
         file = stack.enter_context(part.open(done, total)) if part else _stream(stack, output_path, in_json)
-        write = partial(_write_json if in_json else _write_text, file, total == 1)
-        show = _watch if watch and sys.stdout.isatty() else _wait
+        write = partial(_write_json, file) if in_json else partial(_write_text, file, total == 1)
+        watched = watch and sys.stdout.isatty()
+        batches = _watch(model, arguments) if watched else _wait(model, arguments, total - done)
         written = done
-        for results in show(model, arguments, total - done) if total > done else ():
+        for results in batches if total > done else ():
             for result in results:
                 source = records[written // n] if records else {}
                 write({**source, **result.to_json()})
@@ -132,7 +133,7 @@ def _wait(model: Any, arguments: dict[str, Any], total: int) -> Iterator[list[An
                 ticker.update(done + event.batch * event.step / event.steps)
 
 
-def _watch(model: Any, arguments: dict[str, Any], total: int) -> Iterator[list[Any]]:
+def _watch(model: Any, arguments: dict[str, Any]) -> Iterator[list[Any]]:
     """Batches of results behind a live view of the first text of each batch."""
     from rich.console import Console
     from rich.live import Live
@@ -181,7 +182,7 @@ def _stream(stack: ExitStack, path: Path | None, as_json: bool) -> TextIO:
     return stack.enter_context(path.open("w", encoding="utf-8"))
 
 
-def _write_json(file: TextIO, single: bool, record: dict[str, Any]) -> None:
+def _write_json(file: TextIO, record: dict[str, Any]) -> None:
     print(json.dumps(record, ensure_ascii=False, allow_nan=False), file=file, flush=True)
 
 

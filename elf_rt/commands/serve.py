@@ -7,6 +7,7 @@ import click
 
 from elf_rt.commands.options import backend_options, bundle_argument
 from elf_rt.errors import InputError
+from elf_rt.libraries import needs
 
 
 @click.command("serve")
@@ -44,8 +45,8 @@ def command(
         from elf_rt.serve.boundary import log_to_stderr
         from elf_rt.serve.job import Service
         from elf_rt.serve.server import listen, run
-    except ModuleNotFoundError as error:
-        raise InputError(f"serve needs the package {error.name}: pip install 'elf-rt[serve]'") from error
+    except (ImportError, OSError) as error:
+        raise needs("serve", error, "pip install 'elf-rt[serve]'") from error
     from elf_rt.model import load
 
     keys = _read_keys(api_key_file)

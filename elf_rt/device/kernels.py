@@ -7,7 +7,6 @@ capability, NVRTC version) and carries its own checksum, so a stale or damaged f
 import functools
 import hashlib
 import importlib
-import logging
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from elf_rt.errors import BackendError, ElfError
+from elf_rt.errors import BackendError
 from elf_rt.files import read_sealed, write_sealed
 from elf_rt.machine import user_cache
 from elf_rt.sampling.schedule import MAX_ROWS, Row
@@ -28,8 +27,6 @@ ROW_BITS = 4
 
 _OPTIONS = ("--std=c++17", "--ptxas-options=-v")
 _SOURCE, _HEADER = "integrator.cu", "integrator.h"
-_log = logging.getLogger(__name__)
-
 
 # SlotStep of cpp_ext/integrator.h: device addresses (0: absent), then numbers.
 SLOT_STEP = np.dtype(
@@ -72,10 +69,7 @@ def get_cubin(sm: int, cache: Path | None = None) -> bytes:
     cubin = read_sealed(path)
     if cubin is None:
         cubin, _ = compile_cubin(sm)
-        try:
-            write_sealed(path, cubin)
-        except (OSError, ElfError) as error:  # without a cache the next start takes a second longer
-            _log.warning("compiled kernels are not cached: %s", error)
+        write_sealed(path, cubin, "compiled kernels")
     return cubin
 
 

@@ -30,18 +30,6 @@ MAX_LM_TOKENS = 1024  # as the official evaluation cuts a text
 
 
 @dataclass(frozen=True)
-class Perplexity:
-    """exp(nll / tokens) over a whole corpus: nll in nats, tokens = how many were predicted."""
-
-    nll: float
-    tokens: int
-
-    @property
-    def value(self) -> float:
-        return math.exp(min(self.nll / self.tokens, 700.0))
-
-
-@dataclass(frozen=True)
 class Fluency:
     """The three numbers that mean something only together.
 
@@ -231,7 +219,7 @@ class LanguageModel:
             logits = self._model(tokens).logits[0, :-1].float()
         return float(torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum"))
 
-    def perplexity(self, texts: Sequence[str], on_text: Callable[[int], None] | None = None) -> Perplexity:
+    def perplexity(self, texts: Sequence[str], on_text: Callable[[int], None] | None = None) -> float:
         """Corpus perplexity by the official recipe: retokenise, cut to 1024, exp(total NLL / total tokens).
 
         Texts of fewer than two tokens predict nothing and are left out. on_text is told how many texts are done.
@@ -249,7 +237,7 @@ class LanguageModel:
                 on_text(done)
         if tokens == 0:
             raise InputError("no text has two tokens, so there is no perplexity to measure")
-        return Perplexity(nll, tokens)
+        return math.exp(min(nll / tokens, 700.0))  # exp of more is no float64
 
 
 def _entropy(tokens: Tokens) -> float:
