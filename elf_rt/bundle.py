@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from elf_rt.errors import BundleError
-from elf_rt.files import locked, remembered_sha256, sha256, unfinished_folder, why_not_here
+from elf_rt.files import is_utf8, locked, remembered_sha256, sha256, unfinished_folder, why_not_here
 from elf_rt.graph_file import Shape, read_graph
 from elf_rt.machine import user_cache
 from elf_rt.manifest import FORMAT, MANIFEST, SCHEMA_VERSION, Manifest, listed_files
@@ -61,10 +61,16 @@ class Bundle:
     @classmethod
     def open(cls, folder: str | Path) -> Self:
         folder = Path(folder)
+        if not is_utf8(folder):
+            raise BundleError(f"{str(folder)!r} is not UTF-8, and engine libraries take no other paths: rename it")
+        path = folder / MANIFEST
+        try:
+            absent = not path.exists() and not path.is_symlink()
+        except OSError as error:
+            raise BundleError(f"{folder} cannot be read: {error.strerror}") from error
         if not folder.is_dir():
             raise BundleError(f"no bundle at {folder}: make one with elf-rt export")
-        path = folder / MANIFEST
-        if not path.exists() and not path.is_symlink():
+        if absent:
             raise BundleError(f"{folder} has no {MANIFEST}, so it is not a bundle: make one with elf-rt export")
         return cls(folder, Manifest.read(path))
 
@@ -247,11 +253,12 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     place = (target,) if there else (target.parent, f".{target.name}.unfinished-")
     with unfinished_folder(*place) as work:
         yield work
-        if there:
-            _publish(work, target, old)
-        else:
-            work.chmod(0o755)
-            os.replace(work, target)
+        with locked(target.parent):
+            if target.exists():  # perhaps since a moment ago, by another export
+                _publish(work, target, old if there else _old_files(target))
+            else:
+                work.chmod(0o755)
+                os.replace(work, target)
 
 
 def _old_files(target: Path) -> list[str]:

@@ -5,6 +5,8 @@ import errno
 import importlib
 import signal
 import sys
+import threading
+from types import FrameType, ModuleType
 from typing import Any
 
 import click
@@ -24,6 +26,7 @@ from elf_rt.errors import ElfError, first_line, lack_of_memory
 
 # SIGHUP: the terminal, or the connection to it, is gone.
 STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+IMPORT_SECONDS = 0.01  # after which a signal that came during an import is looked at again
 
 COMMANDS = {  # name -> (module in elf_rt.commands, one line for --help)
     "export": ("export", "Turn a trained checkpoint into a bundle."),
@@ -105,21 +108,41 @@ def main(args: list[str] | None = None) -> Any:
     sys.exit(code)
 
 
+_put_off: list[int] = []  # signals that came during an import
+
+
 class Stopped(SystemExit):
     """A signal asks the process to end: half-written files are taken away, and what is finished is kept."""
 
 
-def _stop(number: int, frame: object) -> None:
+def _stop(number: int, frame: FrameType | None) -> None:
+    if _imports(frame):  # a library that is stopped half-way is broken from then on, and may keep the exception
+        _put_off.append(number)
+        again = threading.Timer(IMPORT_SECONDS, signal.raise_signal, [number])
+        again.daemon = True
+        again.start()
+        return
     for other in STOPPING:  # the end is not to be cut short, but by a second Ctrl-C
         signal.signal(other, signal.SIG_DFL if other == signal.SIGINT else signal.SIG_IGN)
     raise Stopped(128 + number)
 
 
+def _imports(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
 def _run(args: list[str] | None) -> int:
     """The exit code of a command."""
     try:
+        _put_off.clear()
         with plain_warnings():
             code = group.main(args=args, standalone_mode=False)
+            if _put_off:
+                raise Stopped(128 + _put_off[0])
     except Stopped as stop:
         code = stop.code
         complain(_with_notes("stopped", stop))
@@ -144,6 +167,10 @@ def _report(error: Exception) -> int:
         reason = str(error)
     elif (lack := lack_of_memory(error)) is not None:
         reason = first_line(lack)
+    elif _is_of_a_library(error):
+        reason = f"a library cannot be used here ({first_line(error)}): pip install --force-reinstall elf-rt"
+    elif isinstance(error, RuntimeError) and "Symlink loop" in str(error):  # Path.resolve's, before Python 3.13
+        reason = f"{first_line(error)}: a link that leads to itself"
     elif not isinstance(error, OSError):
         raise error
     elif error.errno is None:  # numpy's, which counts items
@@ -155,6 +182,14 @@ def _report(error: Exception) -> int:
     if not isinstance(error, BrokenPipeError):
         complain(f"error: {_with_notes(reason, error)}", error)
     return 1
+
+
+def _is_of_a_library(error: Exception) -> bool:
+    """Whether one is absent, cannot be imported, or is only half there."""
+    name = error.name if isinstance(error, ImportError) else "elf_rt"
+    if isinstance(error, AttributeError) and isinstance(error.obj, ModuleType):
+        name = error.obj.__name__
+    return str(name).split(".")[0] != "elf_rt"
 
 
 def _with_notes(text: str, error: BaseException) -> str:

@@ -22,11 +22,14 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+LOCK_SECONDS = 10.0  # that other processes may hold a folder: they move files, or compile a network
 UNFINISHED = ".unfinished-"
 ABANDONED_AFTER_SECONDS = 24 * 3600  # where a folder cannot be locked, so that only its age tells
 REMEMBERED_FROM_BYTES = 1 << 24  # smaller files are hashed in 10 ms
 SETTLED_SECONDS = 2  # the coarsest clock of a file system: a file younger than that may change and keep its time
 SEAL, SEAL_BYTES = "seal", 32
+
+_held: set[int] = set()  # handles of the folders that this process has locked
 _log = logging.getLogger(__name__)
 
 
@@ -53,6 +56,15 @@ def remembered_sha256(path: Path) -> str:
     if age > SETTLED_SECONDS * 1e9:
         write_sealed(known, json.dumps([*identity, digest]).encode())
     return digest
+
+
+def is_utf8(path: Path) -> bool:
+    """Whether libraries that take paths as text can open it."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def is_inside(name: str) -> bool:
@@ -198,23 +210,45 @@ def remove_abandoned(parent: Path, prefix: str = UNFINISHED) -> None:
             continue
         if fcntl is None and time.time() - work.stat().st_mtime < ABANDONED_AFTER_SECONDS:
             continue
-        with contextlib.suppress(OSError), locked(work, wait=False):  # BlockingIOError: it is held
+        with contextlib.suppress(OSError), locked(work, seconds=0):  # BlockingIOError: it is held
             shutil.rmtree(work)
 
 
 @contextlib.contextmanager
-def locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
+def locked(folder: Path, *, seconds: float | None = None) -> Iterator[None]:
     """Hold a folder against other processes that lock it too; the system lets go when this process ends.
 
     Raises:
-        BlockingIOError: another process holds it, and ``wait`` is false.
+        BlockingIOError: another process holds it for longer than so many seconds, LOCK_SECONDS by default.
     """
     if fcntl is None:
         yield
         return
-    handle = os.open(folder, os.O_RDONLY)
+    end, handle = time.monotonic() + (LOCK_SECONDS if seconds is None else seconds), os.open(folder, os.O_RDONLY)
+    _held.add(handle)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() >= end:
+                    told = "another process holds it, and may be stopped"
+                    raise BlockingIOError(error.errno, told, str(folder)) from error
+                time.sleep(0.02)
         yield
     finally:
+        if handle in _held:  # not in a child that was forked in the block
+            _held.discard(handle)
+            os.close(handle)
+
+
+def _let_go() -> None:
+    """In a forked child, which would hold what its parent holds, and for as long as it lives."""
+    for handle in _held:
         os.close(handle)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)

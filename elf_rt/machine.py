@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 from functools import cache
+from numbers import Integral
 from pathlib import Path
 
 from elf_rt.errors import InputError
@@ -76,9 +77,9 @@ def check_threads(threads: int | None) -> int:
     here = cores()
     if threads is None:
         return here
-    if not isinstance(threads, int) or isinstance(threads, bool) or not 1 <= threads <= 4 * here:
+    if not isinstance(threads, Integral) or isinstance(threads, bool) or not 1 <= threads <= 4 * here:
         raise InputError(f"threads must be a whole number between 1 and {4 * here} (4 x {here} cores), got {threads!r}")
-    return threads
+    return int(threads)
 
 
 @cache

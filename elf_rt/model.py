@@ -3,8 +3,7 @@ latents with everything given."""
 
 import threading
 import weakref
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from elf_rt.forking import keep_in_child
 from elf_rt.machine import check_threads
 from elf_rt.network import Backend
 from elf_rt.params import SamplingParams
-from elf_rt.pending import EventStream, Pending
+from elf_rt.pending import EventStream, Pending, by_group
 from elf_rt.request import (
     Checked,
     Encoded,
@@ -80,7 +79,9 @@ def load(
     bundle = Bundle.open(path)
     if check:
         bundle.check()
-    return Model(bundle, lambda: open_backend(bundle, backend, precision, threads), threads=threads, max_rows=max_rows)
+    return Model(
+        bundle, lambda opened: open_backend(opened, backend, precision, threads), threads=threads, max_rows=max_rows
+    )
 
 
 class Model:
@@ -98,26 +99,25 @@ class Model:
     def __init__(
         self,
         bundle: Bundle,
-        open_backend: Callable[[], tuple[Backend, str]],
+        open_backend: Callable[[Bundle], tuple[Backend, str]],
         *,
         threads: int | None = None,
         max_rows: int | None = None,
     ) -> None:
-        self.bundle = bundle
-        self.config = bundle.config
         self._open, self._threads, self._max_rows = open_backend, threads, max_rows
         self._folder = bundle.folder.resolve()
         self._restarting = threading.Lock()  # of a forked child, whose threads may ask all at once
-        self._start()
+        self._start(bundle)
 
-    def _start(self) -> None:
-        bundle, max_rows = self.bundle, self._max_rows
+    def _start(self, bundle: Bundle) -> None:
+        self.bundle, self.config = bundle, bundle.config
         integrator.set_threads(check_threads(self._threads))
-        self.backend, self.backend_reason = backend, _ = self._open()
+        self.backend, self.backend_reason = backend, _ = self._open(bundle)
         self.codec = TextCodec(bundle, self._threads)
-        self._driver = Driver(running_engine(backend, bundle.config, max_rows), bundle.config.max_length)
-        keep_in_child(backend, self.codec, self._driver)
-        self._finalizer = weakref.finalize(self, _close, self._driver)
+        driver = Driver(running_engine(backend, bundle.config, self._max_rows), bundle.config.max_length)
+        keep_in_child(backend, self.codec, driver)
+        self._finalizer = weakref.finalize(self, _close, driver)
+        self._driver = driver
 
     def params(self, preset: str = "default", **overrides: Any) -> SamplingParams:
         """The bundle's preset with some values changed (None keeps the preset's).
@@ -170,6 +170,8 @@ class Model:
 
         ``on_step`` and what is raised are those of ``generate``.
         """
+        if not isinstance(texts, Sequence):
+            raise InputError(f"texts must be a sequence of elf_rt.Text, got {texts!r}")
         return self._write([check(self.codec, self.bundle.presets, text) for text in texts], on_step)
 
     def submit(self, text: Text, *, drafts_every: int = 0) -> Pending:
@@ -248,6 +250,10 @@ class Model:
         """
         whole, z0 = check_seeds(seeds), as_floats("z0", z0, (None, None, self.config.latent_dim))
         batch = len(whole) if z0 is None else len(z0)
+        if not batch:
+            raise InputError("z0 must hold at least one text")
+        if params is not None and not isinstance(params, SamplingParams):
+            raise InputError(f"params must be SamplingParams, as Model.params makes them, got {params!r}")
         whole = whole * batch if len(whole) == 1 else whole
         if len(whole) != batch:
             raise InputError(f"seeds must have shape ({batch},), got ({len(whole)},)")
@@ -308,16 +314,21 @@ class Model:
 
     @property
     def _open_driver(self) -> Driver:
+        if self._driver.forked:
+            with self._restarting:
+                self._start_in_child()
         if not self._finalizer.alive:
             raise BackendError(CLOSED)
-        if self._driver.forked:
-            if self.backend.device == "cuda":
-                raise BackendError("a GPU cannot be used in a process forked after load: load the model in the child")
-            with self._restarting:
-                if self._driver.forked:
-                    self._finalizer.detach()
-                    self._start()
         return self._driver
+
+    def _start_in_child(self) -> None:
+        """The bundle may lie elsewhere, seen from the folder that the child is in."""
+        if not self._driver.forked or not self._finalizer.alive:
+            return
+        if self.backend.device == "cuda":
+            raise BackendError("a GPU cannot be used in a process forked after load: load the model in the child")
+        self._finalizer.detach()
+        self._start(Bundle.open(self._folder))
 
     def _run(
         self, texts: Sequence[Checked], drafts_every: int = 0, *, steps: bool = True
@@ -359,26 +370,18 @@ class Model:
     def _told(
         self, texts: Sequence[Checked], run: EventStream, groups: list[range], prepared: dict[int, Prepared]
     ) -> Iterator[Draft | list[Result]]:
-        """The events of texts that all have the same steps, group by group: a step when the whole group has done it."""
-        steps, end = texts[0].params.steps, 0
-        events: defaultdict[int, dict[int, Event]] = defaultdict(dict)  # step -> events not told of yet
-        told, step = 0, 1  # groups, and what comes next of the one behind them
-        for index, event in run:
-            events[event.step if isinstance(event, StepDone) else end][index] = event
-            while told < len(groups) and events[step].keys() >= set(groups[told]):
-                mine = [(prepared[i], events[step].pop(i)) for i in groups[told]]
-                if step == end:
-                    yield [self._result(each, event) for each, event in mine if isinstance(event, Written)]
-                    told, step = told + 1, 1
-                else:
-                    yield self._draft([(each, event) for each, event in mine if isinstance(event, StepDone)], steps)
-                    step = step + 1 if step < steps else end
+        with closing(run):
+            for events in by_group(run, groups, texts[0].params.steps):
+                written = [
+                    self._result(prepared[i], event) for i, event in events.items() if isinstance(event, Written)
+                ]
+                yield written or self._draft(prepared, events, texts[0].params.steps)
 
-    def _draft(self, told: list[tuple[Prepared, StepDone]], steps: int) -> Draft:
-        done = told[0][1]
-        read = [self._read(prepared, each.draft) for prepared, each in told if each.draft is not None]
-        texts = read or None
-        return Draft(done.step, steps, done.t, texts, len(told))
+    def _draft(self, prepared: dict[int, Prepared], events: Mapping[int, Event], steps: int) -> Draft:
+        done = {i: event for i, event in events.items() if isinstance(event, StepDone)}
+        texts = [self._read(prepared[i], event.draft) for i, event in done.items() if event.draft is not None]
+        first = next(iter(done.values()))
+        return Draft(first.step, steps, first.t, texts or None, len(done))
 
     def _result(self, prepared: Prepared, written: Written) -> Result:
         ids, checked = prepared.finish(self.codec, written.ids), prepared.checked

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import threading
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from functools import partial
@@ -67,6 +68,18 @@ class EventStream:
         posts = [partial(_put, self._events, self._steps, index) for index in indices]
         self._tasks |= dict(zip(indices, self._driver.submit(group, posts, self._events), strict=True))
         self._submitted, self._size = indices.stop, len(group)
+
+
+def by_group(run: EventStream, groups: Sequence[range], steps: int) -> Iterator[dict[int, Event]]:
+    """The events of texts that all have the same steps, by index and group by group: a step when the whole group has
+    done it, and last what was written. groups: of indices, to which more are added as texts are submitted."""
+    events: defaultdict[int, dict[int, Event]] = defaultdict(dict)  # by step, of those not told yet; 0: written
+    group, step = 0, 1  # the next to tell
+    for index, event in run:
+        events[event.step if isinstance(event, StepDone) else 0][index] = event
+        while group < len(groups) and events[step].keys() >= set(groups[group]):
+            yield {i: events[step].pop(i) for i in groups[group]}
+            group, step = (group + 1, 1) if step == 0 else (group, (step + 1) % (steps + 1))
 
 
 def _put(events: "SimpleQueue[tuple[int, Event]]", steps: bool, index: int, event: Event) -> None:

@@ -120,6 +120,7 @@ def check_many(
     """
     if not is_whole(n) or n < 1:
         raise InputError(f"n must be a whole number, 1 or more, got {n!r}")
+    n = int(n)
     prompts = [prompts] if isinstance(prompts, str) else prompts
     if not isinstance(prompts, Sequence | None):
         raise InputError(f"prompts must be a text or a sequence of texts, got {prompts!r}")
@@ -173,7 +174,7 @@ def _encode(codec: TextCodec, texts: Sequence[Checked], encoded: Encoded) -> Non
 
 
 def preset_of(presets: Mapping[str, SamplingParams], name: str) -> SamplingParams:
-    if name not in presets:
+    if not isinstance(name, str) or name not in presets:
         raise InputError(f"preset must be one of {', '.join(presets)}, got {name!r}")
     return presets[name]
 
@@ -218,6 +219,8 @@ def is_whole(value: object) -> TypeGuard[int]:
 
 
 def _pins(codec: TextCodec, pinned: Pins, room: int) -> Pinned:
+    if not isinstance(pinned, str | Mapping):
+        raise InputError(f"pinned must be a template or {{position: token}}, got {pinned!r}")
     if not isinstance(pinned, str):
         return Pinned.from_tokens(pinned, codec.tokenizer, codec.config.vocab_size, room)
     if codec.tokenizer is None:

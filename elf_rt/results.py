@@ -9,7 +9,7 @@ import numpy as np
 from elf_rt.sampling.program import Timings, Written
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no one truth of being equal
 class Result:
     """One text that is written.
 
@@ -58,7 +58,7 @@ class Draft:
     batch: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Outcome:
     """What ``Model.sample`` gives.
 

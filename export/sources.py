@@ -8,6 +8,8 @@ from pathlib import Path
 from elf_rt.errors import CheckpointError
 from elf_rt.export.hub import download
 from elf_rt.export.layouts import recognise, step_in_name
+from elf_rt.export.weights import named_average
+from elf_rt.files import is_utf8
 
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 _HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:/(?P<sub>[^\\]+))?")
@@ -17,7 +19,7 @@ _NOT_WEIGHTS = re.compile(
 )
 _SAME_MODEL = ("model.safetensors", "pytorch_model.bin")  # where Hugging Face's folders have both, they hold the same
 _NEWEST = ("last", "latest")  # what training libraries call a run's newest file
-_PARTS_OF_RUNS = ("checkpoints", "checkpoint", "ckpts", "ckpt", "weights")  # folders whose run is the folder above
+_PARTS_OF_RUNS = ("checkpoints", "checkpoint", "ckpts", "ckpt", "ema", "weights")  # folders in that of their run
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ def find_source(source: str | Path) -> Source:
         CheckpointError: nothing there, or several candidates.
     """
     path = Path(source).expanduser()
+    if not is_utf8(path):
+        raise CheckpointError(f"{str(path)!r} is not UTF-8, and libraries take no other paths: rename it")
     if _there(path):
         return _source(path, path)
     match = _HUB_ID.fullmatch(str(source))
@@ -65,6 +69,8 @@ def _there(path: Path) -> bool:
 
 def _source(path: Path, given: Path) -> Source:
     place = locate(path)
+    if (beside := _average_beside(place, path)) is not None:
+        raise CheckpointError(f"{place} has averaged weights (EMA) beside it, in {beside.name}: name the one to export")
     own: dict[Path, None] = {}
     for start in (place, given, place.resolve()):  # config may lie beside a link, or beside what it leads to
         if start.is_dir():
@@ -103,6 +109,18 @@ def locate(path: Path) -> Path:
     if nested:
         return locate(nested[0])
     raise CheckpointError(f"{path} holds no checkpoint_<step> and no weight file ({', '.join(WEIGHT_SUFFIXES)})")
+
+
+def _average_beside(place: Path, run: Path) -> Path | None:
+    """A file or folder of averaged weights in a run, next to the checkpoint that was found there, or to its folder."""
+    while place != run and not named_average(place.name):
+        for other in sorted(place.parent.iterdir()):
+            inside = other.iterdir() if other.is_dir() else (other,)
+            holds = any(each.suffix in (*WEIGHT_SUFFIXES, "") for each in inside)
+            if other != place and named_average(other.name) and holds:
+                return other
+        place = place.parent
+    return None
 
 
 def _numbered(children: list[Path]) -> Iterator[Path]:

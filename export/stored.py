@@ -71,6 +71,19 @@ def flatten(tree: Mapping[Any, Any], most: int = 1_000_000) -> dict[str, Any]:
     return flat
 
 
+def flatten_lists(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """A value with its path; of lists, and of mappings in them, what they hold."""
+    left = [(path, value)]
+    while left:
+        path, value = left.pop()
+        if isinstance(value, list | tuple):
+            left += [(f"{path}.{index}", inner) for index, inner in enumerate(value)]
+        elif isinstance(value, Mapping):
+            left += [(f"{path}.{key}", inner) for key, inner in value.items()]
+        else:
+            yield path, value
+
+
 def _plain(value: torch.Tensor) -> torch.Tensor | None:
     """A dense tensor on the CPU whose every element is stored: no stride trick that grows when it is copied, no list of
     tensors in one, no sign or scale kept apart."""

@@ -12,7 +12,7 @@ import torch
 
 from elf_rt.errors import CheckpointError
 from elf_rt.export.foreign import printable
-from elf_rt.export.stored import Stored
+from elf_rt.export.stored import Stored, flatten_lists
 
 # What training wrappers put into names, at any depth: DDP, torch.compile, FSDP, activation checkpointing, Lightning.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
@@ -27,6 +27,7 @@ _AVERAGE = re.compile(r"(^|[^a-z])(ema|average[ds]?|averaging|avg|swa|shadow|pol
 _TRAINING = re.compile(
     r"(^|[._])(opt|opt_states?|optim\w*|grads?|grad_\w+|exp_avg\w*|mu|nu|momentum|velocity)([._]|$)", re.IGNORECASE
 )
+_MOMENTS = re.compile(r"\w*(exp|square|grad)_avg\w*")  # averages of gradients, which optimizers keep
 _UNUSED = re.compile(  # tensors that training keeps beside the network and inference never reads
     r"(.*\.)?(\w*rope|rotary\w*|inv_freq|freqs\w*|position_ids|n_averaged|num_updates|decay|num_batches_tracked)(\..*)?"
     r"|(\w+_)?(encoder|teacher|discriminator|critic|losses|loss|metrics?|projector|heads?)\..*|(aux|repa)\w*\..*"
@@ -68,8 +69,8 @@ def choose(stored: Stored, raw: bool, path: object) -> WeightSet:
     if not wanted and sets[0].kind == "ema":
         raise CheckpointError(f"{path} holds only averaged weights (EMA): leave out --raw")
     if not wanted and sets[0].kind == "raw":
-        nameless = _nameless_average(stored)
-        listed = f" (those under {printable(nameless)} are a list without names)" if nameless else ""
+        other = _other_average(stored)
+        listed = f" (those under {printable(other)} are not all there, or a list without names)" if other else ""
         raise CheckpointError(f"{path} holds no EMA weights{listed}: pass --raw to take the others")
     places = ", ".join(printable(found.where or "the top level") for found in wanted or sets)
     raise CheckpointError(f"{path} holds several sets of weights ({places}): save the state dict that you mean alone")
@@ -80,9 +81,14 @@ def find_sets(stored: Stored) -> list[WeightSet]:
     groups = _grouped(stored.leaves)
     averaged = {where for where in groups if _is_average(where, stored)}
     trained = [where for where in groups if where not in averaged]
-    proven = len(trained) == 1 and (averaged or trained == ["params"] or _nameless_average(stored))
+    proven = len(trained) == 1 and (averaged or trained == ["params"] or _other_average(stored))
     kinds = dict.fromkeys(trained, "raw" if proven else "unknown") | dict.fromkeys(averaged, "ema")
     return [WeightSet(kinds[where], where, names) for where, names in groups.items()]
+
+
+def named_average(name: str) -> bool:
+    """Whether a name says that it is of averaged weights."""
+    return _AVERAGE.search(name) is not None and _NO_AVERAGE.search(name) is None
 
 
 def _is_average(where: str, stored: Stored) -> bool:
@@ -97,14 +103,16 @@ def _is_average(where: str, stored: Stored) -> bool:
     return any(".".join([*parts[:at], "n_averaged"]) in stored.leaves for at in range(len(parts) + 1))
 
 
-def _nameless_average(stored: Stored) -> str | None:
-    """Where an average is kept in the order of the parameters, as torch_ema and diffusers do: a list, or by number."""
-    for path in stored.leaves if stored.top else ():
-        *_, name = path.split(".")
-        value = stored.leaves[path]
-        values = value if isinstance(value, (list, tuple)) else [value] if name.isdecimal() else []
-        if _AVERAGE.search(path) and any(torch.is_tensor(each) and each.ndim for each in values):
-            return path
+def _other_average(stored: Stored) -> str | None:
+    """Where an average is kept that is no set of weights: in the order of the parameters, as torch_ema, diffusers and
+    NeMo do, in the state of the optimizer, or of some layers alone."""
+    if not stored.top:
+        return None
+    read = {path for names in _grouped(stored.leaves).values() for path in names.values()}
+    for path in (path for path in stored.leaves if path not in read):
+        for inner, value in flatten_lists(path, stored.leaves[path]):
+            if torch.is_tensor(value) and value.ndim and named_average(_MOMENTS.sub("", inner)):
+                return path
     return None
 
 

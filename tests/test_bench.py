@@ -26,7 +26,7 @@ def cache(monkeypatch, tmp_path):
 
 def contender(folder, name):
     opened = Bundle.open(folder)
-    return bench.Contender(name, lambda: Model(opened, lambda: open_backend(opened, name, "fp32", 1)))
+    return bench.Contender(name, lambda: Model(opened, lambda _: open_backend(opened, name, "fp32", 1)))
 
 
 def test_contenders_write_the_same_texts_and_shares_add_up(bundle, cache):
@@ -106,7 +106,7 @@ def test_a_step_of_one_graph_launch_is_its_share_of_the_sample(bundle, monkeypat
     opened = Bundle.open(bundle("uncond"))
     work = bench.Work(steps=(8,), batches=(2,), repeats=1, seed=0)
     gpu = install_gpu(monkeypatch)
-    with Model(opened, lambda: (FakeBackend(opened, gpu), "test")) as model:
+    with Model(opened, lambda _: (FakeBackend(opened, gpu), "test")) as model:
         run = bench.run_once(model, work, 8, 2, seed=7)
     assert run.steps == [pytest.approx(run.sampler / 9)]  # 8 steps and the decoding call
 

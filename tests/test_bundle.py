@@ -11,7 +11,7 @@ import onnx
 import pytest
 
 from elf_rt import files
-from elf_rt.bundle import Bundle, atomic_folder, find_bundle
+from elf_rt.bundle import Bundle, atomic_folder, find_bundle, write_manifest
 from elf_rt.errors import BundleError
 from elf_rt.files import atomic_file, sha256
 
@@ -208,6 +208,17 @@ def test_a_new_bundle_touches_nothing_of_a_clone_but_the_bundle(tmp_path, copy, 
     assert (tmp_path / "tmp.txt").exists() and not (copy / "plans").exists()
 
 
+def test_the_later_of_two_exports_counts(tmp_path):
+    """Both began when there was none."""
+    with atomic_folder(tmp_path / "b.elfrt") as first:
+        write_manifest(first, {"model": {}, "presets": {}, "variants": {}})
+        with atomic_folder(tmp_path / "b.elfrt") as second:
+            (second / "note").write_text("the other")
+            write_manifest(second, {"model": {}, "presets": {}, "variants": {}})
+    assert [path.name for path in (tmp_path / "b.elfrt").iterdir()] == ["manifest.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["b.elfrt"]
+
+
 def test_a_new_bundle_does_not_write_through_links_into_other_folders(tmp_path, copy):
     elsewhere = tmp_path / "shared"
     elsewhere.mkdir()
@@ -229,7 +240,7 @@ def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path, copy):
         folder.mkdir()
         (folder / "weights.bin").write_text("half")
     for output in (copy, target):
-        with atomic_folder(output) as work, pytest.raises(BlockingIOError), files.locked(work, wait=False):
+        with atomic_folder(output) as work, pytest.raises(BlockingIOError), files.locked(work, seconds=0):
             pass  # held: another export beside this one leaves it alone
     assert not [path for path in tmp_path.rglob("*") if "unfinished" in path.name]
 

@@ -32,7 +32,7 @@ NO_MEMORY = cudaError_t.cudaErrorMemoryAllocation
 @pytest.mark.parametrize("case", CASES)
 def test_golden_runs_give_the_recorded_ids(case: str, bundles: Any, gpu: FakeGpu) -> None:
     bundle = bundles(case)
-    with Model(bundle, lambda: (FakeBackend(bundle, gpu), "test")) as model:
+    with Model(bundle, lambda _: (FakeBackend(bundle, gpu), "test")) as model:
         report = verify(model, Path(__file__).parent / "data" / "golden" / case / "golden.npz")
         assert len(report.checks) > 2
         assert report.passed, report
@@ -180,7 +180,7 @@ def ort_cuda_backend(bundles: Any, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
 
 
 def test_onnxruntime_cuda_golden_runs(bundles: Any, ort_cuda_backend: OrtCudaBackend, gpu: FakeGpu) -> None:
-    with Model(bundles("cond"), lambda: (ort_cuda_backend, "test")) as model:
+    with Model(bundles("cond"), lambda _: (ort_cuda_backend, "test")) as model:
         report = verify(model, Path(__file__).parent / "data" / "golden" / "cond" / "golden.npz")
         assert model.stats().captures == 0
     assert report.passed, report

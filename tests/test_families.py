@@ -116,7 +116,7 @@ def verify_everywhere(bundle: Path, file: Path) -> None:
         report = verify_folder(bundle, file, backend=backend, precision="fp32")
         assert report.passed, report
     opened = Bundle.open(bundle)
-    with Model(opened, lambda: (CpuTorch(opened, "fp32"), "test")) as model:
+    with Model(opened, lambda _: (CpuTorch(opened, "fp32"), "test")) as model:
         report = verify(model, file)
     assert report.passed, report
 

@@ -69,6 +69,57 @@ def test_texts_of_the_parent_are_not_waited_for_in_a_forked_child(bundle, tmp_pa
     assert done.returncode == 0, done.stderr
 
 
+FORK_ELSEWHERE = """
+import os, pathlib, signal, sys, threading, elf_rt
+folder = pathlib.Path(sys.argv[1])
+os.chdir(folder.parent)
+model = elf_rt.load(folder.name, "onnxruntime", precision="fp32", threads=1)
+want = model.generate(seed=3, steps=2)[0].ids.tolist()
+os.chdir("/")
+child = os.fork()
+if child == 0:
+    signal.alarm(30)
+    texts = []
+    write = lambda: texts.append(model.generate(seed=3, steps=2)[0].ids.tolist())
+    threads = [threading.Thread(target=write) for _ in range(4)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    drivers = sum(thread.name == "elf-rt" for thread in threading.enumerate())
+    os._exit(0 if texts == [want] * 4 and drivers == 1 else 3)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_threads_of_a_forked_child_share_one_model_wherever_it_goes(bundle, tmp_path):
+    done = run(FORK_ELSEWHERE, tmp_path, bundle("cond"))
+    assert done.returncode == 0, done.stderr
+
+
+FORK_AFTER_CLOSE = """
+import os, signal, sys, elf_rt
+def write():
+    with elf_rt.load(sys.argv[1], sys.argv[2], precision="fp32", threads=1) as model:
+        return model.generate(seed=3, steps=2)[0].ids.tolist(), model.backend.name
+want, _ = write()
+child = os.fork()
+if child == 0:
+    signal.alarm(30)
+    try: os._exit(0 if write()[0] == want else 3)
+    except elf_rt.BackendError as error: os._exit(4 if "start it by spawn" in str(error) else 5)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize(("backend", "code"), [("onnxruntime", 0), ("openvino", 4), ("auto", 0)])
+def test_a_child_that_was_forked_after_a_model_was_closed_hangs_in_none(bundle, backend, code, tmp_path):
+    """OpenVINO's threads are left by the first model, and are not there in the child."""
+    pytest.importorskip("openvino")
+    done = run(FORK_AFTER_CLOSE, tmp_path, bundle("cond"), backend)
+    assert done.returncode == code, done.stderr
+
+
 IN_FLIGHT = """
 import sys, elf_rt
 model = elf_rt.load(sys.argv[1], sys.argv[2], precision="fp32", threads=1)

@@ -330,3 +330,28 @@ def test_sample_checks_what_it_is_given(spoken):
     ):
         with pytest.raises(InputError, match=message):
             spoken.sample(z0=z0, params=params, **given)
+    assert spoken.sample(z0=z0[:1].tolist(), params=params).latents.shape == (1, *shape[1:])
+    for given, message in (
+        ({"z0": z0[0]}, r"z0 must have shape \(any, any, \d+\), got \(64, \d+\)"),
+        ({"z0": z0[:0]}, "at least one text"),
+        ({"z0": z0 + 1j}, "z0 must hold numbers, got complex"),
+        ({"z0": z0.astype("M8[s]")}, "z0 must hold numbers, got datetime"),
+        ({"grid": ["a", "b"]}, "grid must hold numbers"),
+        ({"grid": [[0, 1], [0, 0.5, 1]]}, "grid must be an array of numbers"),
+        ({"params": {"steps": 2}}, "params must be SamplingParams"),
+    ):
+        with pytest.raises(InputError, match=message):
+            spoken.sample(**given)
+
+
+def test_other_kinds_of_arguments(spoken):
+    first, again = (spoken.generate(SPOKEN[0], n=np.int64(1), seed=0, steps=1)[0] for _ in range(2))
+    assert first == first and first != again and first in {first}  # arrays have no one truth of being equal
+    for call, message in (
+        (lambda: spoken.generate(SPOKEN[0], preset=["default"]), "preset must be one of"),
+        (lambda: spoken.generate(SPOKEN[0], pinned=5), "pinned must be a template or"),
+        (lambda: spoken.write(Text(SPOKEN[0])), "texts must be a sequence of elf_rt.Text"),
+        (lambda: spoken.generate("a" * (10**6 + 1)), "prompt 1 has 1000001 characters: at most 1000000"),
+    ):
+        with pytest.raises(InputError, match=message):
+            call()

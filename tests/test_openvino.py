@@ -14,7 +14,7 @@ import torch
 from golden_cases import CASES
 from onnx_run import random_call
 
-from elf_rt import machine
+from elf_rt import files, machine
 from elf_rt.backends import BACKENDS, open_backend, ort, ov
 from elf_rt.bundle import Bundle
 from elf_rt.errors import BackendError
@@ -142,6 +142,18 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(bundle, own_cache, monke
     with pytest.warns(UserWarning, match="not cached"):
         backend = ov.open_backend(Bundle.open(bundle("cond")), "fp32", 1)
     assert call(backend, 1, 16)[1].shape == (1, 16)
+
+
+def test_a_cache_that_another_process_holds_is_waited_for_no_longer_than_said(bundle, own_cache, monkeypatch):
+    ov.open_backend(Bundle.open(bundle("cond")), "fp32", 1)
+    (folder,) = (own_cache / "elf-rt" / "openvino").iterdir()
+    hold = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX); print(); input()"
+    holder = subprocess.Popen([sys.executable, "-c", hold, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout.readline()
+    monkeypatch.setattr(files, "LOCK_SECONDS", 0.1)
+    with pytest.warns(UserWarning, match="not cached: another process holds it"):
+        ov.open_backend(Bundle.open(bundle("cond")), "fp32", 1)
+    holder.communicate(b"\n")
 
 
 @pytest.mark.parametrize(

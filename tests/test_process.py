@@ -210,6 +210,10 @@ def test_a_stopped_run_keeps_its_texts(bundle, tmp_path, number):
     assert "holds texts of a run that was stopped" in refused.communicate()[1] and refused.returncode == 1
     assert records(part) == kept
 
+    other = start(bundle("t5"), tmp_path, "--resume", "--steps", "3")
+    assert "of a run with steps 2" in other.communicate()[1] and other.returncode == 1
+    assert records(part) == kept
+
     long_run(tmp_path, len(kept) + 5)
     with part.open("a") as file:  # a power cut, in the middle of a line
         file.write('{"input": "a l')
@@ -218,7 +222,7 @@ def test_a_stopped_run_keeps_its_texts(bundle, tmp_path, number):
     resumed = records(tmp_path / "out.jsonl")
     assert [r["id"] for r in resumed] == list(range(len(kept) + 5)) and resumed[: len(kept)] == kept
     assert [r["seed"] for r in resumed] == list(range(7, 7 + len(kept) + 5))
-    assert not part.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
 
 
 def test_a_resumed_run_is_the_run(run_cli, bundle, tmp_path):
@@ -237,11 +241,14 @@ def test_a_resumed_run_is_the_run(run_cli, bundle, tmp_path):
         assert records(tmp_path / "out.jsonl") == [
             {k: v for k, v in json.loads(line).items() if k != "ms"} for line in lines[:12]
         ]
+    part.write_bytes(b"\n".join(lines[:6]).replace(b'"id": 1', b'"id": 9') + b"\n")
+    run_cli(*args, "--resume").assert_clear_error("of another run (line 4)")
     for other in (["--seed", "12"], ["-n", "2"]):
         part.write_bytes(b"\n".join(lines[:6]) + b"\n")
         run_cli(*args, "--resume", *other).assert_clear_error("of another run")
-    part.write_text("what is this\n")
-    run_cli(*args, "--resume").assert_clear_error("not what a stopped run leaves")
+    for strange in ("what is this\n", "[" * 100_000 + "\n", '{"input": "a", "seed": true}\n'):
+        part.write_text(strange)
+        run_cli(*args, "--resume").assert_clear_error("not what a stopped run leaves")
     run_cli("generate", bundle("t5"), "--resume").assert_clear_error("--resume goes on with the file of --output")
 
 
@@ -328,3 +335,45 @@ def test_threads_are_those_asked_for(bundle, tmp_path):
     assert during <= 1 and after == 0
     during, after = started(3)
     assert during >= 4 and after == 2
+
+
+STARTS_SLOWLY = """
+import os, time
+open(os.environ["STARTED"], "w").close()
+try:
+    time.sleep(1)
+except BaseException:
+    raise ImportError("initialization failed")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_an_import_is_not_lost(bundle, tmp_path, monkeypatch, number):
+    """A library that is interrupted while it starts says that it is broken, and another would be taken."""
+    (tmp_path / "lib" / "openvino").mkdir(parents=True)
+    (tmp_path / "lib" / "openvino" / "__init__.py").write_text(STARTS_SLOWLY)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "lib"), prepend=os.pathsep)
+    monkeypatch.setenv("STARTED", str(tmp_path / "started"))
+    long_run(tmp_path, 3000)
+    command = [*ELF_RT, "generate", str(bundle("t5")), "--input", "in.jsonl", "--output", "out.jsonl"]
+    running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    wait_for((tmp_path / "started").exists, running)
+    running.send_signal(number)
+    _, err = running.communicate(timeout=60)
+    assert (running.returncode, err) == (128 + number, "stopped\n")
+
+
+@pytest.mark.parametrize("code", ["raise ImportError('libfoo.so.12: cannot open')", "raise ModuleNotFoundError", ""])
+@pytest.mark.parametrize("library", ["numpy", "tokenizers"])
+def test_a_library_that_is_not_whole_is_one_line(bundle, run_cli, tmp_path, monkeypatch, library, code):
+    (tmp_path / library).mkdir()
+    (tmp_path / library / "__init__.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    run_cli("generate", bundle("t5"), "--prompt", "w1").assert_clear_error("a library cannot be used here")
+
+
+def test_links_that_lead_to_themselves_are_one_line(bundle, run_cli, tmp_path):
+    long_run(tmp_path, 1)
+    (tmp_path / "loop").symlink_to("loop")
+    for command in (["generate", bundle("t5"), "--input", "in.jsonl"], ["triton", bundle("t5")]):
+        run_cli(*command, "--output", "loop").assert_clear_error("link", "loop")

@@ -45,7 +45,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]
 @pytest.mark.parametrize("case", CASES)
 def test_golden_runs(case: str, bundles: Any) -> None:
     bundle = bundles(case)
-    with Model(bundle, lambda: (CpuTorch(bundle, "fp32"), "test")) as model:
+    with Model(bundle, lambda _: (CpuTorch(bundle, "fp32"), "test")) as model:
         report = verify(model, GOLDEN / case / "golden.npz")
     assert report.passed, report
 

@@ -159,7 +159,7 @@ def backend(bundle: Bundle) -> TorchBackend:
 
 @pytest.fixture
 def model(bundle: Bundle, backend: TorchBackend, fake: FakeTorchCuda) -> Iterator[Model]:
-    with Model(bundle, lambda: (backend, "test")) as model:
+    with Model(bundle, lambda _: (backend, "test")) as model:
         yield model
 
 
@@ -194,7 +194,7 @@ def test_a_refused_capture_falls_back(bundle: Bundle, gpu: FakeGpu, fake: FakeTo
         enqueued = write(model, guidance_scale=2.0)
     assert not fake.current
     np.testing.assert_array_equal(write(model), captured)
-    with Model(bundle, lambda: (OrtBackend(bundle, "fp32", 1), "test")) as host:
+    with Model(bundle, lambda _: (OrtBackend(bundle, "fp32", 1), "test")) as host:
         np.testing.assert_array_equal(enqueued, write(host, guidance_scale=2.0))
 
 
@@ -241,7 +241,7 @@ def test_out_of_memory_shrinks_the_calls(bundle: Bundle, monkeypatch: pytest.Mon
         with monkeypatch.context() as patch:
             FakeTorchCuda(gpu, patch)
             backend.device = "cuda"
-            with Model(bundle, lambda: (backend, "test"), max_rows=max_rows) as model:
+            with Model(bundle, lambda _: (backend, "test"), max_rows=max_rows) as model:
                 return write(model, count=16), gpu.allocated()
 
     expected, room = sixteen(2**30, 2)

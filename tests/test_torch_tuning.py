@@ -73,7 +73,7 @@ def test_a_golden_run_is_as_exact_as_with_torchs_products(case: str, bundles: An
         np.savez(tmp_path / "one.npz", **{k: recorded[k] for k in recorded if k.startswith(("fwd_", "dec_", "run0_"))})
 
     def checks(backend: TorchBackend) -> tuple[Check, ...]:
-        with Model(bundles(case), lambda: (backend, "test")) as model:
+        with Model(bundles(case), lambda _: (backend, "test")) as model:
             return verify(model, tmp_path / "one.npz").checks
 
     backends = CpuTorch(bundles(case), "fp16"), by_kernels(CpuTorch(bundles(case), "fp16"))

@@ -58,7 +58,7 @@ def used_bytes() -> int:
 def test_plans_write_what_the_official_code_writes(library: str, precision: str, case: str, tmp_path: Path) -> None:
     """FP32 exactly; FP16 the same tokens within 0.01; as one CUDA graph for each bucket of rows."""
     bundle, backend = opened(tmp_path, library, precision, case)
-    with Model(bundle, lambda: (backend, "test")) as model:
+    with Model(bundle, lambda _: (backend, "test")) as model:
         report = verify(model, GOLDEN / case / "golden.npz")
         assert model.stats().captures > 0
     assert report.passed, report

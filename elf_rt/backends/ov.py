@@ -7,6 +7,7 @@ the weights for every batch size. Other lengths share one second network, compil
 
 import contextlib
 import hashlib
+import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 from elf_rt.backends.table import variant_of
 from elf_rt.bundle import Bundle
 from elf_rt.errors import BackendError, last_line, warn
-from elf_rt.files import sealed_folder
+from elf_rt.files import is_utf8, sealed_folder
 from elf_rt.libraries import import_library, why_absent
 from elf_rt.machine import cores, user_cache
 from elf_rt.network import Graph, HostBackend, check_widths, tensor_shapes
@@ -30,10 +31,23 @@ DISCRETIZED_TOKENS = 256  # positions whose logits, each V wide, are in memory a
 # OpenVINO sets the process's locale to "C" while it reads a cached network, and back. Of two threads that do so at the
 # same time, one may put back what the other had set, and Python's open() then takes every file for ASCII.
 _COMPILING = threading.Lock()
+_closed = False  # whether threads of a network are left in this process, for the next one to use
+_threads_are_gone = False  # the same in a forked child, which has none of them: the next network would wait for ever
+
+
+def _note_fork() -> None:
+    global _threads_are_gone
+    _threads_are_gone |= _closed or _COMPILING.locked()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
 
 
 def unavailable() -> str | None:
     """Why this backend cannot be used here, or None."""
+    if _threads_are_gone:
+        return "cannot be used in a process forked after a model was closed, or while one was loaded: start it by spawn"
     return why_absent("openvino", "Core", "pip install 'elf-rt[openvino]'")
 
 
@@ -96,6 +110,8 @@ class OpenVinoBackend(HostBackend):
         }
 
     def close(self) -> None:
+        global _closed
+        _closed = True
         self._any_length = None
         del self._trained_length, self.discretizer
 
@@ -115,10 +131,13 @@ class OpenVinoBackend(HostBackend):
         files = self._bundle.manifest.files
         key = hashlib.sha256("".join(files[name] for name in self._bundle.variants[variant].values()).encode())
         folder = user_cache() / "openvino" / key.hexdigest()[:16]
+        if not is_utf8(folder):
+            warn(f"compiled networks are not cached: {str(folder)!r} is not UTF-8")
+            return {}
         try:
             held.enter_context(sealed_folder(folder, self._bundle.digest))
         except OSError as error:
-            warn(f"compiled networks are not cached: {error}")
+            warn(f"compiled networks are not cached: {error.strerror or error}: {folder}")
             return {}
         return {"CACHE_DIR": str(folder)}
 

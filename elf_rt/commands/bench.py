@@ -185,7 +185,7 @@ def _with_reference(choices: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 def _contender(bundle: Bundle, backend: str, precision: str, threads: int | None) -> Contender:
     def make() -> Model:
-        return Model(bundle, partial(open_backend, bundle, backend, precision, threads), threads=threads)
+        return Model(bundle, lambda opened: open_backend(opened, backend, precision, threads), threads=threads)
 
     return Contender(f"{backend} {precision}", make)
 
@@ -210,7 +210,7 @@ def _torch_contenders(bundle: Bundle, state: Any, options: dict[str, Any]) -> li
         compiled = name == "torch-compile"
         bf16 = compiled and machine.has_bf16()
         backend = TorchCpuBackend(bundle.config, state, compiled=compiled, bf16=bf16, threads=threads)
-        return Model(bundle, lambda: (backend, "asked for"), threads=threads)
+        return Model(bundle, lambda _: (backend, "asked for"), threads=threads)
 
     return [Contender(name, partial(load, name)) for name in options["vs"]]
 

@@ -5,6 +5,7 @@ import platform
 import click
 
 from elf_rt import __version__
+from elf_rt.libraries import why_absent
 from elf_rt.machine import cores
 
 
@@ -23,5 +24,7 @@ def command() -> None:
         click.echo(f"{'ok ' if reason is None else '-- '} {name:16} {reason or ''}".rstrip())
         if name == torch_cuda.NAME and reason is None:
             click.echo(f"     {torch_cuda.details()}")
+    if reason := why_absent("tokenizers", "Tokenizer", "pip install tokenizers"):
+        click.echo(f"tokenizers is {reason}: prompts and texts need it")
     if all(found.values()):
         click.echo("no backend works here: pip install 'elf-rt[cpu]'")

@@ -1,6 +1,7 @@
 """``elf-rt export``: a trained checkpoint becomes a bundle."""
 
 import importlib.util
+import os
 from pathlib import Path
 
 import click
@@ -75,6 +76,7 @@ def command(
     graphs are always written. fp16 ones that are not proven keep more operations in float32, for two minutes at most,
     and are left out after that. int8 is the exception: its text is another, and it runs only where it is asked for.
     """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's threads would fight for the cores of a busy machine
     try:
         from elf_rt.export.pipeline import ExportOptions, default_output, export_bundle, read_presets
     except (ImportError, OSError) as error:

@@ -10,10 +10,15 @@ from typing import Any, TextIO
 
 import click
 
+from elf_rt.bundle import Bundle
 from elf_rt.commands.jsonl import Part, read_jsonl
 from elf_rt.commands.options import SAMPLING_NAMES, backend_options, bundle_argument, sampling_options
 from elf_rt.console import note, progress, utf8_output
 from elf_rt.errors import InputError
+from elf_rt.files import sha256
+from elf_rt.manifest import MANIFEST
+
+WRITTEN = ("text", "seed", "ids", "ms")  # fields of a line that are not those of its record
 
 
 @click.command("generate")
@@ -76,7 +81,12 @@ def command(
         job = Job(bundle.resolve(), seed, n if records else 1, sampling, backend, precision, threads)
         _spread(ray_address, records or [{}] * n, output_path, job, resume)
         return
-    part = Part(output_path, resume=resume) if output_path is not None and _is_file(output_path) else None
+    part = None
+    if output_path is not None and _is_file(output_path):
+        asked = {"n": n if records else 1, "length": length, "template": template, "backend": backend}
+        manifest = Bundle.open(bundle).folder / MANIFEST
+        made_from = {"bundle": sha256(manifest), "precision": precision, **asked, **sampling}
+        part = Part(output_path, made_from, resume=resume)
     done, seed = (0, seed) if part is None else _resumed(part, records, n, seed)
     with ExitStack() as stack:
         model = stack.enter_context(load(bundle, backend, precision=precision, threads=threads))
@@ -168,8 +178,9 @@ def _resumed(part: Part, records: list[dict[str, Any]], n: int, seed: int | None
         return 0, seed
     first = part.kept[0]["seed"]
     for k, kept in enumerate(part.kept[:done]):
-        wanted = records[k // n]["input"] if records and k // n < len(records) else None
-        if kept.get("input") != wanted or kept["seed"] != first + k or seed not in (None, first):
+        record = {"input": None, **(records[k // n] if k // n < len(records) else {})}
+        same = all(kept.get(name) == value for name, value in record.items() if name not in WRITTEN)
+        if not same or kept["seed"] != first + k or seed not in (None, first):
             raise InputError(f"{part.part} is of another run (line {k + 1}): give what it was given, or remove it")
     return done, first
 

@@ -4,14 +4,14 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from elf_rt.errors import InputError
-from elf_rt.files import writable_target
+from elf_rt.files import atomic_file, writable_target
 
 MAX_LINE = 1 << 26  # bytes; /dev/zero has no end of line
 MAX_DEPTH = 100  # lists and objects inside each other; Python's own limit depends on what calls it
@@ -88,16 +88,34 @@ def _depth(value: Any) -> int:
 
 
 class Part:
-    """The lines of a file that are there already. ``<path>.part`` holds them until all are; then it takes the name."""
+    """The lines of a file that are there already. ``<path>.part`` holds them until all are; then it takes the name.
+    What they are made from stands beside them, so that another run's are not taken for its own.
 
-    def __init__(self, path: Path, *, resume: bool) -> None:
+    Raises:
+        InputError: there are lines of a stopped run, and they are not to be, or not those that are asked for.
+    """
+
+    def __init__(self, path: Path, made_from: Mapping[str, Any], *, resume: bool) -> None:
         self.path = writable_target(path)
         self.part = self.path.with_name(f"{self.path.name}.part")
+        self._run, self._made_from = self.part.with_name(f"{self.part.name}.json"), dict(made_from)
         self.kept = _kept(self.part) if resume else []
         if not resume and self.part.exists():
             raise InputError(
                 f"{self.part} holds texts of a run that was stopped: give --resume to write the rest, or remove it"
             )
+        if self.kept and self._run.is_file():
+            self._check_run()
+
+    def _check_run(self) -> None:
+        try:
+            run = json.loads(self._run.read_bytes())
+            others = [name for name, value in self._made_from.items() if run.get(name) != value]
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise InputError(f"{self._run} is not what a stopped run leaves: remove it") from error
+        if others:
+            given = ", ".join(f"{name} {run.get(name)}" for name in others)
+            raise InputError(f"{self.part} is of a run with {given}: give that, or remove it")
 
     @contextmanager
     def open(self, kept: int, total: int) -> Iterator[TextIO]:
@@ -106,6 +124,8 @@ class Part:
         Raises:
             Whatever the block raises, with a note that says how much is done, where anything is.
         """
+        with atomic_file(self._run) as work:
+            work.write_text(json.dumps(self._made_from), encoding="utf-8")
         with self.part.open("r+b" if kept else "wb") as raw:
             for _ in range(kept):
                 raw.readline()
@@ -119,10 +139,12 @@ class Part:
                 error.add_note(told)
             else:
                 self.part.unlink()
+                self._run.unlink()
             raise
         if self.path.exists():
             self.part.chmod(stat.S_IMODE(self.path.stat().st_mode))
         os.replace(self.part, self.path)
+        self._run.unlink()
 
 
 def _kept(part: Path) -> list[dict[str, Any]]:
@@ -130,9 +152,10 @@ def _kept(part: Path) -> list[dict[str, Any]]:
     if not part.exists():
         return []
     try:
-        records = [json.loads(line) for line in part.read_bytes().split(b"\n")[:-1]]
-    except ValueError:
+        lines = part.read_bytes().split(b"\n")[:-1] if part.is_file() else [b""]
+        records = [json.loads(line) for line in lines]
+    except (ValueError, RecursionError):
         records = [None]
-    if not all(isinstance(record, dict) and isinstance(record.get("seed"), int) for record in records):
+    if not all(isinstance(record, dict) and type(record.get("seed")) is int for record in records):
         raise InputError(f"{part} is not what a stopped run leaves: remove it")
     return records

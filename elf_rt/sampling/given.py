@@ -38,7 +38,7 @@ def make_programs(
         as_floats(name, array, shape) for name, array in (("z0", z0), ("source", source), ("x_prev", x_prev))
     )
     if mask is not None:
-        mask = np.ascontiguousarray(mask, bool)
+        mask = np.ascontiguousarray(as_numbers("mask", mask), bool)
         _check_shape("mask", mask, shape[:2])
     if table is None:
         tables = _tables(config, params, seeds, grid, conditional=source is not None)
@@ -48,7 +48,7 @@ def make_programs(
         raise InputError(f"table must be an elf_rt.sampling.schedule.Table, got {type(table).__name__}")
     if eps is not None:
         noisy = max(table.noisy_steps for table in tables)
-        eps = as_floats("eps", np.asarray(eps)[:noisy], (noisy, *shape))
+        eps = as_floats("eps", np.atleast_1d(as_numbers("eps", eps))[:noisy], (noisy, *shape))
     return [
         Program(
             tables[b],
@@ -70,12 +70,20 @@ def as_floats(name: str, array: np.ndarray | None, shape: tuple[int | None, ...]
     """A caller's array as contiguous float32 of this shape, where None is any size; the same on every backend."""
     if array is None:
         return None
-    try:
-        floats = np.ascontiguousarray(array, np.float32)
-    except (TypeError, ValueError):
-        raise InputError(f"{name} must hold numbers, got {type(array).__name__}") from None
+    floats = np.ascontiguousarray(as_numbers(name, array), np.float32)
     _check_shape(name, floats, shape)
     return floats
+
+
+def as_numbers(name: str, array: object) -> np.ndarray:
+    """A caller's array of real numbers, as it is."""
+    try:
+        numbers = np.asarray(array)
+    except ValueError:  # lists of different lengths
+        raise InputError(f"{name} must be an array of numbers") from None
+    if numbers.dtype.kind not in "biuf":
+        raise InputError(f"{name} must hold numbers, got {numbers.dtype}")
+    return numbers
 
 
 def _tables(
@@ -84,7 +92,7 @@ def _tables(
     if grid is None:
         grid = schedule.make_grid(params, config, np.array(seeds, np.uint64))
     else:
-        grid = schedule.check_grid(grid)
+        grid = schedule.check_grid(as_numbers("grid", grid))
         grid = np.repeat(grid, len(seeds), axis=0) if len(grid) == 1 else grid
         _check_shape("grid", grid, (len(seeds), grid.shape[1]))
     return [schedule.make_table(params, config, row, conditional=conditional) for row in grid]

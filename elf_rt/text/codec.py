@@ -9,6 +9,8 @@ from elf_rt.errors import BackendError, BundleError, InputError, warn
 from elf_rt.text.encoder import open_encoder
 from elf_rt.text.tokenizer import TextTokenizer
 
+MAX_PROMPT = 10**6  # characters: no model reads more, and tokenizers take seconds and a GB for them
+
 
 def read_positions(ids: np.ndarray, source: np.ndarray | None, *, pad_id: int, eos_id: int) -> np.ndarray:
     """Which of the ids (B, L) are read: neither the source, where `source` (B, L) is true, nor padding, nor what comes
@@ -77,6 +79,8 @@ class TextCodec:
                 prompt.encode("utf-8")
             except (AttributeError, UnicodeEncodeError) as error:
                 raise InputError(f"prompt {index + 1} is not a text in UTF-8: {prompt!r}") from error
+            if len(prompt) > MAX_PROMPT:
+                raise InputError(f"prompt {index + 1} has {len(prompt)} characters: at most {MAX_PROMPT} are read")
             ids, _ = self.tokenizer.encode(prompt)
             if not ids or not prompt.strip():
                 raise InputError(f"prompt {index + 1} has no token in it: {prompt!r}")
