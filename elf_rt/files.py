@@ -138,6 +138,7 @@ def sealed_folder(folder: Path, digest: Callable[[Path], str]) -> Iterator[None]
     """
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
+        os.utime(folder)  # ``remove_oldest`` goes by it
         known: dict[str, str] = json.loads(read_sealed(folder / SEAL) or b"{}")
         for path in folder.iterdir():
             if path.is_dir():
@@ -149,6 +150,14 @@ def sealed_folder(folder: Path, digest: Callable[[Path], str]) -> Iterator[None]
         now = {path.name: known.get(path.name) or sha256(path) for path in folder.iterdir() if path.name != SEAL}
         if now != known:
             write_sealed(folder / SEAL, json.dumps(now).encode())
+
+
+def remove_oldest(parent: Path, keep: int) -> None:
+    """Delete all folders but those that were used last, as far as no process holds them."""
+    folders = [folder for folder in parent.iterdir() if folder.is_dir()] if parent.exists() else []
+    for folder in sorted(folders, key=lambda each: each.stat().st_mtime, reverse=True)[keep:]:
+        with contextlib.suppress(OSError), locked(folder, seconds=0):
+            shutil.rmtree(folder)
 
 
 def writable_target(path: Path) -> Path:

@@ -135,21 +135,16 @@ def check_widths(name: str, config: ModelConfig, widths: Mapping[str, int]) -> N
             )
 
 
-def absent_inputs(config: ModelConfig) -> frozenset[str]:
-    """The denoiser's inputs that a model of these sizes does not have."""
-    absent = {
-        "x_prev": not config.self_cond,
-        "s": not config.num_self_cond_cfg_tokens,
-        "mode": not config.num_model_mode_tokens,
-    }
-    return frozenset(name for name, missing in absent.items() if missing)
-
-
 def tensor_shapes(graph: Graph, config: ModelConfig, rows: int, length: int) -> dict[str, tuple[int, ...]]:
     """The shapes of a graph's inputs and outputs for R rows of length L."""
     latents, hidden = (rows, length, config.latent_dim), (rows, length, config.hidden_size)
     if graph == "discretizer":
         return {"hidden": hidden, "ids": (rows, length)}
-    shapes = {"z": latents, "x_prev": latents, "t": (rows,), "s": (rows,), "mode": (rows,)}
-    kept = {name: shape for name, shape in shapes.items() if name not in absent_inputs(config)}
-    return {**kept, "x": latents, "hidden": hidden}
+    shapes: dict[str, tuple[int, ...]] = {"z": latents, "t": (rows,), "x": latents, "hidden": hidden}
+    if config.self_cond:
+        shapes["x_prev"] = latents
+    if config.num_self_cond_cfg_tokens:
+        shapes["s"] = (rows,)
+    if config.num_model_mode_tokens:
+        shapes["mode"] = (rows,)
+    return shapes

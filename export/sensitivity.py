@@ -16,7 +16,6 @@ from elf_rt.export.precision import Precision
 from elf_rt.export.reference import ELF, Block, RMSNorm
 from elf_rt.export.replay import Call, Run, sample
 from elf_rt.manifest import TokenizerPart
-from elf_rt.text.codec import read_positions
 
 OPERATIONS = ("attn", "attn.qkv", "attn.proj", "mlp.w12", "mlp.w3")
 KEPT_AGREEMENT = 0.9975  # so many tokens must stay, so that a proof on few texts finds the 0.99 of verify
@@ -143,3 +142,11 @@ def _rounding(modules: Iterable[Any], rounded: Rounding = _bfloat16) -> Iterator
                 stack.callback(module.register_forward_pre_hook(inputs).remove)
             stack.callback(module.register_forward_hook(output).remove)
         yield
+
+
+def read_positions(ids: np.ndarray, source: np.ndarray | None, *, pad_id: int, eos_id: int) -> np.ndarray:
+    """Which of the ids (B, L) are read: neither the source, where `source` (B, L) is true, nor padding, nor what comes
+    after the first EOS."""
+    free = np.ones(ids.shape, bool) if source is None else ~source
+    ends = (ids == eos_id) & free
+    return free & ((ids != pad_id) | ends) & (np.cumsum(ends, axis=1) - ends == 0)

@@ -135,6 +135,16 @@ def test_another_bundle_has_another_cache(bundle, own_cache):
     assert len(list((own_cache / "elf-rt" / "openvino").iterdir())) == 2
 
 
+def test_old_networks_leave_the_cache(bundle, own_cache, monkeypatch):
+    monkeypatch.setattr(ov, "KEPT_NETWORKS", 2)
+    folder = own_cache / "elf-rt" / "openvino"
+    names = []
+    for case in ("cond", "uncond", "cond", "t5"):  # cond was used again before t5 came
+        ov.open_backend(Bundle.open(bundle(case)), "fp32", 1)
+        names.append(max(folder.iterdir(), key=lambda each: each.stat().st_mtime_ns).name)
+    assert sorted(each.name for each in folder.iterdir()) == sorted([names[0], names[3]])
+
+
 def test_a_cache_that_cannot_be_written_costs_a_warning(bundle, own_cache, monkeypatch):
     file = own_cache / "file"
     file.touch()

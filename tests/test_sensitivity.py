@@ -11,10 +11,9 @@ from test_precision import demo, measured
 from elf_rt.export.planner import plan_precision
 from elf_rt.export.precision import Precision, PrecisionPlan
 from elf_rt.export.replay import plan_runs, sample
-from elf_rt.export.sensitivity import engine_agreement, operations_to_keep
+from elf_rt.export.sensitivity import engine_agreement, operations_to_keep, read_positions
 from elf_rt.manifest import TokenizerPart
 from elf_rt.params import SamplingParams
-from elf_rt.text.codec import read_positions
 
 
 @pytest.fixture(scope="module")

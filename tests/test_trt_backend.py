@@ -254,7 +254,7 @@ def test_golden_runs_as_cuda_graphs(case: str, tmp_path: Path, monkeypatch: pyte
     install_tensorrt(monkeypatch, NEWEST, gpu)
     bundle = golden_bundle(tmp_path / "m.elfrt", case, ("fp32",))
     build_fake(bundle, "1:4:16")
-    with Model(bundle, lambda: open_backend(bundle, "tensorrt", "fp32")) as model:
+    with Model(bundle, lambda _: open_backend(bundle, "tensorrt", "fp32")) as model:
         report = verify(model, GOLDEN / case / "golden.npz")
         stats = model.stats()
     assert report.passed and report.backend == "tensorrt", report

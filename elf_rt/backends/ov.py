@@ -18,7 +18,7 @@ import numpy as np
 from elf_rt.backends.table import variant_of
 from elf_rt.bundle import Bundle
 from elf_rt.errors import BackendError, last_line, warn
-from elf_rt.files import is_utf8, sealed_folder
+from elf_rt.files import is_utf8, remove_oldest, sealed_folder
 from elf_rt.libraries import import_library, why_absent
 from elf_rt.machine import cores, user_cache
 from elf_rt.network import Graph, HostBackend, check_widths, tensor_shapes
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import openvino
 
 NAME = "openvino"
+KEPT_NETWORKS = 8  # compiled ones in the user's cache, each as large as its weights: every export makes a new one
 DISCRETIZED_TOKENS = 256  # positions whose logits, each V wide, are in memory at the same time
 # OpenVINO sets the process's locale to "C" while it reads a cached network, and back. Of two threads that do so at the
 # same time, one may put back what the other had set, and Python's open() then takes every file for ASCII.
@@ -135,6 +136,8 @@ class OpenVinoBackend(HostBackend):
             warn(f"compiled networks are not cached: {str(folder)!r} is not UTF-8")
             return {}
         try:
+            if not folder.exists():
+                remove_oldest(folder.parent, KEPT_NETWORKS - 1)
             held.enter_context(sealed_folder(folder, self._bundle.digest))
         except OSError as error:
             warn(f"compiled networks are not cached: {error.strerror or error}: {folder}")

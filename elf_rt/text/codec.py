@@ -12,14 +12,6 @@ from elf_rt.text.tokenizer import TextTokenizer
 MAX_PROMPT = 10**6  # characters: no model reads more, and tokenizers take seconds and a GB for them
 
 
-def read_positions(ids: np.ndarray, source: np.ndarray | None, *, pad_id: int, eos_id: int) -> np.ndarray:
-    """Which of the ids (B, L) are read: neither the source, where `source` (B, L) is true, nor padding, nor what comes
-    after the first EOS."""
-    free = np.ones(ids.shape, bool) if source is None else ~source
-    ends = (ids == eos_id) & free
-    return free & ((ids != pad_id) | ends) & (np.cumsum(ends, axis=1) - ends == 0)
-
-
 def _closed(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
     raise BackendError("the model is closed: load it again")
 
