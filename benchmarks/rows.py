@@ -110,27 +110,33 @@ def write_bundle(name: str, folder: Path, env: dict[str, str]) -> None:
 
 
 def compare(name: str, folder: Path, old: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of each job by each commit, round by round."""
-    workers = {}
-    for side, env in (("old", environment(old)), ("new", environment(None))):
-        bundle = folder / f"{side}-{name}.elfrt"
-        write_bundle(name, bundle, env)
-        command = [sys.executable, "-P", __file__, "--work", str(bundle), name, "--backend", options.backend]
-        workers[side] = subprocess.Popen(
-            command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-    engines = {side: worker.stdout.readline().strip() for side, worker in workers.items()}  # type: ignore[union-attr]
+    """Seconds of each job by each commit, round by round: of half of the rounds the old one's process is started first,
+    of the others the new one's, as the first may get the better memory (by 1 % of the same commit against itself)."""
+    envs = {"old": environment(old), "new": environment(None)}
+    for side, env in envs.items():
+        write_bundle(name, folder / f"{side}-{name}.elfrt", env)
     jobs = [job for job in JOBS.get(name, ("alone", "eight")) if job in options.jobs]
     seconds: dict[str, dict[str, list[float]]] = {job: {"old": [], "new": []} for job in jobs}
-    for number in range(-options.warm, options.rounds):
-        for job in jobs:
-            for side in ("old", "new") if number % 2 else ("new", "old"):
-                took = ask(workers[side], job, 1000 + 100 * number)
-                if number >= 0:
-                    seconds[job][side].append(took)
-    for worker in workers.values():
-        worker.communicate(timeout=60)
+    engines: dict[str, str] = {}
+    for order in (("old", "new"), ("new", "old")):
+        workers = {side: start(name, folder / f"{side}-{name}.elfrt", envs[side], options.backend) for side in order}
+        engines = {side: worker.stdout.readline().strip() for side, worker in workers.items()}  # type: ignore[union-attr]
+        for number in range(-options.warm, (options.rounds + 1) // 2):
+            for job in jobs:
+                for side in order if number % 2 else reversed(order):
+                    took = ask(workers[side], job, 10_000 + 100 * number)
+                    if number >= 0:
+                        seconds[job][side].append(took)
+        for worker in workers.values():
+            worker.communicate(timeout=60)
     return {"model": name, "engines": engines, "seconds": seconds}
+
+
+def start(name: str, bundle: Path, env: dict[str, str], backend: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-P", __file__, "--work", str(bundle), name, "--backend", backend]
+    return subprocess.Popen(
+        command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
 
 
 def ask(worker: subprocess.Popen[str], job: str, seed: int) -> float:
