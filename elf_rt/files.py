@@ -164,7 +164,7 @@ def writable_target(path: Path) -> Path:
     """Where a file of this path can be written: what a link leads to, so that the link stays.
 
     Raises:
-        BundleError: it is a folder, or in none that is there and can be written in.
+        BundleError: it is a folder or read-only, or in no folder that is there and can be written in.
     """
     if path.is_dir():
         raise BundleError(f"{path} is a folder: name a file")
@@ -173,6 +173,8 @@ def writable_target(path: Path) -> Path:
         raise BundleError(f"the folder {path.parent} does not exist")
     if not os.access(path.parent, os.W_OK):
         raise BundleError(f"cannot write in {path.parent}")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise BundleError(f"{path} is read-only: name another file")
     return path
 
 

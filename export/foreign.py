@@ -91,7 +91,7 @@ def read_text(path: Path, most: int = MOST_TEXT) -> str:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path} is not text in UTF-8: {AGAIN}") from error
+        raise CheckpointError(f"{path} is not text in UTF-8: save it as UTF-8, or {AGAIN}") from error
 
 
 def read_json(path: Path, most: int = MOST_TEXT) -> dict[str, Any]:

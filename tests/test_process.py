@@ -3,6 +3,7 @@
 import json
 import os
 import pwd
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from elf_rt import machine
+from elf_rt.bundle import Bundle
 
 ELF_RT = [sys.executable, "-m", "elf_rt"]
 ONE = ["--prompt", "a la", "--steps", "1", "--seed", "0", "--backend", "onnxruntime"]
@@ -370,6 +372,16 @@ def test_a_library_that_is_not_whole_is_one_line(bundle, run_cli, tmp_path, monk
     (tmp_path / library / "__init__.py").write_text(code)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     run_cli("generate", bundle("t5"), "--prompt", "w1").assert_clear_error("a library cannot be used here")
+
+
+def test_what_texts_are_made_from_is_not_written_over(bundle, run_cli, tmp_path):
+    long_run(tmp_path, 1)
+    (tmp_path / "link").symlink_to("in.jsonl")
+    folder = Path(shutil.copytree(bundle("t5"), tmp_path / "b.elfrt"))
+    for output in ("in.jsonl", "link", folder / "manifest.json", folder / "weights.bin"):
+        done = run_cli("generate", folder, "--input", "in.jsonl", "--output", output)
+        done.assert_clear_error("is what the texts are made from", "--output")
+    assert (tmp_path / "in.jsonl").stat().st_size > 0 and Bundle.open(folder).check() is None
 
 
 def test_links_that_lead_to_themselves_are_one_line(bundle, run_cli, tmp_path):

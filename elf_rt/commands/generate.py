@@ -84,7 +84,10 @@ def command(
     part = None
     if output_path is not None and _is_file(output_path):
         asked = {"n": n if records else 1, "length": length, "template": template, "backend": backend}
-        manifest = Bundle.open(bundle).folder / MANIFEST
+        manifest = bundle / MANIFEST
+        own = {manifest, *(bundle / name for name in Bundle.open(bundle).manifest.files), input_path}
+        if output_path.exists() and any(path and path.exists() and path.samefile(output_path) for path in own):
+            raise click.UsageError(f"{output_path} is what the texts are made from: name another --output")
         made_from = {"bundle": sha256(manifest), "precision": precision, **asked, **sampling}
         part = Part(output_path, made_from, resume=resume)
     done, seed = (0, seed) if part is None else _resumed(part, records, n, seed)
