@@ -46,6 +46,13 @@ def wait_for(happened: Any, what: str) -> None:
         time.sleep(0.02)
 
 
+def is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/ready", timeout=SECONDS).status_code == 200
+    except httpx.ConnectError:  # it does not listen yet
+        return False
+
+
 @contextlib.contextmanager
 def served(model: Model, max_waiting: int = 64, **options: Any) -> Iterator[Served]:
     """The server in a thread, when it is ready."""
@@ -56,7 +63,7 @@ def served(model: Model, max_waiting: int = 64, **options: Any) -> Iterator[Serv
         thread.start()
         url = f"http://127.0.0.1:{bound.getsockname()[1]}"
         try:
-            wait_for(lambda: httpx.get(f"{url}/ready", timeout=SECONDS).status_code == 200, "ready")
+            wait_for(lambda: is_ready(url), "ready")
             yield Served(url, service, server, thread)
         finally:
             server.should_exit = server.force_exit = True
@@ -77,7 +84,7 @@ def served_process(bundle: Path, *options: str) -> Iterator[tuple[subprocess.Pop
             assert line, "it ended before it listened"
             found = re.search(r"http://[\d.:]+", line)
             url = found[0] if found else ""
-        wait_for(lambda: httpx.get(f"{url}/ready", timeout=SECONDS).status_code == 200, "ready")
+        wait_for(lambda: is_ready(url), "ready")
         yield process, url
     finally:
         process.kill()
