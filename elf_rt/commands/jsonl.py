@@ -139,12 +139,12 @@ class Part:
                 error.add_note(told)
             else:
                 self.part.unlink()
-                self._run.unlink()
+                self._run.unlink(missing_ok=True)
             raise
         if self.path.exists():
             self.part.chmod(stat.S_IMODE(self.path.stat().st_mode))
         os.replace(self.part, self.path)
-        self._run.unlink()
+        self._run.unlink(missing_ok=True)
 
 
 def _kept(part: Path) -> list[dict[str, Any]]:
