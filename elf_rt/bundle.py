@@ -30,6 +30,7 @@ from elf_rt.manifest import FORMAT, MANIFEST, SCHEMA_VERSION, Manifest, listed_f
 MIN_AGREEMENT = 0.99  # share of float32's tokens that another precision must write to count as the same text
 SUFFIX = ".elfrt"
 AGAIN = "export the checkpoint again"
+PUBLISH_SECONDS = 600.0  # that a whole export waits for another one to move its files
 COPIES = ".elf-rt-links-"  # how folders with copies of files that are links begin
 INPUTS = {"denoiser": {"z", "x_prev", "t", "s", "mode"}, "discretizer": {"hidden"}, "encoder": {"ids", "mask"}}
 ALWAYS = {"denoiser": {"z", "t"}, "discretizer": {"hidden"}, "encoder": {"ids", "mask"}}
@@ -253,9 +254,12 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     place = (target,) if there else (target.parent, f".{target.name}.unfinished-")
     with unfinished_folder(*place) as work:
         yield work
-        with locked(target.parent):
-            if target.exists():  # perhaps since a moment ago, by another export
-                _publish(work, target, old if there else _old_files(target))
+        if there:
+            _publish(work, target, old)
+            return
+        with locked(target.parent, seconds=PUBLISH_SECONDS):
+            if target.exists():  # since a moment ago, by another export
+                _publish(work, target, _old_files(target))
             else:
                 work.chmod(0o755)
                 os.replace(work, target)
@@ -284,7 +288,7 @@ def _publish(work: Path, target: Path, old: Iterable[str]) -> None:
     folders = [target / name for name in new if (target / name).is_dir()]
     if folders:
         raise BundleError(f"{folders[0]} is a folder, where a file of the bundle goes: move it away")
-    with locked(target):
+    with locked(target, seconds=PUBLISH_SECONDS):
         shutil.rmtree(target / "plans", ignore_errors=True)  # built from the old graphs
         for name in set(old) - set(new):
             (target / name).unlink(missing_ok=True)

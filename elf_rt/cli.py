@@ -118,13 +118,21 @@ class Stopped(SystemExit):
 def _stop(number: int, frame: FrameType | None) -> None:
     if _imports(frame):  # a library that is stopped half-way is broken from then on, and may keep the exception
         _put_off.append(number)
-        again = threading.Timer(IMPORT_SECONDS, signal.raise_signal, [number])
+        again = threading.Timer(IMPORT_SECONDS, _send_again, [number])
         again.daemon = True
         again.start()
         return
     for other in STOPPING:  # the end is not to be cut short, but by a second Ctrl-C
         signal.signal(other, signal.SIG_DFL if other == signal.SIGINT else signal.SIG_IGN)
     raise Stopped(128 + number)
+
+
+def _send_again(number: int) -> None:
+    """To the main thread, which may wait for input or for a lock by then."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
+    else:
+        signal.raise_signal(number)
 
 
 def _imports(frame: FrameType | None) -> bool:

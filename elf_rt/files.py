@@ -138,7 +138,8 @@ def sealed_folder(folder: Path, digest: Callable[[Path], str]) -> Iterator[None]
     """
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        os.utime(folder)  # ``remove_oldest`` goes by it
+        with contextlib.suppress(OSError):  # in a cache that came with an image
+            os.utime(folder)  # ``remove_oldest`` goes by it
         known: dict[str, str] = json.loads(read_sealed(folder / SEAL) or b"{}")
         for path in folder.iterdir():
             if path.is_dir():
@@ -209,9 +210,14 @@ def unfinished_folder(parent: Path, prefix: str = UNFINISHED) -> Iterator[Path]:
         with locked(parent):  # no other process may take the new folder for an abandoned one before it is locked
             remove_abandoned(parent, prefix)
             work = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-            held.callback(shutil.rmtree, work, ignore_errors=True)
+            held.callback(_remove_own, work, os.getpid())
             held.enter_context(locked(work))
         yield work
+
+
+def _remove_own(folder: Path, owner: int) -> None:
+    if os.getpid() == owner:  # a forked child leaves it to its parent
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_abandoned(parent: Path, prefix: str = UNFINISHED) -> None:
@@ -236,6 +242,7 @@ def locked(folder: Path, *, seconds: float | None = None) -> Iterator[None]:
         yield
         return
     end, handle = time.monotonic() + (LOCK_SECONDS if seconds is None else seconds), os.open(folder, os.O_RDONLY)
+    owner = os.getpid()
     _held.add(handle)
     try:
         while True:
@@ -249,7 +256,7 @@ def locked(folder: Path, *, seconds: float | None = None) -> Iterator[None]:
                 time.sleep(0.02)
         yield
     finally:
-        if handle in _held:  # not in a child that was forked in the block
+        if os.getpid() == owner:  # not in a child that was forked in the block
             _held.discard(handle)
             os.close(handle)
 

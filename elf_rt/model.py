@@ -3,7 +3,7 @@ latents with everything given."""
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -170,7 +170,7 @@ class Model:
 
         ``on_step`` and what is raised are those of ``generate``.
         """
-        if not isinstance(texts, Sequence):
+        if isinstance(texts, Text) or not isinstance(texts, Iterable):
             raise InputError(f"texts must be a sequence of elf_rt.Text, got {texts!r}")
         return self._write([check(self.codec, self.bundle.presets, text) for text in texts], on_step)
 
@@ -327,8 +327,9 @@ class Model:
             return
         if self.backend.device == "cuda":
             raise BackendError("a GPU cannot be used in a process forked after load: load the model in the child")
-        self._finalizer.detach()
+        of_parent = self._finalizer
         self._start(Bundle.open(self._folder))
+        of_parent.detach()
 
     def _run(
         self, texts: Sequence[Checked], drafts_every: int = 0, *, steps: bool = True

@@ -17,6 +17,7 @@ _NOT_WEIGHTS = re.compile(
     r"(encoder|optimizer|optim|scheduler|sampler|scaler|training_args|rng_state|random_states|latent_stats|dl_state"
     r"|custom_checkpoint)[\w.-]*"
 )
+_METRIC = re.compile(r"[\w/]+=[-+]?[\d.]+(e[-+]?\d+)?")  # in the names that Lightning gives: val_loss_avg=0.31
 _SAME_MODEL = ("model.safetensors", "pytorch_model.bin")  # where Hugging Face's folders have both, they hold the same
 _NEWEST = ("last", "latest")  # what training libraries call a run's newest file
 _PARTS_OF_RUNS = ("checkpoints", "checkpoint", "ckpts", "ckpt", "ema", "weights")  # folders in that of their run
@@ -113,14 +114,26 @@ def locate(path: Path) -> Path:
 
 def _average_beside(place: Path, run: Path) -> Path | None:
     """A file or folder of averaged weights in a run, next to the checkpoint that was found there, or to its folder."""
-    while place != run and not named_average(place.name):
+    while place != run and not _named_average(place):
         for other in sorted(place.parent.iterdir()):
-            inside = other.iterdir() if other.is_dir() else (other,)
-            holds = any(each.suffix in (*WEIGHT_SUFFIXES, "") for each in inside)
-            if other != place and named_average(other.name) and holds:
+            if other != place and _named_average(other) and _holds_weights(other):
                 return other
         place = place.parent
     return None
+
+
+def _named_average(path: Path) -> bool:
+    return named_average(_METRIC.sub("", path.name))
+
+
+def _holds_weights(path: Path) -> bool:
+    try:
+        inside = list(path.iterdir()) if path.is_dir() else []
+    except OSError:
+        return False
+    own = path.is_file() and path.suffix in (*WEIGHT_SUFFIXES, "")
+    steps = (step_in_name(each.name) is not None and not each.name.isdigit() for each in inside)
+    return own or any(each.suffix in WEIGHT_SUFFIXES for each in inside) or any(steps)
 
 
 def _numbered(children: list[Path]) -> Iterator[Path]:

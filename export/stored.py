@@ -71,10 +71,11 @@ def flatten(tree: Mapping[Any, Any], most: int = 1_000_000) -> dict[str, Any]:
     return flat
 
 
-def flatten_lists(path: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """A value with its path; of lists, and of mappings in them, what they hold."""
+def flatten_lists(path: str, value: Any, most: int = 100_000) -> Iterator[tuple[str, Any]]:
+    """A value with its path; of lists, and of mappings in them, what they hold, up to so many values."""
     left = [(path, value)]
-    while left:
+    while left and most > 0 and len(path) < 1000:
+        most -= 1
         path, value = left.pop()
         if isinstance(value, list | tuple):
             left += [(f"{path}.{index}", inner) for index, inner in enumerate(value)]

@@ -109,9 +109,11 @@ def _other_average(stored: Stored) -> str | None:
     if not stored.top:
         return None
     read = {path for names in _grouped(stored.leaves).values() for path in names.values()}
+    shapes = {stored.leaves[path].shape for path in read if torch.is_tensor(stored.leaves[path])}
     for path in (path for path in stored.leaves if path not in read):
         for inner, value in flatten_lists(path, stored.leaves[path]):
-            if torch.is_tensor(value) and value.ndim and named_average(_MOMENTS.sub("", inner)):
+            of_weights = torch.is_tensor(value) and value.ndim >= 2 and value.shape in shapes
+            if of_weights and named_average(_MOMENTS.sub("", inner)):
                 return path
     return None
 

@@ -1,10 +1,13 @@
 """Processes with texts in flight: children that are forked from them, and their own end."""
 
+import gc
 import os
 import subprocess
 import sys
 
 import pytest
+
+from elf_rt.bundle import Bundle
 
 
 def run(script, tmp_path, *args, timeout=120):
@@ -133,3 +136,23 @@ def test_an_interpreter_with_texts_in_flight_exits(bundle, backend, tmp_path):
     pytest.importorskip(backend)
     done = run(IN_FLIGHT, tmp_path, bundle("cond"), backend, timeout=60)
     assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_leaves_the_copies_of_links_to_its_parent(bundle, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "b.elfrt").mkdir()
+    for file in bundle("t5").iterdir():
+        (tmp_path / "b.elfrt" / file.name).symlink_to(file)
+    opened = Bundle.open(tmp_path / "b.elfrt")
+    copy = opened.path("weights.bin")
+    child = os.fork()
+    if child == 0:
+        del opened
+        gc.collect()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert copy.exists()
+    del opened
+    gc.collect()
+    assert not copy.exists()

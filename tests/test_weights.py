@@ -14,6 +14,10 @@ raw = pytest.fixture(raw_state, scope="module")
 run = pytest.fixture(run_folder)
 
 
+def matrix(values):
+    return next(value for value in values if value.ndim == 2)
+
+
 TWO_SETS = {
     "timm": lambda r, e: {"arch": "elf", "epoch": 3, "state_dict": r, "state_dict_ema": e},
     "model and model_ema": lambda r, e: {"model": r, "model_ema": e, "optimizer": {"state": {}}},
@@ -93,10 +97,10 @@ def test_an_averaged_model_of_torch(run, ema):
         (lambda values: {"ema": dict(enumerate(values))}, "ema.0"),
         (lambda values: {"optimizer_states": [{"opt": {}, "ema": tuple(values)}]}, "optimizer_states"),  # NeMo's
         (
-            lambda values: {"optimizer": {"state": {0: {"exp_avg": values[0], "ema": values[0]}}}},
+            lambda values: {"optimizer": {"state": {0: {"exp_avg": matrix(values), "ema": matrix(values)}}}},
             "optimizer.state.0.ema",
         ),
-        (lambda values: {"ema": {"blocks.0.attn.qkv.weight": values[0]}}, "ema.blocks.0"),
+        (lambda values: {"ema": {"blocks.0.attn.qkv.weight": matrix(values)}}, "ema.blocks.0"),
     ],
 )
 def test_an_average_without_names_is_not_passed_over(run, raw, ema, keep, where):
@@ -133,3 +137,13 @@ def test_averaged_weights_in_a_file_of_their_own_are_not_passed_over(run, raw, e
     refused(run, "averaged weights (EMA)", Path(averaged).parts[0], "name the one to export")
     assert_same(load_checkpoint(run / averaged).state, ema)
     assert_same(load_checkpoint(run / trained).state, raw)
+
+
+@pytest.mark.parametrize(
+    "beside", ["epoch=3-avg_val_loss=0.31.ckpt", "val_loss_avg=0.12.ckpt", "samples_ema/0001/a.png"]
+)
+def test_measures_and_samples_are_no_averaged_weights(run, raw, beside):
+    for name in ("last.ckpt", beside):
+        (run / name).parent.mkdir(exist_ok=True, parents=True)
+        torch.save({"state_dict": raw, "loss_avg": torch.ones(9), "loss_ema": [torch.ones(3)]}, run / name)
+    assert load_checkpoint(run).weights == "unknown"

@@ -1,7 +1,6 @@
 """What a call is on the GPU: graphs of buckets of rows, and token heads, made when they are first needed."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from elf_rt.device import setup_lock
 from elf_rt.device.cuda import Cuda
@@ -101,14 +100,16 @@ class Calls:
             return self.head(rows, length)
         return self._heads[key], key[0]
 
-    def free(self, but: int | None = None) -> bool:
-        """Free everything, or what was made for other lengths than this one; False where there is nothing. The stream
-        must be idle."""
-        made: tuple[dict[tuple[int, int], Any], ...] = self._buckets, self._heads
-        found = [(kind, key) for kind in made for key in kind if key[1] != but]
-        for kind, key in found:
-            kind.pop(key).close()
-        return bool(found)
+    def others(self, length: int) -> bool:
+        """Whether anything was made for other lengths."""
+        return any(at != length for _, at in (*self._buckets, *self._heads))
+
+    def free(self, but: int | None = None) -> None:
+        """Free everything, or what was made for other lengths than this one. The stream must be idle."""
+        for key in [key for key in self._buckets if key[1] != but]:
+            self._buckets.pop(key).close()
+        for key in [key for key in self._heads if key[1] != but]:
+            self._heads.pop(key).close()
 
     def _size(self, rows: int, length: int) -> int:
         return max(rows, min(round_up(rows), self.most(length)))

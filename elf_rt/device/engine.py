@@ -137,9 +137,11 @@ class DeviceEngine:
         bucket = self._calls.bucket(turns[-1][2].stop, slots[0].program.length)
         try:
             self._under_way.append(self._launch(turns, bucket))
-        except BackendError as error:  # also for lack of memory: the call has begun, and must not be made again
+        except Exception as error:
             self._stream.synchronize()  # what was enqueued still reads the entries
-            raise BackendError(str(error)) from error
+            if isinstance(error, GpuMemoryError):  # the call has begun, and must not be made again
+                raise BackendError(str(error)) from error
+            raise
         self._number += 1
         for slot, rows, place in turns:
             x = bucket.network.buffers["x"] + 4 * place.start * slot.program.length * self._width
@@ -315,12 +317,15 @@ class DeviceEngine:
         """Free what was made for other lengths; False where there is nothing."""
         busy = {slot for call in self._under_way for slot, *_ in call.texts}  # of a text that was cancelled
         idle = [slot for at, slots in self._idle.items() if at != length for slot in slots if slot not in busy]
+        if not idle and not self._calls.others(length):
+            return False
         self._advance_left(set(), self._number % (DEPTH + 1))  # the outputs of the last call may go with its bucket
         self._stream.synchronize()
         for slot in idle:
             self._idle[slot.program.length].remove(slot)
             slot.close()
-        return self._calls.free(but=length) or bool(idle)
+        self._calls.free(but=length)
+        return True
 
 
 def _slot_fields(length: int, width: int) -> Fields:

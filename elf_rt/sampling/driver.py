@@ -213,7 +213,7 @@ class Driver:
             with self._wake:
                 left = self._everybody()
             for task in left:
-                with contextlib.suppress(ElfError):  # of a slot that a broken GPU does not take back
+                with contextlib.suppress(Exception):  # of a slot that a broken GPU does not take back
                     self._end(engine, task, BackendError(self._closing or CLOSED))
 
     def _loop(self, engine: Engine[Any]) -> None:

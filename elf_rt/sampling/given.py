@@ -79,7 +79,9 @@ def as_numbers(name: str, array: object) -> np.ndarray:
     """A caller's array of real numbers, as it is."""
     try:
         numbers = np.asarray(array)
-    except ValueError:  # lists of different lengths
+        if numbers.dtype.kind == "V":  # bfloat16 of ml_dtypes
+            numbers = numbers.astype(np.float32)
+    except (TypeError, ValueError, RuntimeError):  # lists of different lengths, torch's tensors that are elsewhere
         raise InputError(f"{name} must be an array of numbers") from None
     if numbers.dtype.kind not in "biuf":
         raise InputError(f"{name} must hold numbers, got {numbers.dtype}")
