@@ -184,7 +184,7 @@ class Bundle:
                 cache.mkdir(parents=True, exist_ok=True)
             place, held = cache if os.access(cache, os.W_OK) else Path(tempfile.gettempdir()), contextlib.ExitStack()
             self._copies = held.enter_context(unfinished_folder(place, COPIES))
-            weakref.finalize(self, _remove_copies, held, os.getpid())
+            weakref.finalize(self, held.close)
         copy = self._copies / name
         if copy.exists():
             return copy
@@ -194,11 +194,6 @@ class Bundle:
         except OSError:
             shutil.copyfile(real, copy)
         return copy
-
-
-def _remove_copies(held: contextlib.ExitStack, owner: int) -> None:
-    if os.getpid() == owner:  # a forked child leaves them to its parent
-        held.close()
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:

@@ -31,6 +31,7 @@ from elf_rt.request import (
     check_drafts,
     check_length,
     check_many,
+    check_params,
     check_seeds,
     is_whole,
     load_of,
@@ -252,8 +253,7 @@ class Model:
         batch = len(whole) if z0 is None else len(z0)
         if not batch:
             raise InputError("z0 must hold at least one text")
-        if params is not None and not isinstance(params, SamplingParams):
-            raise InputError(f"params must be SamplingParams, as Model.params makes them, got {params!r}")
+        check_params(params)
         whole = whole * batch if len(whole) == 1 else whole
         if len(whole) != batch:
             raise InputError(f"seeds must have shape ({batch},), got ({len(whole)},)")

@@ -81,8 +81,7 @@ def check(codec: TextCodec, presets: Mapping[str, SamplingParams], text: Text) -
     """
     if not isinstance(text, Text):
         raise InputError(f"a text must be an elf_rt.Text, got {text!r}")
-    if text.params is not None and not isinstance(text.params, SamplingParams):
-        raise InputError(f"params must be SamplingParams, as Model.params makes them, got {text.params!r}")
+    check_params(text.params)
     if text.prompt is not None and not isinstance(text.prompt, str):
         raise InputError(f"prompt must be a text, got {text.prompt!r}")
     seed = check_seed(secrets.randbits(32) if text.seed is None else text.seed)
@@ -177,6 +176,12 @@ def preset_of(presets: Mapping[str, SamplingParams], name: str) -> SamplingParam
     if not isinstance(name, str) or name not in presets:
         raise InputError(f"preset must be one of {', '.join(presets)}, got {name!r}")
     return presets[name]
+
+
+def check_params(params: object) -> None:
+    """None stands for a preset's."""
+    if params is not None and not isinstance(params, SamplingParams):
+        raise InputError(f"params must be SamplingParams, as Model.params makes them, got {params!r}")
 
 
 def check_seed(seed: object, total: int = 1) -> int:

@@ -69,7 +69,7 @@ def choose(stored: Stored, raw: bool, path: object) -> WeightSet:
     if not wanted and sets[0].kind == "ema":
         raise CheckpointError(f"{path} holds only averaged weights (EMA): leave out --raw")
     if not wanted and sets[0].kind == "raw":
-        other = _other_average(stored)
+        other = _other_average(stored, [found.names for found in sets])
         listed = f" (those under {printable(other)} are not all there, or a list without names)" if other else ""
         raise CheckpointError(f"{path} holds no EMA weights{listed}: pass --raw to take the others")
     places = ", ".join(printable(found.where or "the top level") for found in wanted or sets)
@@ -81,7 +81,7 @@ def find_sets(stored: Stored) -> list[WeightSet]:
     groups = _grouped(stored.leaves)
     averaged = {where for where in groups if _is_average(where, stored)}
     trained = [where for where in groups if where not in averaged]
-    proven = len(trained) == 1 and (averaged or trained == ["params"] or _other_average(stored))
+    proven = len(trained) == 1 and (averaged or trained == ["params"] or _other_average(stored, groups.values()))
     kinds = dict.fromkeys(trained, "raw" if proven else "unknown") | dict.fromkeys(averaged, "ema")
     return [WeightSet(kinds[where], where, names) for where, names in groups.items()]
 
@@ -103,12 +103,12 @@ def _is_average(where: str, stored: Stored) -> bool:
     return any(".".join([*parts[:at], "n_averaged"]) in stored.leaves for at in range(len(parts) + 1))
 
 
-def _other_average(stored: Stored) -> str | None:
+def _other_average(stored: Stored, sets: Iterable[Mapping[str, str]]) -> str | None:
     """Where an average is kept that is no set of weights: in the order of the parameters, as torch_ema, diffusers and
-    NeMo do, in the state of the optimizer, or of some layers alone."""
+    NeMo do, in the state of the optimizer, or of some layers alone. sets: the names of those that were found."""
     if not stored.top:
         return None
-    read = {path for names in _grouped(stored.leaves).values() for path in names.values()}
+    read = {path for names in sets for path in names.values()}
     shapes = {stored.leaves[path].shape for path in read if torch.is_tensor(stored.leaves[path])}
     for path in (path for path in stored.leaves if path not in read):
         for inner, value in flatten_lists(path, stored.leaves[path]):
