@@ -23,9 +23,7 @@ from elf_rt.params import SamplingParams
 from elf_rt.pending import EventStream, Pending, by_group
 from elf_rt.request import (
     Checked,
-    Encoded,
     Pins,
-    Prepared,
     Text,
     check,
     check_drafts,
@@ -34,7 +32,6 @@ from elf_rt.request import (
     check_params,
     check_seeds,
     is_whole,
-    load_of,
     prepare,
     preset_of,
 )
@@ -44,7 +41,7 @@ from elf_rt.sampling.driver import CLOSED, Driver
 from elf_rt.sampling.given import as_floats, make_programs
 from elf_rt.sampling.outlook import Load, Outlook
 from elf_rt.sampling.program import Event, Program, StepDone, Timings, Written
-from elf_rt.sampling.schedule import Table, guidance_rows
+from elf_rt.sampling.schedule import Table
 from elf_rt.sampling.stats import Stats
 from elf_rt.text.codec import TextCodec
 
@@ -117,7 +114,7 @@ class Model:
         self.codec = TextCodec(bundle, self._threads)
         driver = Driver(running_engine(backend, bundle.config, self._max_rows), bundle.config.max_length)
         keep_in_child(backend, self.codec, driver)
-        self._finalizer = weakref.finalize(self, _close, driver)
+        self._finalizer = weakref.finalize(self, driver.close)
         self._driver = driver
 
     def params(self, preset: str = "default", **overrides: Any) -> SamplingParams:
@@ -186,8 +183,8 @@ class Model:
         check_drafts(drafts_every)
         driver = self._open_driver
         checked = check(self.codec, self.bundle.presets, text)
-        (prepared,) = prepare(self.codec, [checked], drafts_every, {})
-        return Pending(driver, prepared.program, partial(self._result, prepared), partial(self._read, prepared))
+        (program,) = prepare(self.codec, [checked], drafts_every)
+        return Pending(driver, program, partial(self._result, checked), partial(self._read, checked))
 
     def stream(
         self,
@@ -287,7 +284,8 @@ class Model:
     def outlook(self, texts: Sequence[Text] = (), drafts_every: int = 0) -> tuple[Outlook, list[Load]]:
         """What is being written now, and what these texts would add to it: ``outlook.finishes(loads)`` tells in how
         many seconds each would be written."""
-        loads = [load_of(self.codec, self.bundle.presets, text, drafts_every) for text in texts]
+        checked = [check(self.codec, self.bundle.presets, text) for text in texts]
+        loads = [text.load(self.config, drafts_every) for text in checked]
         return self._open_driver.outlook([load.length for load in loads]), loads
 
     def close(self) -> None:
@@ -333,65 +331,53 @@ class Model:
 
     def _run(
         self, texts: Sequence[Checked], drafts_every: int = 0, *, steps: bool = True
-    ) -> tuple[EventStream, list[range], dict[int, Prepared]]:
-        """The events of texts; the groups that are prepared together and share a call; and what was prepared."""
-        driver, prepared, encoded = self._open_driver, dict[int, Prepared](), Encoded()
-        groups: list[range] = []
+    ) -> tuple[EventStream, list[range]]:
+        """The events of texts, and the groups that are prepared together and share a call."""
+        driver, groups = self._open_driver, list[range]()
 
         def programs() -> Iterator[list[Program]]:
             start = 0
             while start < len(texts):
                 first = texts[start]
-                rows = guidance_rows(first.params, self.config, conditional=bool(first.source or first.pins))
-                group = range(start, min(len(texts), start + max(1, driver.share(first.length) // len(rows))))
-                made = prepare(self.codec, texts[group.start : group.stop], drafts_every, encoded)
-                prepared.update(zip(group, made, strict=True))
-                groups.append(group)
-                start = group.stop
-                yield [each.program for each in made]
+                size = max(1, driver.share(first.length) // len(first.guidance_rows(self.config)))
+                groups.append(range(start, min(len(texts), start + size)))
+                start = groups[-1].stop
+                yield prepare(self.codec, texts[groups[-1].start : start], drafts_every)
 
-        return EventStream(driver, programs(), steps), groups, prepared
+        return EventStream(driver, programs(), steps), groups
 
     def _write(self, texts: Sequence[Checked], on_step: Callable[[int, int], None] | None) -> list[Result]:
         if not texts:
             return []
-        run, _, prepared = self._run(texts, steps=on_step is not None)
+        run, _ = self._run(texts, steps=on_step is not None)
         results: dict[int, Result] = {}
         done, total = 0, sum(text.params.steps for text in texts)
         with closing(run):
             for index, event in run:
                 if isinstance(event, Written):
-                    results[index] = self._result(prepared.pop(index), event)
+                    results[index] = self._result(texts[index], event)
                     continue
                 done += 1
                 if on_step is not None:
                     on_step(done, total)
         return [results[index] for index in range(len(texts))]
 
-    def _told(
-        self, texts: Sequence[Checked], run: EventStream, groups: list[range], prepared: dict[int, Prepared]
-    ) -> Iterator[Draft | list[Result]]:
+    def _told(self, texts: Sequence[Checked], run: EventStream, groups: list[range]) -> Iterator[Draft | list[Result]]:
+        steps = texts[0].params.steps
         with closing(run):
-            for events in by_group(run, groups, texts[0].params.steps):
-                written = [
-                    self._result(prepared[i], event) for i, event in events.items() if isinstance(event, Written)
-                ]
-                yield written or self._draft(prepared, events, texts[0].params.steps)
+            for events in by_group(run, groups, steps):
+                written = [self._result(texts[i], event) for i, event in events.items() if isinstance(event, Written)]
+                yield written or self._draft(texts, events, steps)
 
-    def _draft(self, prepared: dict[int, Prepared], events: Mapping[int, Event], steps: int) -> Draft:
+    def _draft(self, texts: Sequence[Checked], events: Mapping[int, Event], steps: int) -> Draft:
         done = {i: event for i, event in events.items() if isinstance(event, StepDone)}
-        texts = [self._read(prepared[i], event.draft) for i, event in done.items() if event.draft is not None]
+        drafts = [self._read(texts[i], event.draft) for i, event in done.items() if event.draft is not None]
         first = next(iter(done.values()))
-        return Draft(first.step, steps, first.t, texts or None, len(done))
+        return Draft(first.step, steps, first.t, drafts or None, len(done))
 
-    def _result(self, prepared: Prepared, written: Written) -> Result:
-        ids, checked = prepared.finish(self.codec, written.ids), prepared.checked
-        return Result(self.codec.decode(ids), ids, checked.seed, checked.prompt, written.timings)
+    def _result(self, text: Checked, written: Written) -> Result:
+        ids = text.finish(self.codec, written.ids)
+        return Result(self.codec.decode(ids), ids, text.seed, text.prompt, written.timings)
 
-    def _read(self, prepared: Prepared, ids: np.ndarray) -> str | None:
-        return self.codec.decode(prepared.finish(self.codec, ids))
-
-
-def _close(driver: Driver) -> None:
-    if not driver.forked:
-        driver.close()
+    def _read(self, text: Checked, ids: np.ndarray) -> str | None:
+        return self.codec.decode(text.finish(self.codec, ids))

@@ -13,6 +13,7 @@ from elf_rt.params import ModelConfig, SamplingParams
 from elf_rt.sampling import schedule
 from elf_rt.sampling.outlook import Load
 from elf_rt.sampling.program import Program, mean_rows
+from elf_rt.sampling.schedule import Row
 from elf_rt.text.codec import TextCodec
 from elf_rt.text.pins import Pinned
 
@@ -20,7 +21,6 @@ MAX_SEED = 2**64
 MAX_TEXTS = 10**6  # of one call: each has its place in memory from the beginning
 
 Pins = Mapping[int, int | str] | str  # {position: token}, or a template with blanks
-Encoded = dict[tuple[tuple[int, ...], int], tuple[np.ndarray, np.ndarray]]  # (source, length) -> latents, mask
 
 
 @dataclass(frozen=True)
@@ -56,21 +56,21 @@ class Checked:
     source: tuple[int, ...] | None
     pins: Pinned | None
 
+    def guidance_rows(self, config: ModelConfig) -> tuple[Row, ...]:
+        """Of its calls."""
+        return schedule.guidance_rows(self.params, config, conditional=bool(self.source or self.pins))
 
-@dataclass(frozen=True)
-class Prepared:
-    """A program, and what makes its raw ids the final ones."""
-
-    program: Program
-    checked: Checked
+    def load(self, config: ModelConfig, drafts_every: int) -> Load:
+        """What it asks of the engine."""
+        calls, guidance = self.params.steps + 1, len(self.guidance_rows(config))
+        return Load(calls, calls, mean_rows(self.params.steps, guidance, drafts_every), self.length)
 
     def finish(self, codec: TextCodec, ids: np.ndarray) -> np.ndarray:
         """Final ids of the raw ids (L,) of the decoding call. No text ends before its last pin."""
-        source, pins = self.checked.source, self.checked.pins
-        start = 0 if source is None else len(source)
-        ids = ids if pins is None else pins.restore(ids, start)
-        lengths = None if source is None else np.array([start])
-        return codec.finish(ids[None], lengths, ends_from=0 if pins is None else len(pins) - 1)[0]
+        start = len(self.source or ())
+        ids = ids if self.pins is None else self.pins.restore(ids, start)
+        lengths = None if self.source is None else np.array([start])
+        return codec.finish(ids[None], lengths, ends_from=0 if self.pins is None else len(self.pins) - 1)[0]
 
 
 def check(codec: TextCodec, presets: Mapping[str, SamplingParams], text: Text) -> Checked:
@@ -84,23 +84,8 @@ def check(codec: TextCodec, presets: Mapping[str, SamplingParams], text: Text) -
     check_params(text.params)
     if text.prompt is not None and not isinstance(text.prompt, str):
         raise InputError(f"prompt must be a text, got {text.prompt!r}")
-    seed = check_seed(secrets.randbits(32) if text.seed is None else text.seed)
-    length = check_length(codec.config, text.length)
-    source = None if text.prompt is None else tuple(codec.tokenize([text.prompt], length)[0])
-    pins = None if text.pinned is None else _pins(codec, text.pinned, codec.room(length, sourced=source is not None))
-    return Checked(text.params or preset_of(presets, text.preset), seed, length, text.prompt, source, pins)
-
-
-def load_of(codec: TextCodec, presets: Mapping[str, SamplingParams], text: Text, drafts_every: int) -> Load:
-    """What a text asks of the engine.
-
-    Raises:
-        InputError: see ``check``.
-    """
-    checked = check(codec, presets, text)
-    rows = schedule.guidance_rows(checked.params, codec.config, conditional=bool(checked.source or checked.pins))
-    steps = checked.params.steps
-    return Load(steps + 1, steps + 1, mean_rows(steps, len(rows), drafts_every), checked.length)
+    params = text.params or preset_of(presets, text.preset)
+    return check_many(codec, params, text.prompt, 1, text.seed, text.length, text.pinned)[0]
 
 
 def check_many(
@@ -136,40 +121,27 @@ def check_many(
     return [replace(alone, seed=seed + k, prompt=prompts[k // n], source=sources[k // n]) for k in range(total)]
 
 
-def prepare(codec: TextCodec, texts: Sequence[Checked], drafts_every: int, encoded: Encoded) -> list[Prepared]:
-    """Programs of texts that are written together.
-
-    ``encoded`` keeps the prompts of the last call, so that each is encoded once however many texts it gets.
-    """
-    _encode(codec, texts, encoded)
+def prepare(codec: TextCodec, texts: Sequence[Checked], drafts_every: int) -> list[Program]:
+    """Programs of texts that are written together."""
     grids: dict[int, np.ndarray] = {}
     for params in {text.params for text in texts}:
         mine = [i for i, text in enumerate(texts) if text.params == params]
         seeds = np.array([texts[i].seed for i in mine], np.uint64)
         grids |= dict(zip(mine, schedule.make_grid(params, codec.config, seeds), strict=True))
     pinned = {id(text.pins): text.pins.latents(codec.latents) for text in texts if text.pins is not None}
-    prepared = []
+    programs = []
     for i, text in enumerate(texts):
-        source, mask = (None, None) if text.source is None else encoded[text.source, text.length]
+        source, mask = (None, None) if text.source is None else codec.source(text.source, text.length)
         if text.pins is not None:
             shape = (text.length, codec.config.latent_dim)
             source = np.zeros(shape, np.float32) if source is None else source.copy()
             mask = np.zeros(text.length, bool) if mask is None else mask.copy()
             text.pins.hold(pinned[id(text.pins)], source, mask, len(text.source or ()))
         table = schedule.make_table(text.params, codec.config, grids[i], conditional=source is not None)
-        program = Program(table, text.length, text.seed, text.params.sc_cfg, source, mask, drafts_every=drafts_every)
-        prepared.append(Prepared(program, text))
-    return prepared
-
-
-def _encode(codec: TextCodec, texts: Sequence[Checked], encoded: Encoded) -> None:
-    wanted = {(text.source, text.length) for text in texts if text.source is not None}
-    for old in encoded.keys() - wanted:
-        del encoded[old]
-    for length in sorted({length for _, length in wanted - encoded.keys()}):
-        new = sorted(source for source, at in wanted - encoded.keys() if at == length)
-        latents, masks = codec.encode(new, length)
-        encoded |= {(source, length): (latents[i], masks[i]) for i, source in enumerate(new)}
+        programs.append(
+            Program(table, text.length, text.seed, text.params.sc_cfg, source, mask, drafts_every=drafts_every)
+        )
+    return programs
 
 
 def preset_of(presets: Mapping[str, SamplingParams], name: str) -> SamplingParams:

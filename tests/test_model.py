@@ -56,6 +56,18 @@ def test_prompts_share_nothing(spoken):
     assert [r.prompt for r in several] == [SPOKEN[0]] * 2 + [SPOKEN[1]] * 2
 
 
+def test_a_prompt_is_encoded_once_and_by_itself(bundle, monkeypatch):
+    """However many texts it gets, and from whatever call: an encoder that is a network takes as long as some steps."""
+    with elf_rt.load(bundle("spoken-to-written"), "onnxruntime") as model:
+        asked = []
+        encode = model.codec._encode
+        monkeypatch.setattr(model.codec, "_encode", lambda ids, mask: asked.append(ids.tolist()) or encode(ids, mask))
+        model.generate(SPOKEN, n=3, steps=1)
+        for pending in [model.submit(Text(prompt, seed)) for seed in range(3) for prompt in SPOKEN]:
+            pending.cancel()
+        assert asked == [[ids] for ids in model.codec.tokenize(SPOKEN)]
+
+
 def test_spoken_becomes_written(spoken):
     assert spoken.generate(SPOKEN[0], seed=0, steps=8)[0].text == "Tina paid $9350 for the chair."
 

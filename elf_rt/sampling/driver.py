@@ -184,6 +184,8 @@ class Driver:
 
     def close(self) -> None:
         """Stop after the calls under way; texts that are not over end with a BackendError. Waits for the thread."""
+        if self.forked:
+            return
         with self._wake:
             self._closing = self._closing or CLOSED
             self._wake.notify()

@@ -1,6 +1,7 @@
 """Text to source latents, token ids to text."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from elf_rt.text.encoder import open_encoder
 from elf_rt.text.tokenizer import TextTokenizer
 
 MAX_PROMPT = 10**6  # characters: no model reads more, and tokenizers take seconds and a GB for them
+MAX_SOURCES = 8  # prompts whose latents are kept
 
 
 def _closed(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -34,11 +36,13 @@ class TextCodec:
                 )
         self._encode = open_encoder(bundle, threads)
         self._encoded_ids = bundle.encoder.vocab_size if bundle.encoder is not None else 0
+        self.source = lru_cache(MAX_SOURCES)(self._source)
 
     def close(self) -> None:
         """Free the encoder, which refuses to be called from now on."""
         if self._encode is not None:
             self._encode = _closed
+        self.source.cache_clear()
 
     def decode(self, ids: np.ndarray) -> str | None:
         """(L,) token ids -> text without padding and special tokens; None for a bundle without a tokenizer."""
@@ -65,6 +69,11 @@ class TextCodec:
             raise InputError("this model takes no prompt: it was exported without a text encoder")
         if self.tokenizer is None:
             raise InputError("this bundle has no tokenizer: export the checkpoint again with --tokenizer")
+        if length < self.config.max_length:
+            warn(
+                f"a length of {length} cuts texts to {self.room(length, sourced=True)} tokens, "
+                f"for {limit} are kept for the source"
+            )
         sources = []
         for index, prompt in enumerate(prompts):
             try:
@@ -88,11 +97,6 @@ class TextCodec:
     def encode(self, sources: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
         """Clean source latents (B, L, C) float32, normalised, and the mask (B, L) of the positions they hold."""
         width = max(len(ids) for ids in sources)
-        if length < self.config.max_length:
-            warn(
-                f"a length of {length} cuts texts to {self.room(length, sourced=True)} tokens, "
-                f"for {self.config.max_input_length} are kept for the source"
-            )
         ids = np.full((len(sources), width), self.pad_id, np.int64)
         mask = np.zeros((len(sources), length), bool)
         for row, source in enumerate(sources):
@@ -102,6 +106,11 @@ class TextCodec:
         source_latents[:, :width] = self.latents(ids, mask[:, :width].astype(np.int64))
         source_latents[~mask] = 0.0
         return source_latents, mask
+
+    def _source(self, ids: tuple[int, ...], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Latents (L, C) and mask (L,) of one prompt. It is encoded by itself, so they do not depend on others."""
+        latents, mask = self.encode([ids], length)
+        return latents[0], mask[0]
 
     def latents(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """Clean latents (B, S, C) float32 of token ids (B, S), normalised as in training; mask (B, S) is 1 at tokens.
