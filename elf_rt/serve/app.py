@@ -19,8 +19,8 @@ from starlette.middleware.cors import CORSMiddleware
 import elf_rt
 from elf_rt.errors import BackendError
 from elf_rt.params import SAMPLERS, SCHEDULES
-from elf_rt.serve.boundary import Boundary, log
-from elf_rt.serve.errors import CHAT, ApiError, bad_request
+from elf_rt.serve.boundary import Boundary
+from elf_rt.serve.errors import CHAT, ApiError, bad_request, failed
 from elf_rt.serve.job import Job, Service
 from elf_rt.serve.schema import Completion, CompletionRequest, ModelCard, ModelList
 
@@ -34,8 +34,6 @@ def create_app(
     app = FastAPI(title="elf-rt", version=elf_rt.__version__, root_path=root_path, docs_url=None, redoc_url=None)
     _add_routes(app, service)
     _add_pages(app, service)
-    app.add_exception_handler(ApiError, _refused)
-    app.add_exception_handler(BackendError, _failed)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
     app.add_middleware(Boundary, metrics=service.metrics, keys=keys)
@@ -107,7 +105,7 @@ async def _lines(job: Job) -> AsyncIterator[str]:
     except ApiError as error:
         yield f"data: {json.dumps(error.body())}\n\n"
     except BackendError as error:
-        yield f"data: {json.dumps(_backend_failure(error).body())}\n\n"
+        yield f"data: {json.dumps(failed(error, job.request_id).body())}\n\n"
     except asyncio.CancelledError:
         if not job.gone:
             raise
@@ -145,19 +143,6 @@ def read_page() -> tuple[str, str]:
     return page, policy
 
 
-async def _refused(request: Request, error: Any) -> Response:
-    return error.response()
-
-
-async def _failed(request: Request, error: Any) -> Response:
-    return _backend_failure(error).response()
-
-
-def _backend_failure(error: BackendError) -> ApiError:
-    log.error("the engine failed", extra={"error": " ".join(str(error).split())})
-    return ApiError(500, "the engine could not write this; the server's log says why", code="engine_failed")
-
-
 async def _invalid(request: Request, error: Any) -> Response:
     first = error.errors()[0]
     names = [str(part) for part in first["loc"] if part not in ("body", "path", "query")]
@@ -167,6 +152,8 @@ async def _invalid(request: Request, error: Any) -> Response:
 
 
 async def _http(request: Request, error: Any) -> Response:
+    if isinstance(error, ApiError):
+        return error.response()
     known = error.status_code in CODES
     message = f"{request.method} {request.url.path} is not offered here" if known else "the body cannot be read as JSON"
     return ApiError(error.status_code, message, code=CODES.get(error.status_code, "bad_request")).response()

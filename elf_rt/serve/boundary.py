@@ -12,8 +12,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from elf_rt.errors import first_line
-from elf_rt.serve.errors import ApiError
+from elf_rt.serve.errors import ApiError, failed
 from elf_rt.serve.metrics import Metrics
 
 MAX_BODY = 1 << 20  # bytes
@@ -48,16 +47,11 @@ class Boundary:
 
         try:
             self._check_key(scope)
-            body = await _read(scope, receive)
-            if body is not None:
-                await self._app(scope, _replay(body, receive), tell)
-        except ApiError as error:
-            await error.response()(scope, receive, tell)
+            await self._app(scope, _bounded(receive), tell)
         except Exception as error:
-            log.error("failed", extra={"request": number, "error": f"{type(error).__name__}: {first_line(error)}"})
+            told = error if isinstance(error, ApiError) else failed(error, number)
             if not status:
-                failure = ApiError(500, "the server failed; its log says why, under the request's id", code="internal")
-                await failure.response()(scope, receive, tell)
+                await told.response()(scope, receive, tell)
         finally:
             self._metrics.requests.labels(str(status or 499)).inc()
             about = {"request": number, "status": status or 499, "ms": round(1e3 * (time.perf_counter() - begun), 1)}
@@ -72,35 +66,24 @@ class Boundary:
             raise ApiError(401, "this server asks for an API key: Authorization: Bearer KEY", code="invalid_api_key")
 
 
-async def _read(scope: Scope, receive: Receive) -> bytes | None:
-    """The body, or None where the client left before its end."""
-    too_large = ApiError(413, f"the body must be at most {MAX_BODY} bytes", code="body_too_large")
-    told = dict(scope["headers"]).get(b"content-length", b"0")
-    if not told.isdigit() or int(told[:20]) > MAX_BODY:
-        raise too_large
-    body, more = bytearray(), True
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            while more:
+def _bounded(receive: Receive) -> Receive:
+    """The same messages, as far as a body is not too large and comes in time."""
+    size, more, end = 0, True, asyncio.get_running_loop().time() + BODY_SECONDS
+
+    async def bounded() -> Message:
+        nonlocal size, more
+        try:
+            async with asyncio.timeout_at(end if more else None):
                 message = await receive()
-                if message["type"] == "http.disconnect":
-                    return None
-                body += message.get("body", b"")
-                more = message.get("more_body", False)
-                if len(body) > MAX_BODY:
-                    raise too_large
-    except TimeoutError:
-        raise ApiError(408, f"the body did not come within {BODY_SECONDS:.0f} s", code="body_timeout") from None
-    return bytes(body)
+        except TimeoutError:
+            raise ApiError(408, f"the body did not come within {BODY_SECONDS:.0f} s", code="body_timeout") from None
+        size += len(message.get("body", b""))
+        more = message.get("more_body", False)
+        if size > MAX_BODY:
+            raise ApiError(413, f"the body must be at most {MAX_BODY} bytes", code="body_too_large")
+        return message
 
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def replay() -> Message:
-        return first.pop() if first else await receive()
-
-    return replay
+    return bounded
 
 
 class LineFormatter(logging.Formatter):

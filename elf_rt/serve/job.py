@@ -33,16 +33,12 @@ class Service:
     """What all requests share."""
 
     def __init__(self, model: Model, *, max_waiting: int, log_prompts: bool) -> None:
-        self.model, self.log_prompts = model, log_prompts
+        self.model, self.log_prompts, self.name = model, log_prompts, model.bundle.name
         self.metrics = Metrics(model.stats)
         self.gate = Gate(model, max_waiting, self.metrics)
         files = json.dumps(dict(model.bundle.manifest.files), sort_keys=True).encode()
         backend = model.backend
         self.fingerprint = f"{hashlib.sha256(files).hexdigest()[:12]}-{backend.name}-{backend.precision}"
-
-    @property
-    def name(self) -> str:
-        return self.model.bundle.name
 
 
 @dataclass(frozen=True)
@@ -60,7 +56,9 @@ class Job:
 
     def __init__(self, service: Service, asked: CompletionRequest, request: Request) -> None:
         self._service, self._asked, self._request = service, asked, request
-        self._created, self._begun = int(time.time()), time.monotonic()
+        self.request_id, self._created = str(request.state.id), int(time.time())
+        ms = asked.deadline_ms
+        self._deadline = None if ms is None else asyncio.get_running_loop().time() + ms / 1e3
         self._lock = threading.Lock()  # submission is in another thread
         self._writings: list[Writing] = []
         self._prompt_tokens, self._tokens, self._closed = 0, 0, False
@@ -101,7 +99,7 @@ class Job:
             ApiError: the deadline passed. BackendError: the engine failed.
         """
         try:
-            async with asyncio.timeout(self._seconds_left()):
+            async with asyncio.timeout_at(self._deadline):
                 results = await asyncio.gather(*(writing.pending for writing in self._writings))
             choices = [self._choice(*pair) for pair in zip(self._writings, results, strict=True)]
             return self._completion(choices, usage=self._usage())
@@ -121,7 +119,7 @@ class Job:
         left = len(followers)
         try:
             while left:
-                async with asyncio.timeout(self._seconds_left()):
+                async with asyncio.timeout_at(self._deadline):
                     writing, event = await told.get()
                 if isinstance(event, BaseException):
                     raise event
@@ -164,7 +162,7 @@ class Job:
         for prompt in asked.prompts:
             self._prompt_tokens += asked.n * self._count(prompt)
             if service.log_prompts:
-                log.info("prompt", extra={"request": self._request.state.id, "prompt": prompt})
+                log.info("prompt", extra={"request": self.request_id, "prompt": prompt})
         texts, drafts_every = self._texts(), 0
         if asked.diffusing:
             drafts_every = 1 if asked.drafts_every is None else asked.drafts_every
@@ -207,11 +205,6 @@ class Job:
             raise bad_request(message, "prompt", "context_length_exceeded")
         return tokens
 
-    def _seconds_left(self) -> float | None:
-        if self._asked.deadline_ms is None:
-            return None
-        return max(0.0, self._begun + self._asked.deadline_ms / 1e3 - time.monotonic())
-
     def _late(self) -> ApiError:
         self._service.metrics.late.inc(sum(not writing.pending.done() for writing in self._writings))
         return ApiError(504, f"not written within deadline_ms {self._asked.deadline_ms}", code="deadline")
@@ -225,14 +218,10 @@ class Job:
         self._tokens += tokens
         self._service.metrics.written(reason, timings, tokens, writing.predicted_ms)
         self._service.gate.written()
-        times = CompletionTimings(
-            total_ms=round(timings.total_ms, 3),
-            waited_ms=round(timings.waited_ms, 3),
-            network_ms=round(timings.network_ms, 3),
-            predicted_ms=None if writing.predicted_ms is None else round(writing.predicted_ms, 3),
-            calls=timings.calls,
-        )
-        return Choice(text=text or "", index=writing.index, seed=result.seed, finish_reason=reason, timings=times)
+        times = {**vars(timings), "predicted_ms": writing.predicted_ms}
+        rounded = {name: ms if ms is None else round(ms, 3) for name, ms in times.items()}
+        told = CompletionTimings.model_validate(rounded)
+        return Choice(text=text or "", index=writing.index, seed=result.seed, finish_reason=reason, timings=told)
 
     def _draft(self, writing: Writing, draft: Draft) -> Completion:
         text = (draft.texts or [None])[0] or ""
@@ -245,7 +234,7 @@ class Job:
 
     def _completion(self, choices: list[Choice], **fields: Any) -> Completion:
         return Completion(
-            id=f"cmpl-{self._request.state.id}",
+            id=f"cmpl-{self.request_id}",
             created=self._created,
             model=self._service.name,
             system_fingerprint=self._service.fingerprint,

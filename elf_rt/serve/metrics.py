@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from elf_rt.model import Timings
 from elf_rt.sampling.stats import Stats
@@ -13,12 +14,12 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 RATIOS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 
 
-class Metrics:
+class Metrics(Collector):
     """stats: of the model."""
 
     def __init__(self, stats: Callable[[], Stats]) -> None:
-        self.registry = CollectorRegistry()
-        self.registry.register(_Engine(stats))
+        self._stats, self.registry = stats, CollectorRegistry()
+        self.registry.register(self)
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"elf_rt_{name}", text, labels, registry=self.registry)
@@ -45,14 +46,8 @@ class Metrics:
         if predicted_ms is not None:
             self.error.observe(abs(predicted_ms - timings.total_ms) / timings.total_ms)
 
-
-class _Engine:
-    """``Model.stats`` as metrics."""
-
-    def __init__(self, stats: Callable[[], Stats]) -> None:
-        self._stats = stats
-
     def collect(self) -> Iterator[Metric]:
+        """``Model.stats`` as metrics."""
         stats = self._stats()
         gauges = {
             "texts_running": ("Texts in flight.", stats.slots),
