@@ -17,6 +17,8 @@ from elf_rt.results import Draft, Result
 from elf_rt.sampling.driver import Driver, Task
 from elf_rt.sampling.program import Event, Program, StepDone, Written
 
+Reader = Callable[[StepDone | None], object]  # of drafts; None: there will be no more
+
 
 class EventStream:
     """The events of one caller's texts as they come, by the index of the text.
@@ -102,8 +104,8 @@ class Pending:
         self._written: Future[Written] = Future()
         self._written.set_running_or_notify_cancel()  # from now on the driver alone ends the future
         self._drafts: list[StepDone] = []
-        self._changed = threading.Condition()
-        self._watchers: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+        self._readers: list[Reader] = []
+        self._lock = threading.RLock()
         (self._task,) = driver.submit([program], [self._post], self)
 
     def result(self, timeout: float | None = None) -> Result:
@@ -138,41 +140,19 @@ class Pending:
 
     def __iter__(self) -> Iterator[Draft]:
         """The drafts from the first one on, each when it is there; ends when the text is over."""
-        self._check_process()
-        seen = 0
-        while True:
-            with self._changed:
-                while len(self._drafts) == seen and not self.done():
-                    self._changed.wait()
-                fresh = self._drafts[seen:]
-            if not fresh:
-                return
-            yield from map(self._draft, fresh)
-            seen += len(fresh)
+        told: SimpleQueue[StepDone | None] = SimpleQueue()
+        with self._reading(told.put):
+            yield from map(self._draft, iter(told.get, None))
 
     def __await__(self) -> Generator[None, None, Result]:
         return self._wait().__await__()
 
     async def __aiter__(self) -> AsyncIterator[Draft]:
-        self._check_process()
-        seen, woken = 0, asyncio.Event()
-        watcher = asyncio.get_running_loop(), woken
-        with self._changed:
-            self._watchers.append(watcher)
-        try:
-            while True:
-                woken.clear()
-                over, fresh = self.done(), self._drafts[seen:]  # asked in this order, no draft is missed
-                for step in fresh:
-                    yield self._draft(step)
-                seen += len(fresh)
-                if over:
-                    return
-                if not fresh:
-                    await woken.wait()
-        finally:
-            with self._changed:
-                self._watchers.remove(watcher)
+        told: asyncio.Queue[StepDone | None] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        with self._reading(lambda done: loop.call_soon_threadsafe(told.put_nowait, done)):
+            while (done := await told.get()) is not None:
+                yield self._draft(done)
 
     async def _wait(self) -> Result:
         self._check_process()
@@ -193,18 +173,31 @@ class Pending:
         assert done.draft is not None
         return Draft(done.step, self._steps, done.t, [self._read(done.draft)], 1)
 
+    @contextlib.contextmanager
+    def _reading(self, reader: Reader) -> Iterator[None]:
+        """Tell a reader the drafts so far, and each one that comes."""
+        self._check_process()
+        with self._lock:
+            for done in (*self._drafts, *[None] * self.done()):
+                reader(done)
+            self._readers.append(reader)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._readers.remove(reader)
+
     def _post(self, event: Event) -> None:
         """In the driver's thread."""
-        with self._changed:
+        if isinstance(event, StepDone) and event.draft is None:
+            return
+        with self._lock:
+            if isinstance(event, StepDone):
+                self._drafts.append(event)
+            for reader in self._readers:
+                with contextlib.suppress(RuntimeError):  # RuntimeError: the loop of its reader is closed
+                    reader(event if isinstance(event, StepDone) else None)
             if isinstance(event, Written):
                 self._written.set_result(event)
             elif isinstance(event, BaseException):
                 self._written.set_exception(event)
-            elif event.draft is None:
-                return
-            else:
-                self._drafts.append(event)
-            self._changed.notify_all()
-            for loop, woken in self._watchers:
-                with contextlib.suppress(RuntimeError):  # RuntimeError: that loop is closed
-                    loop.call_soon_threadsafe(woken.set)

@@ -1,7 +1,7 @@
 """Text to source latents, token ids to text."""
 
+import threading
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 
@@ -36,13 +36,14 @@ class TextCodec:
                 )
         self._encode = open_encoder(bundle, threads)
         self._encoded_ids = bundle.encoder.vocab_size if bundle.encoder is not None else 0
-        self.source = lru_cache(MAX_SOURCES)(self._source)
+        # No lru_cache of a method, whose cycle would leave the encoder to a garbage collection, maybe of a forked child.
+        self._sources: dict[tuple[tuple[int, ...], int], tuple[np.ndarray, np.ndarray]] = {}
+        self._lock = threading.Lock()
 
     def close(self) -> None:
         """Free the encoder, which refuses to be called from now on."""
         if self._encode is not None:
             self._encode = _closed
-        self.source.cache_clear()
 
     def decode(self, ids: np.ndarray) -> str | None:
         """(L,) token ids -> text without padding and special tokens; None for a bundle without a tokenizer."""
@@ -107,10 +108,15 @@ class TextCodec:
         source_latents[~mask] = 0.0
         return source_latents, mask
 
-    def _source(self, ids: tuple[int, ...], length: int) -> tuple[np.ndarray, np.ndarray]:
+    def source(self, ids: tuple[int, ...], length: int) -> tuple[np.ndarray, np.ndarray]:
         """Latents (L, C) and mask (L,) of one prompt. It is encoded by itself, so they do not depend on others."""
-        latents, mask = self.encode([ids], length)
-        return latents[0], mask[0]
+        with self._lock:
+            if (ids, length) not in self._sources:
+                latents, mask = self.encode([ids], length)
+                self._sources[ids, length] = latents[0], mask[0]
+                if len(self._sources) > MAX_SOURCES:
+                    del self._sources[next(iter(self._sources))]
+            return self._sources[ids, length]
 
     def latents(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """Clean latents (B, S, C) float32 of token ids (B, S), normalised as in training; mask (B, S) is 1 at tokens.
