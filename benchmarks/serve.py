@@ -26,7 +26,6 @@ import httpx
 
 from elf_rt.measure.bench_report import describe_machine
 from elf_rt.model import Model, Text, load
-from elf_rt.serve.server import warm_up
 
 STEPS = (4, 8, 16, 32, 64)
 SECONDS = 600.0  # that one text may take
@@ -94,7 +93,7 @@ def measure(bundle: Path, options: argparse.Namespace) -> dict[str, Any]:
         command += ["--max-rows", str(options.max_rows)]
     model = load(bundle, options.backend, max_rows=options.max_rows)
     engine, bodies = f"{model.backend.name} {model.backend.precision}", make_bodies(model, options.texts)
-    warm_up(model)
+    model.warm_up()
     alone = [direct(model, bodies)]
     with model, subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None

@@ -2,13 +2,14 @@
 latents with everything given."""
 
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -40,12 +41,15 @@ from elf_rt.sampling import integrator
 from elf_rt.sampling.driver import CLOSED, Driver
 from elf_rt.sampling.given import as_floats, make_programs
 from elf_rt.sampling.outlook import Load, Outlook
-from elf_rt.sampling.program import Event, Program, StepDone, Timings, Written
+from elf_rt.sampling.program import Event, Program, Stats, StepDone, Timings, Written
 from elf_rt.sampling.schedule import Table
-from elf_rt.sampling.stats import Stats
 from elf_rt.text.codec import TextCodec
 
 __all__ = ["Draft", "Model", "Outcome", "Pending", "Result", "Stats", "Text", "Timings", "load"]
+
+WARM_SECONDS = 10.0  # of a model that is warmed up
+WARM_STEPS = 6
+WARM_TEXTS = 64
 
 
 def load(
@@ -82,7 +86,7 @@ def load(
     )
 
 
-class Model:
+class Model(AbstractContextManager["Model"]):
     """A loaded model, as ``load`` gives it. Safe to share between threads, whose texts share network calls; ``close()``
     it, or use it as a context manager.
 
@@ -246,7 +250,8 @@ class Model:
             InputError: an array has another shape than it says here, or holds other things than numbers.
             BackendError: a call failed, or the model is closed.
         """
-        whole, z0 = check_seeds(seeds), as_floats("z0", z0, (None, None, self.config.latent_dim))
+        whole = check_seeds(seeds)
+        z0 = None if z0 is None else as_floats("z0", z0, (None, None, self.config.latent_dim))
         batch = len(whole) if z0 is None else len(z0)
         if not batch:
             raise InputError("z0 must hold at least one text")
@@ -288,6 +293,17 @@ class Model:
         loads = [text.load(self.config, drafts_every) for text in checked]
         return self._open_driver.outlook([load.length for load in loads]), loads
 
+    def warm_up(self) -> None:
+        """Write texts, one, then twice as many, … until it is found out how many rows of a call pay, so that it is
+        known how long texts take. That takes about ``WARM_SECONDS``, or as long as one text, if that is more."""
+        params = self.params(steps=WARM_STEPS)
+        texts, last, end = 1, 0.0, time.monotonic() + WARM_SECONDS
+        while not self.stats().settled and time.monotonic() + 2 * last < end:
+            prompt = "a" if self.codec.takes_prompts else None
+            results = self.write([Text(prompt, seed, params=params) for seed in range(texts)])
+            last = max(result.timings.total_ms for result in results) / 1e3
+            texts = min(2 * texts, WARM_TEXTS)
+
     def close(self) -> None:
         """Free the engine's memory. Texts that are being written end with a BackendError, and the model cannot be used
         after it."""
@@ -303,9 +319,6 @@ class Model:
             raise BackendError("the model is closed: load it again, or send the bundle's path instead")
         options: dict[str, Any] = {"threads": self._threads, "max_rows": self._max_rows}
         return partial(load, precision=self.backend.precision, **options), (self._folder, self.backend.name)
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()

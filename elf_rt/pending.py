@@ -192,12 +192,12 @@ class Pending:
         if isinstance(event, StepDone) and event.draft is None:
             return
         with self._lock:
-            if isinstance(event, StepDone):
+            if isinstance(event, Written):
+                self._written.set_result(event)
+            elif isinstance(event, StepDone):
                 self._drafts.append(event)
+            else:
+                self._written.set_exception(event)
             for reader in self._readers:
                 with contextlib.suppress(RuntimeError):  # RuntimeError: the loop of its reader is closed
                     reader(event if isinstance(event, StepDone) else None)
-            if isinstance(event, Written):
-                self._written.set_result(event)
-            elif isinstance(event, BaseException):
-                self._written.set_exception(event)

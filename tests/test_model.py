@@ -152,6 +152,13 @@ def test_timings_add_up(spoken):
         assert timings.waited_ms + timings.network_ms + timings.integrator_ms <= timings.total_ms
 
 
+def test_a_warm_model_knows_what_its_calls_cost(bundle):
+    with elf_rt.load(bundle("uncond"), "onnxruntime", max_rows=4) as model:
+        assert not model.stats().settled and not model.stats().call_ms
+        model.warm_up()
+        assert model.stats().settled and {1, 2} <= model.stats().call_ms.keys()
+
+
 def test_a_long_prompt_is_cut_with_a_warning(spoken):
     with pytest.warns(UserWarning, match="is cut to 32"):
         spoken.generate("one hundred " * 40, seed=0, steps=1)

@@ -16,7 +16,8 @@ EDGES = [0, 1, 2, 2**29 - 1, 2**29, 2**29 + 1, 2**30, 2**31 - 1, 2**31, 3 * 2**2
 
 def test_philox_gives_the_published_words():
     words = np.array([[int(w, 16) for w in line.split()] for line in KNOWN_ANSWERS.split("\n") if line], np.uint32)
-    np.testing.assert_array_equal(philox4x32(words[:, :4], words[:, 4:6]), words[:, 6:])
+    counter, key = words[:, :4].T.astype(np.uint64), words[:, 4:6].T
+    np.testing.assert_array_equal(philox4x32(list(counter), list(key)), words[:, 6:].T)
 
 
 def test_box_muller_matches_float64():
@@ -75,8 +76,8 @@ def test_a_sample_does_not_depend_on_its_batch_or_length():
 def test_element_order_and_counter():
     """Element 4q + i is normal i of the call with counter (q, step, stream, 0)."""
     seed, step, stream = 0x0123456789ABCDEF, 9, 1
-    counter = np.uint32([[q, step, stream, 0] for q in range(4)])
-    words = philox4x32(counter, np.uint32([[seed & 0xFFFFFFFF, seed >> 32]]))
-    first, second = box_muller(words[:, 0], words[:, 1]), box_muller(words[:, 2], words[:, 3])
+    counter = [np.arange(4, dtype=np.uint64), *np.uint64([step, stream, 0])]
+    words = [word.astype(np.uint32) for word in philox4x32(counter, list(np.uint64([seed & 0xFFFFFFFF, seed >> 32])))]
+    first, second = box_muller(words[0], words[1]), box_muller(words[2], words[3])
     expected = np.stack([*first, *second], axis=1).ravel()[:15]
     np.testing.assert_array_equal(normal(np.uint64([seed]), step, (5, 3), stream).ravel(), expected)

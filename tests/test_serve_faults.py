@@ -178,7 +178,7 @@ def test_a_warm_up_that_fails_ends_the_server(bundle, monkeypatch):
     def fails(model):
         raise BackendError("no memory for a call")
 
-    monkeypatch.setattr("elf_rt.serve.server.warm_up", fails)
+    monkeypatch.setattr(elf_rt.Model, "warm_up", fails)
     with elf_rt.load(bundle("uncond"), "onnxruntime", threads=1) as model, listen("127.0.0.1", 0) as bound:
         service = Service(model, max_waiting=1, log_prompts=False)
         with pytest.raises(BackendError, match="no memory for a call"):

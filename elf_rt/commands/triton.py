@@ -14,19 +14,16 @@ from elf_rt.console import note
 @backend_options
 @click.option("--max-batch", type=click.IntRange(1), default=16, help="Texts that start together.")
 @click.option("--max-queue", type=click.IntRange(1), default=128, help="Requests that may wait; more are refused.")
-def command(
-    bundle: Path, output: Path, backend: str, precision: str, threads: int | None, max_batch: int, max_queue: int
-) -> None:
+def command(bundle: Path, output: Path, backend: str, precision: str, threads: int | None, **queues: int) -> None:
     """Write a model repository that serves BUNDLE (by default the only *.elfrt folder here) with Triton.
 
     Two texts are written to measure how long requests may wait for each other: run it on a machine like the server.
     """
     from elf_rt.model import load
-    from elf_rt.scale.triton import Serving, write_repository
+    from elf_rt.scale.triton import write_repository
 
-    serving = Serving(backend, precision, threads, max_batch, max_queue)
     with load(bundle, backend, precision=precision, threads=threads) as model:
-        delay_ms = write_repository(model, output, serving)
+        delay_ms = write_repository(model, output, backend=backend, precision=precision, threads=threads, **queues)
         note(
             f"{output}: models elf and elf_stream on {model.backend_reason}; requests wait {delay_ms:.1f} ms for others"
         )

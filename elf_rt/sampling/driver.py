@@ -22,8 +22,7 @@ from typing import Any
 from elf_rt.errors import BackendError, ElfError, GpuMemoryError, first_line
 from elf_rt.sampling.engine import Engine, Slot
 from elf_rt.sampling.outlook import OTHERS, Load, Outlook, Pace
-from elf_rt.sampling.program import Event, Program, StepDone, Timings, Written
-from elf_rt.sampling.stats import Stats
+from elf_rt.sampling.program import Event, Program, Stats, StepDone, Timings, Written
 
 MAX_SLOTS = 128  # texts in flight
 CLOSED = "the model is closed: load it again"
@@ -154,13 +153,9 @@ class Driver:
                 max_rows=cost.max_rows(self._length),
                 settled=cost.settled(self._length),
                 call_ms=cost.by_rows(self._length),
-                calls=self._count["calls"],
-                steps=self._count["steps"],
                 captures=self._engine.captures,
                 bytes=self._engine.num_bytes(),
-                finished=self._count["finished"],
-                cancelled=self._count["cancelled"],
-                failed=self._count["failed"],
+                **{name: self._count[name] for name in ("calls", "steps", "finished", "cancelled", "failed")},
             )
 
     def outlook(self, lengths: Iterable[int]) -> Outlook:
@@ -273,7 +268,6 @@ class Driver:
         """One call for the texts whose turn it is."""
         taken = self._take_turn(engine)
         tasks, slots = list(taken), [task.slot for task in taken if task.slot is not None]
-        drafts = [task.program.drafts(slot.j) for task, slot in zip(tasks, slots, strict=True)]
         now = time.perf_counter()
         self._under_way.append(taken)
         try:
@@ -287,10 +281,10 @@ class Driver:
                 self._fail(engine, tasks, error)
             return
         self._owe(taken)
-        for task, draft in zip(tasks, drafts, strict=True):
+        for task in tasks:
             if not task.timings.calls:
                 task.timings.waited_ms = 1e3 * (now - task.submitted)
-            task.timings.calls += 1 + draft
+            task.timings.calls += 1
             if task.passes_left:
                 self._ring.append(task)
 
@@ -343,6 +337,7 @@ class Driver:
         for task, event in zip(tasks, call.events, strict=True):
             task.timings.network_ms += 1e3 * call.network
             task.timings.integrator_ms += 1e3 * call.integrator
+            task.timings.calls += isinstance(event, StepDone) and event.draft is not None
             if not task.over:
                 self._tell(engine, task, event)
 

@@ -34,12 +34,11 @@ def make_programs(
     batch, shape = len(seeds), (len(seeds), length, config.latent_dim)
     if (source is None) != (mask is None):
         raise InputError("source and mask go together: give both or neither")
-    z0, source, x_prev = (
-        as_floats(name, array, shape) for name, array in (("z0", z0), ("source", source), ("x_prev", x_prev))
-    )
+    given = {"z0": z0, "source": source, "x_prev": x_prev}
+    held = {name: as_floats(name, array, shape) for name, array in given.items() if array is not None}
     if mask is not None:
-        mask = np.ascontiguousarray(as_numbers("mask", mask), bool)
-        _check_shape("mask", mask, shape[:2])
+        held["mask"] = np.ascontiguousarray(as_numbers("mask", mask), bool)
+        _check_shape("mask", held["mask"], shape[:2])
     if table is None:
         tables = _tables(config, params, seeds, grid, conditional=source is not None)
     elif isinstance(table, Table):
@@ -49,27 +48,13 @@ def make_programs(
     if eps is not None:
         noisy = max(table.noisy_steps for table in tables)
         eps = as_floats("eps", np.atleast_1d(as_numbers("eps", eps))[:noisy], (noisy, *shape))
-    return [
-        Program(
-            tables[b],
-            length,
-            seeds[b],
-            params.sc_cfg,
-            None if source is None else source[b],
-            None if mask is None else mask[b],
-            None if z0 is None else z0[b],
-            None if x_prev is None else x_prev[b],
-            None if eps is None else np.ascontiguousarray(eps[:, b]),
-            latents=latents,
-        )
-        for b in range(batch)
-    ]
+        held["eps"] = np.ascontiguousarray(eps.swapaxes(0, 1))
+    mine = [{name: array[b] for name, array in held.items()} for b in range(batch)]
+    return [Program(tables[b], length, seeds[b], params.sc_cfg, latents=latents, **mine[b]) for b in range(batch)]
 
 
-def as_floats(name: str, array: np.ndarray | None, shape: tuple[int | None, ...]) -> np.ndarray | None:
+def as_floats(name: str, array: object, shape: tuple[int | None, ...]) -> np.ndarray:
     """A caller's array as contiguous float32 of this shape, where None is any size; the same on every backend."""
-    if array is None:
-        return None
     floats = np.ascontiguousarray(as_numbers(name, array), np.float32)
     _check_shape(name, floats, shape)
     return floats

@@ -45,12 +45,6 @@ class NoiseKey:
     index: int
 
 
-def philox4x32(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """Ten rounds of Philox: counter (..., 4) uint32, key (..., 2) uint32 -> (..., 4) uint32."""
-    words = _philox([counter[..., i].astype(np.uint64) for i in range(4)], [key[..., i] for i in range(2)])
-    return np.stack(words, axis=-1).astype(np.uint32)
-
-
 def normal(seeds: np.ndarray, step: int, shape: tuple[int, ...], stream: int = LATENT) -> np.ndarray:
     """Standard normals (B, L, C) float32 for seeds (B,) uint64 and shape (L, C); element = l·C + c.
 
@@ -59,7 +53,7 @@ def normal(seeds: np.ndarray, step: int, shape: tuple[int, ...], stream: int = L
     seeds = np.asarray(seeds, dtype=np.uint64).reshape(-1, 1)
     size = math.prod(shape)
     quads = np.arange((size + 3) // 4, dtype=np.uint64)
-    words = _philox([quads, np.uint64(step), np.uint64(stream), np.uint64(0)], [seeds & _LOW, seeds >> _HALF])
+    words = philox4x32([quads, np.uint64(step), np.uint64(stream), np.uint64(0)], [seeds & _LOW, seeds >> _HALF])
     out = np.empty((len(seeds), len(quads), 4), np.float32)
     for i in (0, 2):
         out[..., i], out[..., i + 1] = box_muller(words[i].astype(np.uint32), words[i + 1].astype(np.uint32))
@@ -76,8 +70,9 @@ def box_muller(radius: np.ndarray, angle: np.ndarray) -> tuple[np.ndarray, np.nd
     return r * cosine, r * sine
 
 
-def _philox(counter: list[Any], key: list[Any]) -> list[np.ndarray]:
-    """Words are uint64 that hold 32 bits, so that a product keeps its high half; they broadcast."""
+def philox4x32(counter: list[Any], key: list[Any]) -> list[np.ndarray]:
+    """Ten rounds of Philox. Words are uint64 that hold 32 bits, so that a product keeps its high half; four of the
+    counter and two of the key broadcast to four of the result."""
     c0, c1, c2, c3 = counter
     k0, k1 = (k.astype(np.uint64) for k in key)
     for _ in range(10):

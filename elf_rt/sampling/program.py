@@ -1,4 +1,4 @@
-"""A text as the engine sees it: the rows of its own table, and what happened to it on the way."""
+"""A text as the engine sees it: the rows of its own table, and what is told of it, and of all, on the way."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -84,6 +84,39 @@ class Timings:
     network_ms: float = 0.0
     integrator_ms: float = 0.0
     calls: int = 0
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a model is doing.
+
+    Attributes:
+        slots: texts in flight.
+        waiting: texts that have no slot yet.
+        rows: of the last network call; 0 when nothing is in flight.
+        max_rows: the most that a call should hold, at the trained length.
+        settled: whether it is found out that so many pay.
+        call_ms: the usual milliseconds of a call by its rows, in sizes 1, 2, 4, …, at the trained length.
+        calls: network calls so far.
+        steps: steps of all texts so far.
+        captures: CUDA graphs captured so far.
+        bytes: of slots and of the buffers of calls.
+        finished, cancelled, failed: texts so far.
+    """
+
+    slots: int
+    waiting: int
+    rows: int
+    max_rows: int
+    settled: bool
+    call_ms: dict[int, float]
+    calls: int
+    steps: int
+    captures: int
+    bytes: int
+    finished: int
+    cancelled: int
+    failed: int
 
 
 @dataclass(frozen=True)

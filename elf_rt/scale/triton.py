@@ -4,7 +4,7 @@ Triton does not batch decoupled models, which alone may answer more than once, s
 requests of ``elf``, the engine of rows those of ``elf_stream``.
 """
 
-from dataclasses import dataclass
+import json
 from pathlib import Path
 
 from elf_rt.bundle import atomic_folder
@@ -12,10 +12,8 @@ from elf_rt.errors import BundleError
 from elf_rt.model import Model
 from elf_rt.request import Text
 
-PROBE_PROMPT = "a"  # what the delay is measured on, and the model warmed up with
-PROBE_STEPS = 8
+PROBE_STEPS = 8  # of the text that the delay is measured on
 DELAY = 0.05  # share of a text's time that Triton waits for others
-WARMUP_STEPS = 2
 
 INPUTS = {  # name -> (type, whether a request may leave it out)
     "PROMPT": ("TYPE_STRING", False),
@@ -50,20 +48,15 @@ __all__ = ["TritonPythonModel"]
 """
 
 
-@dataclass(frozen=True)
-class Serving:
-    """How a repository serves. backend, precision, threads: as ``elf_rt.load`` takes them; max_batch: texts that start
-    together; max_queue: requests that may wait, beyond which they are refused."""
-
-    backend: str = "auto"
-    precision: str = "auto"
-    threads: int | None = None
-    max_batch: int = 16
-    max_queue: int = 128
-
-
-def write_repository(model: Model, output: Path, serving: Serving) -> float:
+def write_repository(
+    model: Model, output: Path, *, backend: str, precision: str, threads: int | None, max_batch: int, max_queue: int
+) -> float:
     """Write a model repository that serves the bundle of ``model``, at its present place.
+
+    Args:
+        backend, precision, threads: as ``elf_rt.load`` takes them.
+        max_batch: texts that start together.
+        max_queue: requests that may wait, beyond which they are refused.
 
     Returns:
         the milliseconds that Triton waits for others before it starts a text: a share of a text's time, as measured.
@@ -76,24 +69,29 @@ def write_repository(model: Model, output: Path, serving: Serving) -> float:
     if model.codec.tokenizer is None:
         raise BundleError(f"{model.bundle.folder} has no tokenizer, and Triton's clients send and receive text")
     delay_ms = DELAY * _text_ms(model)
-    sizes = [2**k for k in range(1, serving.max_batch.bit_length()) if 2**k <= serving.max_batch]
     batching = BATCHED.format(
-        max_batch=serving.max_batch,
-        sizes=", ".join(map(str, sizes)),  # without 1: a request waits for others
+        max_batch=max_batch,
+        sizes=", ".join(str(2**k) for k in range(1, max_batch.bit_length())),  # without 1: a request waits for others
         delay_us=max(1, round(1e3 * delay_ms)),
-        max_queue=serving.max_queue,
+        max_queue=max_queue,
     )
+    parameters = {
+        "bundle": str(model.bundle.folder.resolve()),
+        "backend": backend,
+        "precision": precision,
+        "threads": "" if threads is None else str(threads),
+        "max_queue": str(max_queue),
+    }
     with atomic_folder(output) as work:
-        _write_model(work / "elf", model, serving, "Batched", batching, {}, {"IDS": "TYPE_INT64"}, sizes)
-        _write_model(work / "elf_stream", model, serving, "Streamed", STREAMED, STREAM_INPUTS, STREAM_OUTPUTS, [])
+        _write_model(work / "elf", model, "Batched", batching, parameters, {}, {"IDS": "TYPE_INT64"})
+        _write_model(work / "elf_stream", model, "Streamed", STREAMED, parameters, STREAM_INPUTS, STREAM_OUTPUTS)
     return delay_ms
 
 
 def _text_ms(model: Model) -> float:
     """The milliseconds of a text with the default preset, from one of few steps."""
     params = model.params()
-    prompt = PROBE_PROMPT if model.config.max_input_length else None
-    probe = Text(prompt, seed=0, params=params.replace(steps=PROBE_STEPS))
+    probe = Text("a" if model.config.max_input_length else None, seed=0, params=params.replace(steps=PROBE_STEPS))
     model.write([probe])  # sets up what the first call sets up
     (result,) = model.write([probe])
     return result.timings.total_ms / (PROBE_STEPS + 1) * (params.steps + 1)
@@ -102,25 +100,17 @@ def _text_ms(model: Model) -> float:
 def _write_model(
     folder: Path,
     model: Model,
-    serving: Serving,
     python_class: str,
     settings: str,
+    parameters: dict[str, str],
     more_inputs: dict[str, tuple[str, bool]],
     more_outputs: dict[str, str],
-    warmup: list[int],
 ) -> None:
-    """One model: its configuration, its Python file, and what it is warmed up with, in batches of ``warmup``."""
+    """One model: its configuration and its Python file."""
     inputs = {**INPUTS, **more_inputs}
     if not model.config.max_input_length:  # Triton takes no request without an input
         inputs = {**inputs, "SEED": ("TYPE_UINT64", False)}
         del inputs["PROMPT"]
-    parameters = {
-        "bundle": str(model.bundle.folder.resolve()),
-        "backend": serving.backend,
-        "precision": serving.precision,
-        "threads": "" if serving.threads is None else str(serving.threads),
-        "max_queue": str(serving.max_queue),
-    }
     place = "kind: KIND_GPU, gpus: [ 0 ]" if model.backend.device == "cuda" else "kind: KIND_CPU"
     blocks = [
         f'name: "{folder.name}"\nbackend: "python"\n{settings}instance_group [ {{ count: 1, {place} }} ]\n',
@@ -130,16 +120,10 @@ def _write_model(
             f"parameters {{ key: {_quoted(k)}, value {{ string_value: {_quoted(v)} }} }}\n"
             for k, v in parameters.items()
         ),
-        *(_warmup(size, conditional="PROMPT" in inputs) for size in warmup),
     ]
     (folder / "1").mkdir(parents=True)
     (folder / "1" / "model.py").write_text(MODEL.format(name=python_class), encoding="utf-8")
     (folder / "config.pbtxt").write_text("".join(blocks), encoding="utf-8")
-    if warmup:
-        prompt = PROBE_PROMPT.encode()
-        (folder / "warmup").mkdir()
-        (folder / "warmup" / "PROMPT").write_bytes(len(prompt).to_bytes(4, "little") + prompt)
-        (folder / "warmup" / "STEPS").write_bytes(WARMUP_STEPS.to_bytes(4, "little"))
 
 
 def _tensor(side: str, name: str, kind: str, optional: bool) -> str:
@@ -147,23 +131,6 @@ def _tensor(side: str, name: str, kind: str, optional: bool) -> str:
     return f'{side} {{ name: "{name}", data_type: {kind}, dims: [ {size} ]{", optional: true" * optional} }}\n'
 
 
-def _warmup(size: int, *, conditional: bool) -> str:
-    first = (
-        ("PROMPT", "TYPE_STRING", 'input_data_file: "PROMPT"')
-        if conditional
-        else ("SEED", "TYPE_UINT64", "zero_data: true")
-    )
-    inputs = [first, ("STEPS", "TYPE_INT32", 'input_data_file: "STEPS"')]
-    return (
-        f'model_warmup {{\n  name: "{size} texts", batch_size: {size}\n'
-        + "".join(
-            f'  inputs {{ key: "{name}", value {{ data_type: {kind}, dims: [ 1 ], {source} }} }}\n'
-            for name, kind, source in inputs
-        )
-        + "}\n"
-    )
-
-
 def _quoted(text: str) -> str:
-    """A string of the protobuf text format."""
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+    """A string of the protobuf text format, which knows JSON's escapes."""
+    return json.dumps(text, ensure_ascii=False)

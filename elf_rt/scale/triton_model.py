@@ -4,6 +4,7 @@ import asyncio
 import json
 import secrets
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ class _Loaded:
         )
         self.model = elf_rt.load(bundle, backend, precision=precision, threads=int(threads) if threads else None)
         self.max_queue = int(max_queue)
+        self.model.warm_up()
 
     def finalize(self) -> None:
         self.model.close()
@@ -46,23 +48,12 @@ class Batched(_Loaded):
     """``elf``: the requests that Triton has batched, answered together when the last of their texts is written."""
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        started = [self._start(request) for request in requests]
-        return [_failed(each) if isinstance(each, ElfError) else self._finish(each) for each in started]
+        with ThreadPoolExecutor(len(requests)) as pool:
+            return list(pool.map(self._answer, requests))
 
-    def _start(self, request: Any) -> list[elf_rt.Pending] | ElfError:
-        started: list[elf_rt.Pending] = []
+    def _answer(self, request: Any) -> Any:
         try:
-            for text in self.read(request):
-                started.append(self.model.submit(text))
-        except ElfError as error:
-            for pending in started:
-                pending.cancel()
-            return error
-        return started
-
-    def _finish(self, texts: Sequence[elf_rt.Pending]) -> Any:
-        try:
-            results = [text.result() for text in texts]
+            results = self.model.write(self.read(request))
         except ElfError as error:
             return _failed(error)
         return _response(

@@ -8,7 +8,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from elf_rt.model import Timings
-from elf_rt.sampling.stats import Stats
+from elf_rt.sampling.program import Stats
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 RATIOS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)

@@ -2,7 +2,6 @@
 
 import asyncio
 import socket
-import time
 from types import FrameType
 
 import uvicorn
@@ -11,12 +10,8 @@ from fastapi import FastAPI
 
 from elf_rt.console import note
 from elf_rt.errors import BackendError, ElfError, InputError
-from elf_rt.model import Model, Text
+from elf_rt.model import Model
 from elf_rt.serve.admission import Gate
-
-WARM_SECONDS = 10.0  # of writing texts before the first request
-WARM_STEPS = 6
-WARM_TEXTS = 64
 
 
 class Server(uvicorn.Server):
@@ -53,26 +48,11 @@ class Server(uvicorn.Server):
 
     async def _warm_up(self) -> None:
         try:
-            await to_thread.run_sync(warm_up, self._model)
+            await to_thread.run_sync(self._model.warm_up)
         except ElfError:
             self.should_exit = True
             raise
         self._gate.ready = True
-
-
-def warm_up(model: Model) -> None:
-    """Write texts, one, then twice as many, … until it is found out how many rows of a call pay, so that it is known
-    how long texts take.
-
-    Not much longer than ``WARM_SECONDS``, unless one text takes longer.
-    """
-    texts, last, end = 1, 0.0, time.monotonic() + WARM_SECONDS
-    while not model.stats().settled and time.monotonic() + 2 * last < end:
-        params = model.params(steps=WARM_STEPS)
-        prompt = "a" if model.codec.takes_prompts else None
-        results = model.write([Text(prompt, seed, params=params) for seed in range(texts)])
-        last = max(result.timings.total_ms for result in results) / 1e3
-        texts = min(2 * texts, WARM_TEXTS)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -36,7 +36,7 @@ class TextCodec:
                 )
         self._encode = open_encoder(bundle, threads)
         self._encoded_ids = bundle.encoder.vocab_size if bundle.encoder is not None else 0
-        # No lru_cache of a method, whose cycle would leave the encoder to a garbage collection, maybe of a forked child.
+        # No lru_cache of a method: its cycle would leave the encoder to a garbage collection, maybe of a forked child.
         self._sources: dict[tuple[tuple[int, ...], int], tuple[np.ndarray, np.ndarray]] = {}
         self._lock = threading.Lock()
 
