@@ -1,9 +1,6 @@
 """``elf-rt eval``: how good the text is, of a JSONL file or of texts written now."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +11,13 @@ from click.core import ParameterSource
 from elf_rt.bundle import Bundle
 from elf_rt.commands.jsonl import read_jsonl
 from elf_rt.commands.options import SAMPLING_NAMES, backend_options, sampling_options
-from elf_rt.console import Ticker, note, print_json, progress
+from elf_rt.console import note, print_json, progress
 from elf_rt.errors import InputError
 from elf_rt.measure import evaluation
 from elf_rt.text.tokenizer import TextTokenizer
 
 METRICS = ("fluency", "accuracy", "agreement", "self-bleu")
 WRITING = ("n", "seed", "seeds", "preset", *SAMPLING_NAMES, "backend", "precision", "threads")
-
-
-@dataclass(frozen=True)
-class SeedRun:
-    """The texts of one seed (of one file: seed None), and their tokens."""
-
-    seed: int | None
-    texts: list[str]
-    tokens: list[evaluation.Tokens]
 
 
 @click.command("eval")
@@ -91,22 +79,23 @@ def command(bundle: Path | None, **options: Any) -> None:
     """
     if bundle is None:
         _without_bundle(options)
-    records = _records(bundle, options["input_path"])
+    field = "text" if bundle is None else "input"
+    records = [] if options["input_path"] is None else read_jsonl(options["input_path"], field)
     references = _references(records, options)
-    other = None if options["against_path"] is None else _texts(options["against_path"])
+    against = options["against_path"]
+    other = None if against is None else [record["text"] for record in read_jsonl(against, "text")]
     wanted = _wanted(options["metrics"], references, other)
     evaluation.require_libraries(wanted)  # a missing library is told before texts are written
     model = None if options["lm_path"] is None else evaluation.LanguageModel(options["lm_path"])
     tokenize, unit = _tokenizer(bundle, options["tokenizer_path"], model)
-    runs = _file_run(records, tokenize) if bundle is None else _generated_runs(bundle, records, tokenize, options)
+    inputs = [record[field] for record in records]
+    runs = [(None, inputs)] if bundle is None else _generated_runs(bundle, inputs or None, options)
 
     results = []
-    for run in runs:
-        expected = (
-            None if references is None else [r for r in references for _ in range(len(run.texts) // len(references))]
-        )
-        measured = _measure(run, wanted, expected, other, model, tokenize)
-        results.append({"seed": run.seed, "texts": len(run.texts), **measured})
+    for seed, texts in runs:
+        expected = None if references is None else [r for r in references for _ in range(len(texts) // len(references))]
+        measured = _measure(texts, wanted, expected, other, model, tokenize)
+        results.append({"seed": seed, "texts": len(texts), **measured})
     summary = _summary(results, unit)
     if options["as_json"]:
         print_json(summary)
@@ -126,7 +115,7 @@ def _without_bundle(options: dict[str, Any]) -> None:
 
 
 def _measure(
-    run: SeedRun,
+    texts: list[str],
     wanted: set[str],
     references: list[str] | None,
     other: list[str] | None,
@@ -135,21 +124,22 @@ def _measure(
 ) -> dict[str, float | None]:
     """The wanted numbers of one run, by name."""
     values: dict[str, float | None] = {}
+    tokens = [tokenize(text) for text in texts]
     if "fluency" in wanted:
         perplexity = None
         if model is not None:
-            with progress("perplexity", total=len(run.texts)) as ticker:
-                perplexity = model.perplexity(run.texts, ticker.update)
-        values |= asdict(evaluation.fluency(run.tokens, perplexity))
+            with progress("perplexity", total=len(texts)) as ticker:
+                perplexity = model.perplexity(texts, ticker.update)
+        values |= evaluation.fluency(tokens, perplexity)
     if "accuracy" in wanted:
         assert references is not None
-        values |= asdict(evaluation.accuracy(run.texts, references))
+        values |= evaluation.accuracy(texts, references)
     if "agreement" in wanted:
         assert other is not None
-        values |= asdict(evaluation.agreement(run.tokens, [tokenize(text) for text in other]))
+        values |= evaluation.agreement(tokens, [tokenize(text) for text in other])
     if "self-bleu" in wanted:
-        with progress("self-BLEU", total=len(run.texts)) as ticker:
-            values["self_bleu"] = evaluation.self_bleu(run.texts, ticker.update)
+        with progress("self-BLEU", total=len(texts)) as ticker:
+            values["self_bleu"] = evaluation.self_bleu(texts, ticker.update)
     return values
 
 
@@ -165,16 +155,6 @@ def _wanted(metrics: tuple[str, ...], references: list[str] | None, other: list[
     if "agreement" in metrics and other is None:
         raise InputError("there is no other run to agree with: give --against FILE.jsonl")
     return set(metrics)
-
-
-def _records(bundle: Path | None, path: Path | None) -> list[dict[str, Any]]:
-    if path is None:
-        return []
-    return read_jsonl(path, "text" if bundle is None else "input")
-
-
-def _texts(path: Path) -> list[str]:
-    return [record["text"] for record in read_jsonl(path, "text")]
 
 
 def _references(records: list[dict[str, Any]], options: dict[str, Any]) -> list[str] | None:
@@ -215,43 +195,23 @@ def _tokenizer(
     return (lambda text: tokenizer.encode(text)[0]), f"tokens of {name}"
 
 
-def _file_run(records: list[dict[str, Any]], tokenize: Callable[[str], evaluation.Tokens]) -> Iterator[SeedRun]:
-    texts = [record["text"] for record in records]
-    yield SeedRun(None, texts, [tokenize(text) for text in texts])
-
-
 def _generated_runs(
-    bundle: Path, records: list[dict[str, Any]], tokenize: Callable[[str], evaluation.Tokens], options: dict[str, Any]
-) -> Iterator[SeedRun]:
-    """One run for each seed. Runs share no sample: each takes n seeds of its own."""
+    bundle: Path, prompts: list[str] | None, options: dict[str, Any]
+) -> Iterator[tuple[int, list[str]]]:
+    """The seed and the texts of each run. Runs share no sample: each takes n seeds of its own."""
     from elf_rt.model import load
 
-    prompts = [record["input"] for record in records] or None
     sampling = {name: options[name] for name in ("preset", *SAMPLING_NAMES)}
-    with ExitStack() as stack:
-        model = stack.enter_context(
-            load(bundle, options["backend"], precision=options["precision"], threads=options["threads"])
-        )
-        total = options["seeds"]
-        ticker = stack.enter_context(progress("writing", total=total))
-        for k in range(total):
+    with load(bundle, options["backend"], precision=options["precision"], threads=options["threads"]) as model:
+        for k in range(options["seeds"]):
             seed = options["seed"] + k * options["n"] * len(prompts or [""])
-            results = model.generate(
-                prompts,
-                options["n"],
-                seed=seed,
-                on_step=partial(_tick, ticker, k),
-                **sampling,
-            )
-            if any(result.text is None for result in results):
+            with progress(f"writing, run {k + 1} of {options['seeds']}", total=1.0) as ticker:
+                results = model.generate(prompts, options["n"], seed=seed, on_step=ticker.update, **sampling)
+            texts = [result.text for result in results if result.text is not None]
+            if len(texts) < len(results):
                 raise InputError(f"{bundle} has no tokenizer, so there is no text to evaluate: export with --tokenizer")
-            texts = [str(result.text) for result in results]
-            yield SeedRun(seed, texts, [tokenize(text) for text in texts])
+            yield seed, texts
         note(f"{model.params(**sampling).steps} steps, {model.backend_reason}")
-
-
-def _tick(ticker: Ticker, k: int, done: int, total: int) -> None:
-    ticker.update(k + done / total)
 
 
 def _summary(results: list[dict[str, Any]], unit: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What the text is worth: fluency without references, and agreement with references or with another run.
 
-A low perplexity alone proves nothing, for a text that repeats itself scores low. So `Fluency` keeps the three numbers
+A low perplexity alone proves nothing, for a text that repeats itself scores low. So `fluency` gives the three numbers
 that are read together: perplexity under a language model, unigram entropy, and the share of repeated 5-grams.
 Libraries of the extra ``elf-rt[eval]`` are imported by the functions that need them.
 """
@@ -10,7 +10,6 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,50 +28,21 @@ UNSPACED = re.compile(
 MAX_LM_TOKENS = 1024  # as the official evaluation cuts a text
 
 
-@dataclass(frozen=True)
-class Fluency:
-    """The three numbers that mean something only together.
+def fluency(sequences: Sequence[Tokens], perplexity: float | None = None) -> dict[str, float | None]:
+    """The numbers of a corpus of token sequences that mean something only together.
 
-    perplexity: under a language model; None when none was given. entropy: of the unigrams of a text, nats, mean.
-    repetition: share of a text's 5-grams that repeat an earlier one, mean. distinct_1, distinct_2: distinct n-grams
-    over all n-grams of the corpus.
+    Returns:
+        perplexity: measured elsewhere, under a language model; None where there is none. entropy: of the unigrams of a
+        text, nats, mean. repetition: share of a text's 5-grams that repeat an earlier one, mean. distinct_1,
+        distinct_2: distinct n-grams over all n-grams of the corpus.
     """
-
-    perplexity: float | None
-    entropy: float
-    repetition: float
-    distinct_1: float
-    distinct_2: float
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Against references. exact_match in 0..1; BLEU (sacrebleu) and ROUGE F-measures (rouge-score) in 0..100."""
-
-    exact_match: float
-    bleu: float
-    rouge_1: float
-    rouge_2: float
-    rouge_l: float
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """With another run: share of equal tokens, and edit distance over the longer length, both means over texts."""
-
-    token_agreement: float
-    edit_distance: float
-
-
-def fluency(sequences: Sequence[Tokens], perplexity: float | None = None) -> Fluency:
-    """`Fluency` of a corpus of token sequences, with a perplexity measured elsewhere."""
-    return Fluency(
-        perplexity,
-        unigram_entropy(sequences),
-        repetition(sequences, 5),
-        distinct(sequences, 1),
-        distinct(sequences, 2),
-    )
+    return {
+        "perplexity": perplexity,
+        "entropy": unigram_entropy(sequences),
+        "repetition": repetition(sequences, 5),
+        "distinct_1": distinct(sequences, 1),
+        "distinct_2": distinct(sequences, 2),
+    }
 
 
 def unigram_entropy(sequences: Sequence[Tokens]) -> float:
@@ -98,15 +68,16 @@ def distinct(sequences: Sequence[Tokens], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
-def accuracy(texts: Sequence[str], references: Sequence[str]) -> Accuracy:
-    """`Accuracy` of texts against one reference each. Needs ``elf-rt[eval]``."""
+def accuracy(texts: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """Of texts against one reference each: exact_match in 0..1, and in 0..100 bleu (sacrebleu) and the F-measures
+    rouge_1, rouge_2 and rouge_l (rouge-score). Needs ``elf-rt[eval]``."""
     _require(texts, references)
     kinds, tokenizer = ["rouge1", "rouge2", "rougeL"], _RougeWords()
     scorer = _library("rouge_score.rouge_scorer").RougeScorer(kinds, tokenizer=tokenizer)
     scores = [scorer.score(reference, text) for text, reference in zip(texts, references, strict=True)]
-    rouge = {kind: 100.0 * float(np.mean([s[kind].fmeasure for s in scores])) for kind in scores[0]}
+    rouge = {f"rouge_{kind[-1].lower()}": 100.0 * float(np.mean([s[kind].fmeasure for s in scores])) for kind in kinds}
     bleu = _library("sacrebleu").corpus_bleu(list(texts), [list(references)]).score
-    return Accuracy(exact_match(texts, references), float(bleu), rouge["rouge1"], rouge["rouge2"], rouge["rougeL"])
+    return {"exact_match": exact_match(texts, references), "bleu": float(bleu), **rouge}
 
 
 class _RougeWords:
@@ -131,7 +102,7 @@ def exact_match(texts: Sequence[str], references: Sequence[str]) -> float:
     return float(np.mean([t.strip() == r.strip() for t, r in zip(texts, references, strict=True)]))
 
 
-def self_bleu(texts: Sequence[str], on_text: Callable[[int], None] | None = None) -> float:
+def self_bleu(texts: Sequence[str], on_text: Callable[[int], None] = lambda _: None) -> float:
     """Mean BLEU of each text against all the others (Zhu et al. 2018, Texygen): 100 when all are equal.
 
     Needs ``elf-rt[eval]``. Its time grows with the square of the number of texts. on_text is told how many are done.
@@ -142,19 +113,19 @@ def self_bleu(texts: Sequence[str], on_text: Callable[[int], None] | None = None
     scores = []
     for i, text in enumerate(texts):
         scores.append(bleu.sentence_score(text, [*texts[:i], *texts[i + 1 :]]).score)
-        if on_text is not None:
-            on_text(i + 1)
+        on_text(i + 1)
     return float(np.mean(scores))
 
 
-def agreement(run: Sequence[Tokens], other: Sequence[Tokens]) -> Agreement:
-    """`Agreement` of two runs over the same inputs, text by text."""
+def agreement(run: Sequence[Tokens], other: Sequence[Tokens]) -> dict[str, float]:
+    """With another run over the same inputs: token_agreement, the share of equal tokens, and edit_distance, over the
+    longer length; both means over texts."""
     _require(run, other)
     pairs = list(zip(run, other, strict=True))
-    return Agreement(
-        float(np.mean([token_agreement(a, b) for a, b in pairs])),
-        float(np.mean([edit_distance(a, b) for a, b in pairs])),
-    )
+    return {
+        "token_agreement": float(np.mean([token_agreement(a, b) for a, b in pairs])),
+        "edit_distance": float(np.mean([edit_distance(a, b) for a, b in pairs])),
+    }
 
 
 def token_agreement(a: Tokens, b: Tokens) -> float:
@@ -211,30 +182,24 @@ class LanguageModel:
         ids: list[int] = self.tokenizer(text, truncation=True, max_length=self.max_tokens)["input_ids"]
         return ids
 
-    def nll(self, ids: Sequence[int]) -> float:
-        """-Σ ln p(id_i | id_0 .. id_{i-1}) over i ≥ 1, nats, in float32; the first token is not predicted."""
-        torch = self._torch
-        tokens = torch.tensor([list(ids)], device=self._device)
-        with torch.inference_mode():
-            logits = self._model(tokens).logits[0, :-1].float()
-        return float(torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum"))
-
-    def perplexity(self, texts: Sequence[str], on_text: Callable[[int], None] | None = None) -> float:
+    def perplexity(self, texts: Sequence[str], on_text: Callable[[int], None] = lambda _: None) -> float:
         """Corpus perplexity by the official recipe: retokenise, cut to 1024, exp(total NLL / total tokens).
 
-        Texts of fewer than two tokens predict nothing and are left out. on_text is told how many texts are done.
+        NLL: -Σ ln p(id_i | id_0 .. id_{i-1}) over i ≥ 1, in float32. Texts of fewer than two tokens predict nothing and
+        are left out. on_text is told how many texts are done.
 
         Raises:
             InputError: no text has two tokens.
         """
-        nll, tokens = 0.0, 0
+        torch, nll, tokens = self._torch, 0.0, 0
         for done, text in enumerate(texts, 1):
-            ids = self.tokenize(text)
+            ids = torch.tensor(self.tokenize(text), device=self._device)
             if len(ids) > 1:
-                nll += self.nll(ids)
+                with torch.inference_mode():
+                    logits = self._model(ids[None]).logits[0, :-1].float()
+                nll += float(torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum"))
                 tokens += len(ids) - 1
-            if on_text is not None:
-                on_text(done)
+            on_text(done)
         if tokens == 0:
             raise InputError("no text has two tokens, so there is no perplexity to measure")
         return math.exp(min(nll / tokens, 700.0))  # exp of more is no float64
