@@ -4,6 +4,7 @@ import itertools
 import json
 import runpy
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,12 +12,11 @@ import pytest
 from conftest import GOLDEN, ROOT
 
 from elf_rt import machine
-from elf_rt.backends import open_backend
 from elf_rt.bundle import Bundle
 from elf_rt.commands.bench import TINY
 from elf_rt.errors import BackendError, InputError
 from elf_rt.measure import bench
-from elf_rt.model import Draft, Model, Timings
+from elf_rt.model import Draft, Model, Timings, load
 
 
 @pytest.fixture
@@ -25,8 +25,7 @@ def cache(monkeypatch, tmp_path):
 
 
 def contender(folder, name):
-    opened = Bundle.open(folder)
-    return bench.Contender(name, lambda: Model(opened, lambda _: open_backend(opened, name, "fp32", 1)))
+    return partial(load, folder, name, precision="fp32", threads=1)
 
 
 def test_contenders_write_the_same_texts_and_shares_add_up(bundle, cache):
@@ -91,7 +90,7 @@ def test_overhead_records_the_backend_that_ran(tmp_path, monkeypatch):
 
 
 def test_one_text_is_the_one_that_generate_writes(bundle):
-    with contender(bundle("spoken-to-written"), "onnxruntime").open() as model:
+    with contender(bundle("spoken-to-written"), "onnxruntime")() as model:
         work = bench.Work(steps=(2,), batches=(3,), repeats=1, seed=0)
         run = bench.run_once(model, work, 2, 3, seed=7)
         assert len(run.steps) == 2
@@ -112,10 +111,10 @@ def test_a_step_of_one_graph_launch_is_its_share_of_the_sample(bundle, monkeypat
 
 
 def test_a_contender_that_fails_gives_its_memory_back(bundle):
-    model = contender(bundle("uncond"), "onnxruntime").open()
+    model = contender(bundle("uncond"), "onnxruntime")()
     work = bench.Work(steps=(0,), batches=(1,), repeats=1, seed=0)
     with pytest.raises(InputError, match="steps"):
-        bench.open_contender(bench.Contender("broken", lambda: model), work)
+        bench.open_contender(lambda: model, work)
     with pytest.raises(BackendError, match="closed"):
         model.generate()
 
@@ -191,7 +190,7 @@ def test_what_cannot_be_opened_is_left_out_unless_asked_for(bundle, monkeypatch,
         raise BackendError("openvino: broken")
 
     work = bench.Work(steps=(1,), batches=(1,), repeats=1, seed=0)
-    contenders = [contender(bundle("uncond"), "onnxruntime"), bench.Contender("openvino auto", broken)]
+    contenders = {"onnxruntime fp32": contender(bundle("uncond"), "onnxruntime"), "openvino auto": broken}
     report = command._run(contenders, work, (), strict=False)
     assert [entry["name"] for entry in report.contenders] == ["onnxruntime fp32"]
     assert "left out: openvino: broken" in capsys.readouterr().err

@@ -2,8 +2,9 @@
 
 import importlib.util
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,16 @@ import click
 import numpy as np
 
 from elf_rt import machine
-from elf_rt.backends import BACKENDS, discover, held_precisions, open_backend, variant_of
+from elf_rt.backends import BACKENDS, discover, held_precisions, variant_of
 from elf_rt.bundle import Bundle, find_bundle
 from elf_rt.commands.jsonl import read_jsonl
 from elf_rt.console import note, print_json, progress
 from elf_rt.errors import BackendError, InputError
 from elf_rt.files import atomic_file
 from elf_rt.libraries import needs, why_absent
-from elf_rt.measure.bench import BenchReport, Contender, Opened, Work, measure, open_contender
+from elf_rt.measure.bench import BenchReport, Load, Opened, Work, measure, open_contender
 from elf_rt.measure.bench_report import describe_machine, draw, lines
-from elf_rt.model import Model
+from elf_rt.model import Model, load
 from elf_rt.params import RELEASED, ModelConfig
 from elf_rt.request import preset_of
 from elf_rt.text.tokenizer import TextTokenizer
@@ -107,14 +108,17 @@ def command(bundle: Path | None, **options: Any) -> None:
             bundle = folder
         opened_bundle = Bundle.open(bundle or find_bundle(Path.cwd()))
         choices = _with_reference(wanted or _all_here(opened_bundle))
-        contenders = [_contender(opened_bundle, *choice, options["threads"]) for choice in choices]
-        contenders += _torch_contenders(opened_bundle, state, options) if options["vs"] else []
+        contenders: dict[str, Load] = {
+            f"{name} {p}": partial(load, opened_bundle.folder, name, precision=p, threads=options["threads"])
+            for name, p in choices
+        }
+        contenders |= _torch_contenders(opened_bundle, state, options) if options["vs"] else {}
         report = _run(contenders, _work(opened_bundle, options), options["vs"], strict=bool(wanted))
         machine_here, name = describe_machine(), options["random_size"] or opened_bundle.name
         if picture is not None:
             title = f"{name} on {machine_here['cpu']}, {machine_here['cores']} cores"
             draw(report, title, picture, options["plot"].suffix[1:].lower())
-    result = {"machine": machine_here, "model": name, **report.to_json()}
+    result = {"machine": machine_here, "model": name, **asdict(report)}
     if options["as_json"]:
         print_json(result, indent=1)
     else:
@@ -130,17 +134,17 @@ def _picture(stack: ExitStack, path: Path) -> Path:
     return stack.enter_context(atomic_file(path))
 
 
-def _run(contenders: Sequence[Contender], work: Work, vs: Sequence[str], *, strict: bool) -> BenchReport:
+def _run(contenders: Mapping[str, Load], work: Work, vs: Sequence[str], *, strict: bool) -> BenchReport:
     """Open all, leave out what is the same engine in the same precision or, unless ``strict``, cannot be opened."""
     opened: dict[str, Opened] = {}
     try:
         with progress("opening") as ticker:
-            for contender in contenders:
-                ticker.describe(f"opening {contender.name}")
+            for name, opening in contenders.items():
+                ticker.describe(f"opening {name}")
                 try:
-                    candidate = open_contender(contender, work)
+                    candidate = open_contender(opening, work)
                 except BackendError as error:
-                    if strict or contender is contenders[0]:
+                    if strict or not opened:
                         raise
                     note(f"left out: {error}")
                     continue
@@ -183,14 +187,7 @@ def _with_reference(choices: list[tuple[str, str]]) -> list[tuple[str, str]]:
     return [reference, *(choice for choice in choices if choice != reference)]
 
 
-def _contender(bundle: Bundle, backend: str, precision: str, threads: int | None) -> Contender:
-    def make() -> Model:
-        return Model(bundle, lambda opened: open_backend(opened, backend, precision, threads), threads=threads)
-
-    return Contender(f"{backend} {precision}", make)
-
-
-def _torch_contenders(bundle: Bundle, state: Any, options: dict[str, Any]) -> list[Contender]:
+def _torch_contenders(bundle: Bundle, state: Any, options: dict[str, Any]) -> dict[str, Load]:
     if state is None and options["checkpoint"] is None:
         raise InputError("--vs needs the weights: give --checkpoint, from which the bundle was exported")
     try:
@@ -206,13 +203,13 @@ def _torch_contenders(bundle: Bundle, state: Any, options: dict[str, Any]) -> li
         state = checkpoint.state
     threads = machine.check_threads(options["threads"])
 
-    def load(name: str) -> Model:
+    def open_torch(name: str) -> Model:
         compiled = name == "torch-compile"
         bf16 = compiled and machine.has_bf16()
         backend = TorchCpuBackend(bundle.config, state, compiled=compiled, bf16=bf16, threads=threads)
         return Model(bundle, lambda _: (backend, "asked for"), threads=threads)
 
-    return [Contender(name, partial(load, name)) for name in options["vs"]]
+    return {name: partial(open_torch, name) for name in options["vs"]}
 
 
 def _write_random(folder: Path, size: str, wanted: Sequence[tuple[str, str]]) -> Any:

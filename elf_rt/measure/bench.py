@@ -4,9 +4,10 @@ Every contender writes the same texts: same seeds, so same noise, same grid, sam
 float32, and the token ids of all others are compared with its ids.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,7 @@ import numpy as np
 from elf_rt import machine
 from elf_rt.model import Draft, Model
 
-
-@dataclass(frozen=True)
-class Contender:
-    """An engine in one precision, not yet opened."""
-
-    name: str
-    open: Callable[[], Model]
+Load = Callable[[], Model]  # of an engine in one precision
 
 
 @dataclass(frozen=True)
@@ -34,10 +29,6 @@ class Work:
     length: int | None = None
     prompts: Sequence[str] | None = None
     preset: str = "default"
-
-    def settings(self) -> list[tuple[int, int]]:
-        """(steps, batch)."""
-        return [(steps, batch) for steps in self.steps for batch in self.batches]
 
 
 @dataclass
@@ -103,20 +94,16 @@ class BenchReport:
     contenders: list[dict[str, Any]]
     rows: list[Measured]
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
-
-def open_contender(contender: Contender, work: Work) -> Opened:
-    """Open a contender and write its first texts."""
+def open_contender(load: Load, work: Work) -> Opened:
+    """Load a model and write its first texts."""
     before = machine.memory().get("now")
     machine.reset_peak_memory()
     begun = time.perf_counter()
-    model = contender.open()
+    model = load()
     opened = Opened(f"{model.backend.name} {model.backend.precision}", model, time.perf_counter() - begun)
-    steps, batch = work.settings()[0]
     try:
-        opened.first_s = run_once(model, work, steps, batch, work.seed).total
+        opened.first_s = run_once(model, work, work.steps[0], work.batches[0], work.seed).total
     except BaseException:
         model.close()
         raise
@@ -134,10 +121,11 @@ def measure(opened: Sequence[Opened], work: Work, baseline: str, on_run: Callabl
         baseline: the name of the contender that speeds are relative to.
         on_run: called after each run with (done, all).
     """
-    total = len(work.settings()) * len(opened) * (1 + work.repeats)
+    settings = list(itertools.product(work.steps, work.batches))
+    total = len(settings) * len(opened) * (1 + work.repeats)
     done = 0
     rows = []
-    for steps, batch in work.settings():
+    for steps, batch in settings:
         runs: dict[str, list[RequestTimes]] = {contender.name: [] for contender in opened}
         for repeat in range(-1, work.repeats):  # -1: to warm up
             for contender in opened:
