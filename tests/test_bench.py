@@ -156,7 +156,7 @@ def test_table_of_a_bundle(run_cli, bundle):
         (("--steps", "²"), ("--steps", "²")),
         (("--steps", "0"), ("--steps", "0")),
         (("--batch", "two"), ("--batch", "two")),
-        (("--batch", "99999999999999999999"), ("--batch", "from 1 to 9999")),
+        (("--batch", "99999999999999999999"), ("--batch", "1<=x<=9999")),
         (("--plot", "picture.txt"), (".png",)),
         (("--plot", "no/such/folder.png"), ("no/such",)),
         (("--preset", "none"), ("default",)),

@@ -16,6 +16,7 @@ from elf_rt import machine
 from elf_rt.backends import BACKENDS, discover, held_precisions, variant_of
 from elf_rt.bundle import Bundle, find_bundle
 from elf_rt.commands.jsonl import read_jsonl
+from elf_rt.commands.options import commas
 from elf_rt.console import note, print_json, progress
 from elf_rt.errors import BackendError, InputError
 from elf_rt.files import atomic_file
@@ -42,19 +43,7 @@ RANDOM = {"tiny": TINY, **RELEASED}
 TORCH = ("torch-eager", "torch-compile")
 RANDOM_STEPS = 4  # a step takes as long in a run of 4 as in one of 64
 RANDOM_PROMPTS = 16
-
-
-def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
-    if value is None:
-        return None
-    parts = value.split(",")
-    if not all(part.isdecimal() and len(part) < 5 and int(part) > 0 for part in parts):
-        raise click.BadParameter(f"{value!r} is not a list of whole numbers from 1 to 9999, such as 8,32")
-    return tuple(dict.fromkeys(int(part) for part in parts))
-
-
-def _names(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...]:
-    return () if value is None else tuple(dict.fromkeys(value.split(",")))
+NUMBERS = commas(click.IntRange(1, 9999))
 
 
 @click.command("bench")
@@ -62,20 +51,20 @@ def _names(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 @click.option("--random", "random_size", type=click.Choice(tuple(RANDOM)), help="Random weights of this size instead.")
 @click.option(
     "--backends",
-    callback=_names,
+    callback=commas(click.STRING),
     help="NAME or NAME:PRECISION, with commas between.  [default: all that work here]",
 )
-@click.option("--vs", callback=_names, help="Also PyTorch: torch-eager, torch-compile, or both.")
+@click.option("--vs", callback=commas(click.Choice(TORCH)), help="Also PyTorch: torch-eager, torch-compile, or both.")
 @click.option(
     "--checkpoint", type=click.Path(path_type=Path), help="With --vs: what the bundle was exported from.  [with BUNDLE]"
 )
 @click.option("--preset", default="default", help="Sampling parameters kept in the bundle.")
 @click.option(
     "--steps",
-    callback=_numbers,
+    callback=NUMBERS,
     help=f"Steps, with commas between.  [default: the preset's; {RANDOM_STEPS} with --random]",
 )
-@click.option("--batch", "batches", default="1", callback=_numbers, help="Texts at once, with commas between.")
+@click.option("--batch", "batches", default="1", callback=NUMBERS, help="Texts at once, with commas between.")
 @click.option("--repeats", type=click.IntRange(1), default=5, help="Requests that are timed, after one that is not.")
 @click.option("--length", type=click.IntRange(1), help="Tokens of canvas.  [default: the length of training]")
 @click.option(
@@ -95,9 +84,6 @@ def command(bundle: Path | None, **options: Any) -> None:
         raise click.UsageError("give a BUNDLE or --random, not both")
     if options["checkpoint"] and not options["vs"]:
         raise click.UsageError("--checkpoint has no use without --vs")
-    for name in options["vs"]:
-        if name not in TORCH:
-            raise click.BadParameter(f"{name!r} is not one of {', '.join(TORCH)}", param_hint="--vs")
     wanted = [_parse(name) for name in options["backends"]]
     with ExitStack() as stack:
         picture = None if options["plot"] is None else _picture(stack, options["plot"])

@@ -3,12 +3,12 @@
 import contextlib
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from elf_rt.bundle import Bundle
-from elf_rt.commands.options import bundle_argument
+from elf_rt.commands.options import bundle_argument, commas
 from elf_rt.console import note, progress
 from elf_rt.errors import BackendError, InputError
 
@@ -22,14 +22,11 @@ CALL_TOKENS = 8192  # rows x length of a call that texts share: more hardly pay
 LEAST_ROWS = 8  # one text takes up to five: four of guidance, and a draft
 
 
-def _sms(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...]:
-    """86, sm_86 or 8.6, with commas between."""
-    if value is None:
-        return ()
-    parts = [part.strip().lower().removeprefix("sm_").replace(".", "") for part in value.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise click.BadParameter(f"must be numbers such as 86,89,120, got {value!r}")
-    return tuple(map(int, parts))
+class ComputeCapability(click.IntRange):
+    """86, sm_86 or 8.6."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        return super().convert(value.strip().lower().removeprefix("sm_").replace(".", ""), param, ctx)
 
 
 @click.command("build-engine")
@@ -50,7 +47,7 @@ def _sms(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple
 @click.option(
     "--sm",
     "sms",
-    callback=_sms,
+    callback=commas(ComputeCapability(1)),
     metavar="86,89,120",
     help="Compute capabilities to build for (TensorRT-RTX, with or without a GPU here).  "
     "[default: the GPU here; without one, all but 75]",
@@ -141,7 +138,7 @@ def _build(bundle: Bundle, spec: "Spec", timing_cache: Path | None, machine: "Ma
         if not record.replayed:  # it was built where there was no GPU
             record = _replay(bundle, machine, spec.target, record)
             record.write(spec.target)
-        click.echo(f"already built {_place(bundle, spec)}")
+        click.echo(f"already built {spec.target}")
     else:
         with progress(f"{spec.recipe.library.title} {spec.version}") as ticker:
 
@@ -153,7 +150,7 @@ def _build(bundle: Bundle, spec: "Spec", timing_cache: Path | None, machine: "Ma
                 return _replay(bundle, machine, folder, record)
 
             record = build(spec, timing_cache, on_graph, prove)
-        click.echo(f"built {_place(bundle, spec)}")
+        click.echo(f"built {spec.target}")
     _show_record(record)
 
 
@@ -203,7 +200,7 @@ def _show_plan(bundle: Bundle, spec: "Spec") -> None:
     from elf_rt.engines.store import find_built
 
     record = find_built(spec.target, spec.key)
-    click.echo(f"{'has' if record else 'would build'} {_place(bundle, spec)}")
+    click.echo(f"{'has' if record else 'would build'} {spec.target}")
     weights = spec.graphs["weights"].stat().st_size
     lines = [
         ("library", f"{spec.recipe.library.title} {spec.version}, optimisation level {spec.request.opt_level}"),
@@ -226,7 +223,3 @@ def _show_plan(bundle: Bundle, spec: "Spec") -> None:
 def _where(spec: "Spec") -> str:
     names = "/".join(f"sm_{sm}" for sm in spec.request.sms)
     return f"{spec.gpu} ({names})" if spec.gpu else names
-
-
-def _place(bundle: Bundle, spec: "Spec") -> Path:
-    return bundle.folder / spec.target.relative_to(bundle.folder)

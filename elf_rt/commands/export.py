@@ -3,27 +3,17 @@
 import importlib.util
 import os
 from pathlib import Path
+from typing import Any
 
 import click
 
 from elf_rt.bundle import Bundle
+from elf_rt.commands.options import commas
 from elf_rt.console import is_verbose, note, progress
 from elf_rt.errors import BackendError, BundleError
 from elf_rt.libraries import needs
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-openvino")
-DEFAULT_PRECISIONS = ("fp32", "fp16")
-
-
-def _precisions(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...]:
-    """What was named; nothing where the default is to be tried."""
-    if value is None:
-        return ()
-    names = tuple(dict.fromkeys(["fp32", *value.split(",")]))
-    for name in names:
-        if name not in PRECISIONS:
-            raise click.BadParameter(f"{name!r} is not one of {', '.join(PRECISIONS)}")
-    return names
 
 
 @click.command("export")
@@ -40,7 +30,7 @@ def _precisions(ctx: click.Context, param: click.Parameter, value: str | None) -
 )
 @click.option(
     "--precision",
-    callback=_precisions,
+    callback=commas(click.Choice(PRECISIONS)),
     help=f"Graphs to write: {', '.join(PRECISIONS)}.  [default: fp32, and fp16 where it is proven]",
 )
 @click.option("--keep-unproven", is_flag=True, help="Keep graphs that --precision names although their text differs.")
@@ -58,17 +48,12 @@ def _precisions(ctx: click.Context, param: click.Parameter, value: str | None) -
 def command(
     checkpoint: str,
     output: Path | None,
-    config: Path | None,
-    raw: bool,
-    tokenizer: Path | None,
-    encoder: str | None,
-    append_eos: bool | None,
     precision: tuple[str, ...],
-    keep_unproven: bool,
     dry_run: bool,
     opset: str,
     prompts: Path | None,
     presets: Path | None,
+    **given: Any,
 ) -> None:
     """Turn CHECKPOINT (a file, a folder, or a Hub id org/name) into a bundle, and prove it.
 
@@ -88,18 +73,13 @@ def command(
 
     output = output or default_output(checkpoint)
     options = ExportOptions(
-        config=config,
-        raw=raw,
-        tokenizer=tokenizer,
-        encoder=encoder,
-        append_eos=append_eos,
-        precisions=precision or DEFAULT_PRECISIONS,
+        precisions=list(dict.fromkeys(["fp32", *(precision or ["fp16"])])),
         required=precision,
-        keep_unproven=keep_unproven,
         verbose=is_verbose(),
         opset=int(opset),
         prompts=[record["input"] for record in read_jsonl(prompts)] if prompts else (),
         presets=read_presets(presets) if presets else {},
+        **given,
     )
     if dry_run:
         from elf_rt.export.dry_run import describe_export

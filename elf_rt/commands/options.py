@@ -16,6 +16,16 @@ from elf_rt.params import SAMPLERS, SCHEDULES, SamplingParams
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+def commas(kind: "click.ParamType[Any]") -> Callable[..., tuple[Any, ...]]:
+    """The callback of an option that takes values with commas between: each once, none where it is not given."""
+
+    def convert(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[Any, ...]:
+        parts = [] if value is None else value.split(",")
+        return tuple(dict.fromkeys(kind.convert(part, param, ctx) for part in parts))
+
+    return convert
+
+
 def _bundle(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path:
     return find_bundle(Path.cwd()) if value is None else value
 
