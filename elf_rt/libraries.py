@@ -3,6 +3,8 @@
 import importlib
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 from elf_rt.errors import BackendError, first_line
@@ -41,10 +43,17 @@ def why_absent(name: str, needed: str, install: str) -> str | None:
     return None if hasattr(library, needed) else f"a broken install: {install}"
 
 
-def needs(what: str, error: ImportError | OSError, install: str) -> BackendError:
-    """The error of a command that could not import what it works with. OSError: torch's, for a shared library."""
-    if isinstance(error, ModuleNotFoundError) and str(error.name).startswith("elf_rt."):
-        return BackendError(f"{what} is not in the source folder that Python found here: pip install -e . in the clone")
-    if isinstance(error, ModuleNotFoundError):
-        return BackendError(f"{what} needs {error.name}: {install}")
-    return BackendError(f"{what} cannot import a library that is installed ({first_line(error)}): {install}")
+@contextmanager
+def needs(what: str, install: str) -> Iterator[None]:
+    """Around the imports of a command, or of a part of it. Raises BackendError where they fail."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("elf_rt."):
+            reason, install = "is not in the source folder that Python found here", "pip install -e . in the clone"
+        else:
+            reason = f"needs {error.name}"
+        raise BackendError(f"{what} {reason}: {install}") from error
+    except (ImportError, OSError) as error:  # OSError: torch's, for a shared library
+        reason = f"cannot import a library that is installed ({first_line(error)})"
+        raise BackendError(f"{what} {reason}: {install}") from error

@@ -31,11 +31,9 @@ def write_openvino_int8(bundle: Path, model: ELF, runs: Sequence[Run], kept: Seq
 
     Raises BackendError: OpenVINO or NNCF is not installed.
     """
-    try:
+    with needs("int8 for OpenVINO", "pip install 'elf-rt[int8]'"):
         openvino = import_library("openvino")
         nncf = import_library("nncf")
-    except (ImportError, OSError) as error:
-        raise needs("int8 for OpenVINO", error, "pip install 'elf-rt[int8]'") from error
     logging.getLogger("nncf").setLevel(logging.ERROR)  # NNCF would tell of every product left out
     network = openvino.Core().read_model(bundle / "denoiser.onnx")
     calls = _calls(model, runs, {port.get_any_name() for port in network.inputs})

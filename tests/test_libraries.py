@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from elf_rt.errors import first_line, last_line
+from elf_rt.errors import BackendError, first_line, last_line
 from elf_rt.libraries import ORT_TELEMETRY, import_library, needs, why_absent
 
 ROOT = Path(__file__).parents[1]
@@ -50,13 +50,32 @@ def test_absent_libraries_and_parts():
     for name in ("no_such_engine", "no_such_engine.core"):
         assert why_absent(name, "x", "pip install it") == "not installed: pip install it"
     assert why_absent("json", "loads", "") is None
-    told = str(needs("export", ModuleNotFoundError("No module", name="elf_rt.export"), "pip install 'elf-rt[export]'"))
-    assert "pip install -e ." in told and "elf-rt[export]" not in told
-    told = str(needs("export", ImportError("libtorch.so: undefined symbol: x"), "pip install 'elf-rt[export]'"))
-    assert told == (
-        "export cannot import a library that is installed (libtorch.so: undefined symbol: x): "
-        "pip install 'elf-rt[export]'"
-    )
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            ModuleNotFoundError("No module", name="elf_rt.export"),
+            "export is not in the source folder that Python found here: pip install -e . in the clone",
+        ),
+        (ModuleNotFoundError("No module", name="torch"), "export needs torch: pip install 'elf-rt[export]'"),
+        (
+            ImportError("libtorch.so: undefined symbol: x"),
+            "export cannot import a library that is installed (libtorch.so: undefined symbol: x): "
+            "pip install 'elf-rt[export]'",
+        ),
+        (
+            OSError("libtorch.so: file too short"),
+            "export cannot import a library that is installed (libtorch.so: file too short): "
+            "pip install 'elf-rt[export]'",
+        ),
+    ],
+)
+def test_what_a_command_needs(error, told):
+    with pytest.raises(BackendError) as caught, needs("export", "pip install 'elf-rt[export]'"):
+        raise error
+    assert str(caught.value) == told and caught.value.__cause__ is error
 
 
 @pytest.mark.parametrize(

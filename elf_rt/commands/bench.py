@@ -176,11 +176,9 @@ def _with_reference(choices: list[tuple[str, str]]) -> list[tuple[str, str]]:
 def _torch_contenders(bundle: Bundle, state: Any, options: dict[str, Any]) -> dict[str, Load]:
     if state is None and options["checkpoint"] is None:
         raise InputError("--vs needs the weights: give --checkpoint, from which the bundle was exported")
-    try:
+    with needs("--vs", "pip install 'elf-rt[export]'"):
         from elf_rt.export.checkpoint import load_checkpoint
         from elf_rt.export.torch_cpu import TorchCpuBackend
-    except (ImportError, OSError) as error:
-        raise needs("--vs", error, "pip install 'elf-rt[export]'") from error
     if state is None:
         source = bundle.manifest.source
         checkpoint = load_checkpoint(options["checkpoint"], raw=source.weights == "raw")
@@ -200,10 +198,8 @@ def _torch_contenders(bundle: Bundle, state: Any, options: dict[str, Any]) -> di
 
 def _write_random(folder: Path, size: str, wanted: Sequence[tuple[str, str]]) -> Any:
     """A bundle of random weights with the variants that the wanted backends read; its weights."""
-    try:
+    with needs("--random", "pip install 'elf-rt[export]'"):
         from elf_rt.export.random_bundle import write_random_bundle
-    except (ImportError, OSError) as error:
-        raise needs("--random", error, "pip install 'elf-rt[export]'") from error
     variants = {variant_of(*choice) for choice in wanted if choice[1] != "auto"}
     if not wanted:
         variants = {"int8", "int8-openvino"} if importlib.util.find_spec("nncf") else {"int8"}

@@ -62,10 +62,8 @@ def command(
     and are left out after that. int8 is the exception: its text is another, and it runs only where it is asked for.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's threads would fight for the cores of a busy machine
-    try:
+    with needs("export", "pip install 'elf-rt[export]'"):
         from elf_rt.export.pipeline import ExportOptions, default_output, export_bundle, read_presets
-    except (ImportError, OSError) as error:
-        raise needs("export", error, "pip install 'elf-rt[export]'") from error
     if "int8-openvino" in precision and importlib.util.find_spec("nncf") is None:
         raise BackendError("int8-openvino needs nncf: pip install 'elf-rt[int8]'")
     from elf_rt.commands.jsonl import read_jsonl

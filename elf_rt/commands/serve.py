@@ -1,6 +1,5 @@
 """``elf-rt serve``: a model behind HTTP."""
 
-from contextlib import ExitStack
 from pathlib import Path
 
 import click
@@ -40,19 +39,18 @@ def command(
     log_prompts: bool,
 ) -> None:
     """Serve BUNDLE (by default the only *.elfrt folder here): OpenAI's completions, drafts, metrics, and a page."""
-    try:
+    with needs("serve", "pip install 'elf-rt[serve]'"):
         from elf_rt.serve.app import create_app
         from elf_rt.serve.boundary import log_to_stderr
         from elf_rt.serve.job import Service
         from elf_rt.serve.server import listen, run
-    except (ImportError, OSError) as error:
-        raise needs("serve", error, "pip install 'elf-rt[serve]'") from error
     from elf_rt.model import load
 
     keys = _read_keys(api_key_file)
-    with ExitStack() as stack:
-        bound = stack.enter_context(listen(host, port))
-        model = stack.enter_context(load(bundle, backend, precision=precision, threads=threads, max_rows=max_rows))
+    with (
+        listen(host, port) as bound,
+        load(bundle, backend, precision=precision, threads=threads, max_rows=max_rows) as model,
+    ):
         log_to_stderr(log_json)
         service = Service(model, max_waiting=max_waiting, log_prompts=log_prompts)
         app = create_app(service, keys=keys, origins=origins, root_path=root_path)
@@ -64,8 +62,6 @@ def _read_keys(path: Path | None) -> list[str]:
         return []
     try:
         keys = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not a text in UTF-8") from error
     if not keys:
