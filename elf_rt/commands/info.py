@@ -12,6 +12,8 @@ from elf_rt.console import print_json
 from elf_rt.params import SamplingParams
 from elf_rt.plans import describe_plans
 
+MAIN = ("steps", "sampler", "schedule", "guidance_scale", "sc_cfg", "gamma")  # that every preset shows
+
 
 @click.command("info")
 @bundle_argument
@@ -54,8 +56,5 @@ def _lines(bundle: Bundle) -> list[tuple[str, str]]:
 
 def _preset(params: SamplingParams) -> str:
     """The main values, and of the others those that are not the usual ones."""
-    usual = SamplingParams()
-    names = ["steps", "sampler", "schedule", "guidance_scale", "sc_cfg", "gamma"]
-    names += [f.name for f in dataclasses.fields(params) if f.name not in names]
-    shown = [n for i, n in enumerate(names) if i < 6 or getattr(params, n) != getattr(usual, n)]
+    shown = [f.name for f in dataclasses.fields(params) if f.name in MAIN or getattr(params, f.name) != f.default]
     return ", ".join(f"{name} {getattr(params, name)}" for name in shown)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from elf_rt.arrays import Archive, Header
+from elf_rt.arrays import Archive
 from elf_rt.errors import InputError
 from elf_rt.params import ModelConfig, SamplingParams
 from elf_rt.sampling import schedule
@@ -64,7 +64,6 @@ def read_replay(
         InputError: it is no such file, an array is missing or of another type or shape, or it is of another model.
     """
     archive = Archive(path)
-    checked = _Checked(path, archive.headers, config, needed)
     groups = {match[0] for name in archive.headers if (match := re.match(r"fwd_|dec_|run\d+_", name))}
     runs = sorted(groups - {"fwd_", "dec_"}, key=lambda name: int(name[3:-1]))
     if runs != [f"run{i}_" for i in range(len(runs))]:
@@ -73,9 +72,10 @@ def read_replay(
         raise InputError(f"{path} holds no run to compare with")
     called = bool({"fwd_", "dec_"} & groups) or "call" in needed
     if called:
-        checked.call()
+        ids = {"dec_ids": "RL"} if "dec_ids" in archive.headers else {"dec_logits": "RLV"}
+        _check(archive, config, {f"fwd_{name}": sizes for name, sizes in CALL.items()} | ids)
     for run in runs:
-        checked.run(run)
+        _check_run(archive, config, run, needed)
     arrays = archive.read()
     for name, array in arrays.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
@@ -83,39 +83,31 @@ def read_replay(
     return _call(arrays) if called else None, [_run(path, config, arrays, name) for name in runs]
 
 
-class _Checked:
-    """Checks arrays by their headers. Sizes that several arrays share are told by letters, L and C by the model too."""
+def _check_run(archive: Archive, config: ModelConfig, prefix: str, needed: Sequence[str]) -> None:
+    sourced = any(prefix + name in archive.headers for name in SOURCE)
+    _check(archive, config, {prefix + name: sizes for name, sizes in (RUN | SOURCE if sourced else RUN).items()})
+    batch, length, _ = archive.headers[f"{prefix}z0"].shape
+    room = max(1, length - config.max_input_length) if sourced else length
+    seen = {prefix + n: sizes for n, sizes in SEEN.items() if prefix + n in archive.headers or n in needed}
+    _check(archive, config, seen, B=batch, M=room)
 
-    def __init__(self, path: Path, headers: Mapping[str, Header], config: ModelConfig, needed: Sequence[str]) -> None:
-        self._path, self._headers, self._config, self._needed = path, headers, config, needed
 
-    def call(self) -> None:
-        ids = {"dec_ids": "RL"} if "dec_ids" in self._headers else {"dec_logits": "RLV"}
-        self._arrays({f"fwd_{name}": sizes for name, sizes in CALL.items()} | ids)
-
-    def run(self, prefix: str) -> None:
-        sourced = any(prefix + name in self._headers for name in SOURCE)
-        self._arrays({prefix + name: sizes for name, sizes in (RUN | SOURCE if sourced else RUN).items()})
-        batch, length, _ = self._headers[f"{prefix}z0"].shape
-        room = max(1, length - self._config.max_input_length) if sourced else length
-        seen = {prefix + n: sizes for n, sizes in SEEN.items() if prefix + n in self._headers or n in self._needed}
-        self._arrays(seen, B=batch, M=room)
-
-    def _arrays(self, wanted: Mapping[str, str], **known: int) -> None:
-        sizes: dict[str, int] = {"C": self._config.latent_dim, "V": self._config.vocab_size, **known}
-        for name, letters in wanted.items():
-            if name not in self._headers:
-                raise InputError(f"{self._path} lacks {name}")
-            shape, kind = self._headers[name].shape, self._headers[name].dtype.kind
-            want = ", ".join(str(sizes.get(letter, letter)) for letter in letters)
-            sizes = dict(zip(letters, shape, strict=False)) | sizes
-            if len(shape) != len(letters) or shape != tuple(sizes[letter] for letter in letters):
-                raise InputError(f"{self._path}: {name} must have shape ({want}), got {shape}: is it of another model?")
-            if kind not in KINDS.get(re.sub(r"run\d+_", "", name), "f"):
-                raise InputError(f"{self._path}: {name} must not hold {self._headers[name].dtype}")
-            most = self._config.max_length
-            if sizes.get("L", 1) > most or any(sizes[letter] < 1 for letter in letters if letter != "E"):
-                raise InputError(f"{self._path}: {name} has shape {shape}, the model takes texts of 1 to {most} tokens")
+def _check(archive: Archive, config: ModelConfig, wanted: Mapping[str, str], **known: int) -> None:
+    """Check arrays by their headers. Sizes that several share are told by letters, L and C by the model too."""
+    sizes: dict[str, int] = {"C": config.latent_dim, "V": config.vocab_size, **known}
+    for name, letters in wanted.items():
+        if name not in archive.headers:
+            raise InputError(f"{archive.path} lacks {name}")
+        shape, dtype = archive.headers[name].shape, archive.headers[name].dtype
+        want = ", ".join(str(sizes.get(letter, letter)) for letter in letters)
+        sizes = dict(zip(letters, shape, strict=False)) | sizes
+        if len(shape) != len(letters) or shape != tuple(sizes[letter] for letter in letters):
+            raise InputError(f"{archive.path}: {name} must have shape ({want}), got {shape}: is it of another model?")
+        if dtype.kind not in KINDS.get(re.sub(r"run\d+_", "", name), "f"):
+            raise InputError(f"{archive.path}: {name} must not hold {dtype}")
+        most = config.max_length
+        if sizes.get("L", 1) > most or any(sizes[letter] < 1 for letter in letters if letter != "E"):
+            raise InputError(f"{archive.path}: {name} has shape {shape}, the model takes texts of 1 to {most} tokens")
 
 
 def _call(arrays: Mapping[str, np.ndarray]) -> RecordedCall:
