@@ -140,7 +140,7 @@ def _run(contenders: Mapping[str, Load], work: Work, vs: Sequence[str], *, stric
                     opened[candidate.name] = candidate
         baseline = next((name for name in opened if vs and name.startswith(vs[0])), next(iter(opened)))
         with progress("measuring", total=1.0) as ticker:
-            return measure(list(opened.values()), work, baseline, lambda done, total: ticker.update(done / total))
+            return measure(list(opened.values()), work, baseline, ticker.update)
     finally:
         for candidate in opened.values():
             candidate.model.close()

@@ -107,11 +107,10 @@ def _without_bundle(options: dict[str, Any]) -> None:
     """Refuse what has a meaning only where texts are written."""
     if options["input_path"] is None:
         raise click.UsageError("give --input FILE.jsonl with texts to evaluate, or a BUNDLE to write some")
-    given = click.get_current_context().get_parameter_source
-    for name in WRITING:
-        if given(name) is ParameterSource.COMMANDLINE:
-            (option,) = (p.opts[0] for p in click.get_current_context().command.params if p.name == name)
-            raise click.UsageError(f"{option} has no use without a BUNDLE: no text is written")
+    context = click.get_current_context()
+    for param in context.command.params:
+        if param.name in WRITING and context.get_parameter_source(param.name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{param.opts[0]} has no use without a BUNDLE: no text is written")
 
 
 def _measure(
