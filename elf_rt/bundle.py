@@ -47,7 +47,7 @@ class Bundle:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
         self.manifest = manifest
-        self.config = manifest.config
+        self.config = manifest.model
         self.presets = manifest.presets
         self.variants = manifest.variants
         self.tokenizer = manifest.tokenizer

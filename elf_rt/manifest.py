@@ -1,12 +1,11 @@
 """manifest.json: what it must hold, read and checked in one place. Fields that are not named here are ignored."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from elf_rt.errors import BundleError
-from elf_rt.fields import Field, Wrong, read_json
+from elf_rt.errors import BundleError, InputError
+from elf_rt.fields import parse, read_json
 from elf_rt.files import is_inside, why_not_here
 from elf_rt.params import ModelConfig, SamplingParams
 
@@ -22,9 +21,9 @@ GRAPHS = ("denoiser", "discretizer", "weights")  # the files that every variant 
 class Source:
     """The checkpoint that a bundle was made from. weights: "ema", "raw" or "unknown". sha256: "" without a file."""
 
-    checkpoint: str = ""
-    sha256: str = ""
-    weights: str = "unknown"
+    checkpoint: str
+    sha256: str
+    weights: str
 
 
 @dataclass(frozen=True)
@@ -44,41 +43,79 @@ class EncoderPart:
     """kind: of ENCODERS. files: every file that it needs, by role. vocab_size: ids that it knows."""
 
     kind: str
-    files: Mapping[str, str]
+    files: dict[str, str]
     vocab_size: int
+
+    def __post_init__(self) -> None:
+        if self.kind not in ENCODERS:
+            raise InputError(f"kind must be one of {', '.join(ENCODERS)}, got {self.kind!r}")
+        if not 1 <= self.vocab_size <= MOST_IDS:
+            raise InputError(f"vocab_size must be between 1 and {MOST_IDS}, got {self.vocab_size}")
 
 
 @dataclass(frozen=True)
 class Item:
-    """A layer that a precision plan keeps in another precision, or scales. reason: "" where the plan gives none."""
+    """A layer that a precision plan keeps in another precision, or scales. reason: None where the plan gives none."""
 
     name: str
     precision: str
-    reason: str
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class PrecisionPart:
+    """The plan of one precision."""
+
+    items: tuple[Item, ...] = ()
 
 
 @dataclass(frozen=True)
 class Manifest:
     """A checked manifest.
 
-    variants: precision -> the files that an engine reads, by role. precision: precision -> the items of its plan.
+    variants: precision -> the files that an engine reads, by role. precision: precision -> its plan.
     agreement: precision -> share of float32's tokens, where export measured it. left_out, unproven: precision -> what
     its proof found, of those that are not here and of those that are here all the same. files: name -> sha256.
     json: the manifest as it was read.
     """
 
-    config: ModelConfig
+    model: ModelConfig
     presets: dict[str, SamplingParams]
     variants: dict[str, dict[str, str]]
     tokenizer: TokenizerPart
     encoder: EncoderPart | None
     source: Source
-    precision: dict[str, tuple[Item, ...]]
+    precision: dict[str, PrecisionPart]
     agreement: dict[str, float]
     left_out: dict[str, str]
     unproven: dict[str, str]
     files: dict[str, str]
     json: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        for name in self.files:
+            if not is_inside(name):
+                raise InputError(f"files names a file outside the bundle, {name}")
+        if "default" not in self.presets:
+            raise InputError("presets.default is missing")
+        for key, number in (("pad_id", self.tokenizer.pad_id), ("eos_id", self.tokenizer.eos_id)):
+            if not 0 <= number < self.model.vocab_size:
+                raise InputError(f"tokenizer.{key} must be an id of the model, got {number}")
+        for precision, share in self.agreement.items():
+            if not 0 <= share <= 1:
+                raise InputError(f"agreement.{precision} must be between 0 and 1, got {share}")
+        for precision, files in self.variants.items():
+            self._check_files(f"variants.{precision}", files, GRAPHS)
+        if self.tokenizer.file is not None:
+            self._check_files("tokenizer", {"file": self.tokenizer.file})
+        if self.encoder is not None:
+            self._check_files("encoder.files", self.encoder.files, ENCODERS[self.encoder.kind])
+
+    def _check_files(self, path: str, names: dict[str, str], roles: tuple[str, ...] = ()) -> None:
+        """There may be more roles than those that must be there."""
+        for role in (*roles, *names):
+            if names.get(role) not in self.files:
+                raise InputError(f"{path}.{role} must be a name that stands in files, got {names.get(role)!r}")
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -91,34 +128,9 @@ class Manifest:
                 "update elf-rt, or export the checkpoint again"
             )
         try:
-            return cls._parse(Field("", values))
-        except Wrong as wrong:
-            raise BundleError(f"{path} is incomplete or altered: {wrong}: export the checkpoint again") from wrong
-
-    @classmethod
-    def _parse(cls, root: Field) -> Self:
-        files = {name: entry.text() for name, entry in root.get("files").items()}
-        for name in files:
-            if not is_inside(name):
-                raise Wrong(f"files names a file outside the bundle, {name}")
-        config = root.get("model").build(ModelConfig)
-        presets = {name: entry.build(SamplingParams) for name, entry in root.get("presets").items()}
-        if "default" not in presets:
-            raise Wrong("presets.default is missing")
-        return cls(
-            config=config,
-            presets=presets,
-            variants={name: entry.files(GRAPHS, files) for name, entry in root.get("variants").items()},
-            tokenizer=_tokenizer(root.get("tokenizer"), config.vocab_size, files),
-            encoder=None if root.get("encoder").value is None else _encoder(root.get("encoder"), files),
-            source=Source(*(root.get("source").get(key).text() for key in ("checkpoint", "sha256", "weights"))),
-            precision={name: _items(plan.get("items")) for name, plan in root.get("precision").items()},
-            agreement={name: share.number(0, 1) for name, share in root.get("agreement").items()},
-            left_out={name: reason.text() for name, reason in root.get("left_out").items()},
-            unproven={name: reason.text() for name, reason in root.get("unproven").items()},
-            files=files,
-            json=root.object(),
-        )
+            return parse(cls, values | {"json": values})
+        except InputError as error:
+            raise BundleError(f"{path} is incomplete or altered: {error}: export the checkpoint again") from error
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -127,8 +139,8 @@ def _load(path: Path) -> dict[str, Any]:
         raise BundleError(f"{path} {reason}")
     try:
         values = read_json(path)
-    except Wrong as wrong:
-        raise BundleError(f"{path} is not JSON ({wrong}): export the checkpoint again") from wrong
+    except InputError as error:
+        raise BundleError(f"{path} is not JSON ({error}): export the checkpoint again") from error
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise BundleError(f"{path} is not the manifest of an elf-rt bundle")
     return values
@@ -142,28 +154,3 @@ def listed_files(path: Path) -> list[str]:
     """
     files = _load(path).get("files")
     return [name for name in files if is_inside(name)] if isinstance(files, dict) else []
-
-
-def _tokenizer(entry: Field, vocab_size: int, files: Mapping[str, str]) -> TokenizerPart:
-    pad_id, eos_id = (entry.get(key).whole(0, vocab_size - 1) for key in ("pad_id", "eos_id"))
-    file = entry.get("file").file(files) if "file" in entry.object() else None
-    append_eos, ends_at_eos = (entry.get(key).flag() for key in ("append_eos", "ends_at_eos"))
-    return TokenizerPart(pad_id, eos_id, append_eos, ends_at_eos, file)
-
-
-def _encoder(entry: Field, files: Mapping[str, str]) -> EncoderPart:
-    kind = entry.get("kind").one_of(ENCODERS)
-    return EncoderPart(
-        kind, entry.get("files").files(ENCODERS[kind], files), entry.get("vocab_size").whole(1, MOST_IDS)
-    )
-
-
-def _items(plan: Field) -> tuple[Item, ...]:
-    return tuple(
-        Item(
-            entry.get("name").text(),
-            entry.get("precision").text(),
-            entry.get("reason").text() if "reason" in entry.object() else "",
-        )
-        for entry in plan.list()
-    )

@@ -12,6 +12,7 @@ given another one fails late and obscurely, so the record is checked before a si
 import dataclasses
 import json
 import platform
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +21,8 @@ from typing import Any, Self
 
 from elf_rt.bundle import Bundle
 from elf_rt.device.cudart import Gpu, find_gpu
-from elf_rt.errors import BackendError
-from elf_rt.fields import MOST_COUNT, Field, Wrong, read_json
+from elf_rt.errors import BackendError, InputError
+from elf_rt.fields import parse, read_json
 from elf_rt.files import atomic_file, is_inside, sha256
 from elf_rt.libraries import import_library, why_absent
 from elf_rt.network import GRAPHS
@@ -29,7 +30,6 @@ from elf_rt.network import GRAPHS
 RECORD = "plan.json"
 FORMAT = "elf-rt-plan"
 SCHEMA_VERSION = 1
-MOST_SIZE = 1 << 30  # of an axis
 
 
 @dataclass(frozen=True)
@@ -93,11 +93,9 @@ class Range:
     best: int
     most: int
 
-    @classmethod
-    def read(cls, entry: Field) -> Self:
-        least = entry.get("least").whole(1, MOST_SIZE)
-        best = entry.get("best").whole(least, MOST_SIZE)
-        return cls(least, best, entry.get("most").whole(best, MOST_SIZE))
+    def __post_init__(self) -> None:
+        if not 1 <= self.least <= self.best <= self.most:
+            raise InputError(f"sizes must rise from 1 or more, got {self.least}:{self.best}:{self.most}")
 
     def __str__(self) -> str:
         return str(self.best) if self.least == self.most else f"{self.least}:{self.best}:{self.most}"
@@ -154,21 +152,9 @@ class Engine:
     matmuls: dict[str, int] = field(default_factory=dict)
     layers: dict[str, int] = field(default_factory=dict)
 
-    @classmethod
-    def read(cls, entry: Field) -> Self:
-        file = entry.get("file").text()
-        weights, scratch = entry.optional("weights_bytes"), entry.optional("scratch_bytes")
-        return cls(
-            file if is_inside(file) else entry.get("file").fail("the name of a file beside it"),
-            entry.get("sha256").text(),
-            entry.get("num_bytes").whole(0, MOST_COUNT),
-            entry.get("seconds").number(0, 1e9),
-            weights.whole(0, MOST_COUNT) if weights else None,
-            scratch.whole(0, MOST_COUNT) if scratch else None,
-            entry.get("attention").counts(),
-            entry.get("matmuls").counts(),
-            entry.get("layers").counts(),
-        )
+    def __post_init__(self) -> None:
+        if not is_inside(self.file):
+            raise InputError(f"file must be the name of a file beside it, got {self.file!r}")
 
     def summary(self, precision: str) -> str:
         """Size, scratch memory, attention, and how much computes in a precision, by the graph's own types."""
@@ -200,8 +186,17 @@ class Record:
     graphs: dict[str, str]  # sha256 of denoiser, discretizer and weights
     settings: dict[str, Any]
     engines: dict[str, Engine]
-    replayed: tuple[int, ...] = ()
-    not_replayed: str = "it was built by an older elf-rt"
+    replayed: tuple[int, ...] | None = None
+    not_replayed: str | None = None
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch("[0-9a-f]+", self.key):  # it becomes a part of file names
+            raise InputError(f"key must be hexadecimal digits, got {self.key!r}")
+        if self.library not in LIBRARIES:
+            raise InputError(f"library must be one of {', '.join(LIBRARIES)}, got {self.library!r}")
+        for name in GRAPHS:
+            if name not in self.engines:
+                raise InputError(f"engines.{name} is missing")
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -209,33 +204,12 @@ class Record:
         path = folder / RECORD
         mend = "delete that folder and run elf-rt build-engine"
         try:
-            root = Field("", read_json(path))
-            if (root.get("format").value, root.get("schema_version").value) != (FORMAT, SCHEMA_VERSION):
+            values = parse(dict[str, Any], read_json(path), "it")
+            if (values.get("format"), values.get("schema_version")) != (FORMAT, SCHEMA_VERSION):
                 raise BackendError(f"{path} was written by another version of elf-rt: {mend}")
-            return cls._parse(root)
-        except Wrong as wrong:
-            raise BackendError(f"{path} is damaged ({wrong}): {mend}") from wrong
-
-    @classmethod
-    def _parse(cls, root: Field) -> Self:
-        version, os, precision = (root.get(name).text() for name in ("version", "os", "precision"))
-        gpu, replayed, why_not = (root.optional(name) for name in ("gpu", "replayed", "not_replayed"))
-        profiles = root.get("profiles").list()
-        return cls(
-            key=root.get("key").hex(),
-            library=root.get("library").one_of(LIBRARIES),
-            version=version,
-            sms=tuple(sm.whole(1, 9999) for sm in root.get("sms").list()),
-            gpu=gpu.text() if gpu else None,
-            os=os,
-            precision=precision,
-            profiles=tuple(Profile(Range.read(each.get("rows")), Range.read(each.get("length"))) for each in profiles),
-            graphs={name: entry.text() for name, entry in root.get("graphs").items()},
-            settings=root.get("settings").object(),
-            engines={name: Engine.read(root.get("engines").get(name)) for name in GRAPHS},
-            replayed=tuple(rows.whole(1, MOST_SIZE) for rows in replayed.list()) if replayed else (),
-            not_replayed=why_not.text() if why_not else cls.not_replayed,
-        )
+            return parse(cls, values)
+        except InputError as error:
+            raise BackendError(f"{path} is damaged ({error}): {mend}") from error
 
     def write(self, folder: Path) -> None:
         values = {"format": FORMAT, "schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
@@ -245,7 +219,7 @@ class Record:
     def proof(self) -> str:
         """What is known of the texts that the plan writes, in one line."""
         if not self.replayed:
-            return f"not replayed: {self.not_replayed}"
+            return f"not replayed: {self.not_replayed or 'it was built by an older elf-rt'}"
         return f"replayed in calls of {', '.join(map(str, self.replayed))} rows: the reference model's tokens"
 
     def call_sizes(self, length: int) -> list[int]:

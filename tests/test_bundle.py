@@ -174,7 +174,7 @@ def test_a_file_outside_the_bundle_is_refused(copy):
 def test_a_size_of_another_type_is_refused(copy, value):
     model = json.loads((copy / "manifest.json").read_text(encoding="utf-8"))["model"]
     edit(copy, model=model | {"max_length": value})
-    with pytest.raises(BundleError, match=r"altered: model: max_length must be int, got "):
+    with pytest.raises(BundleError, match=r"altered: model\.max_length must be a whole number, got "):
         Bundle.open(copy)
 
 

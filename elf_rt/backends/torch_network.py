@@ -23,6 +23,7 @@ from elf_rt.backends.torch_attention import Attention
 from elf_rt.backends.torch_pointwise import Branch, Pointwise, norm
 from elf_rt.backends.torch_weights import Block, GraphWeights, Linear, make_block, whole_unembedding
 from elf_rt.bundle import Bundle
+from elf_rt.manifest import PrecisionPart
 
 if TYPE_CHECKING:
     from elf_rt.backends.torch_fused import FusedBlocks, Tiles
@@ -54,7 +55,8 @@ class Network:
         self.first = Choice()
         self.choices: dict[tuple[int, int], Choice] = {}
         weights = GraphWeights(bundle, precision, device)
-        exceptions = {item.name: item.precision for item in bundle.manifest.precision.get(precision, ())}
+        plan = bundle.manifest.precision.get(precision, PrecisionPart())
+        exceptions = {item.name: item.precision for item in plan.items}
         self.eps = weights.eps("final_layer.norm_final")
         self._prefix = Prefix(weights)
         self._proj1, self._proj2 = weights.linear("text_proj.proj1"), weights.linear("text_proj.proj2")

@@ -9,6 +9,7 @@ from elf_rt.backends.trt_inspect import inspect_denoiser
 from elf_rt.bundle import Bundle
 from elf_rt.commands.options import bundle_argument
 from elf_rt.console import print_json
+from elf_rt.manifest import PrecisionPart
 from elf_rt.params import SamplingParams
 from elf_rt.plans import describe_plans
 
@@ -46,8 +47,8 @@ def _lines(bundle: Bundle) -> list[tuple[str, str]]:
     for name, files in bundle.variants.items():
         weights = (bundle.folder / files["weights"]).stat().st_size
         lines.append(("precision", f"{name}: weights {weights / 1e6:.1f} MB"))
-        items = bundle.manifest.precision.get(name, ())
-        lines += [("", f"{item.name}: {item.reason}") for item in items if item.reason]
+        plan = bundle.manifest.precision.get(name, PrecisionPart())
+        lines += [("", f"{item.name}: {item.reason}") for item in plan.items if item.reason]
         if doubt := bundle.unproven.get(name):
             lines.append(("", f"not proven, so only by name: {doubt}"))
     lines += [("left out", f"{name}: {reason}") for name, reason in bundle.left_out.items()]
