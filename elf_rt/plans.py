@@ -13,7 +13,7 @@ import dataclasses
 import json
 import platform
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -255,46 +255,10 @@ class Record:
             raise BackendError(f"{path} {problem}: run elf-rt build-engine --precision {self.precision} again")
 
 
-def records(bundle: Bundle) -> Iterator[tuple[Path, Record | BackendError]]:
-    """Every plan folder of a bundle with its record, or with what is wrong with it. Unfinished builds are hidden."""
-    if not bundle.plans_dir.is_dir():
-        return
-    for folder in sorted(bundle.plans_dir.iterdir()):
-        if folder.is_dir() and not folder.name.startswith("."):
-            try:
-                yield folder, Record.read(folder)
-            except BackendError as error:
-                yield folder, error
-
-
-def describe_plans(
-    bundle: Bundle, inspect: Callable[[Path, Record], dict[str, int] | None] = lambda folder, record: None
-) -> list[tuple[str, str]]:
-    """(name, text) lines about every plan of a bundle, for ``elf-rt info``.
-
-    Args:
-        inspect: how many layers of a sound engine give each type, where that can be asked:
-            ``elf_rt.backends.trt_inspect.inspect_denoiser``.
-    """
-    lines: list[tuple[str, str]] = []
-    for folder, record in records(bundle):
-        if isinstance(record, BackendError):
-            lines.append(("plan", str(record)))
-            continue
-        try:
-            record.check_files(folder, bundle.digest)
-        except BackendError as error:
-            lines.append(("plan", str(error)))
-            continue
-        shapes = ", ".join(f"{profile.rows} rows of {profile.length} tokens" for profile in record.profiles)
-        stale = record.precision not in bundle.variants or record.graphs != graph_hashes(bundle, record.precision)
-        lines.append(("plan", f"{folder.name}: {record.precision}, {shapes}{', of other weights' if stale else ''}"))
-        lines.append(("", record.proof()))
-        lines += [("", f"{name}: {engine.summary(record.precision)}") for name, engine in record.engines.items()]
-        if built := inspect(folder, record):
-            share = f"{built.get(record.precision, 0)} of {sum(built.values())}"
-            lines.append(("", f"denoiser as built: {share} layers in {record.precision.upper()} (engine inspector)"))
-    return lines
+def plan_folders(bundle: Bundle) -> list[Path]:
+    """Every plan of a bundle. Unfinished builds are hidden."""
+    folders = bundle.plans_dir.iterdir() if bundle.plans_dir.is_dir() else ()
+    return sorted(folder for folder in folders if folder.is_dir() and not folder.name.startswith("."))
 
 
 def find_plans(
@@ -309,17 +273,21 @@ def find_plans(
     command = f"run elf-rt build-engine {bundle.folder} --precision {precision} --target {library.name}"
     fitting: list[tuple[Path, Record]] = []
     reasons: list[str] = []
-    for folder, record in records(bundle):
-        if isinstance(record, BackendError):
-            reasons.append(str(record))
-        elif (record.library, record.precision) == (library.name, precision):
-            reason = record.mismatch(machine, version)
-            if reason is None and record.graphs != graphs:
-                reason = "built from other weights than the bundle now holds"
-            if reason is None:
-                fitting.append((folder, record))
-            else:
-                reasons.append(f"{folder.name} was {reason}: {command}")
+    for folder in plan_folders(bundle):
+        try:
+            record = Record.read(folder)
+        except BackendError as error:
+            reasons.append(str(error))
+            continue
+        if (record.library, record.precision) != (library.name, precision):
+            continue
+        reason = record.mismatch(machine, version)
+        if reason is None and record.graphs != graphs:
+            reason = "built from other weights than the bundle now holds"
+        if reason is None:
+            fitting.append((folder, record))
+        else:
+            reasons.append(f"{folder.name} was {reason}: {command}")
     if fitting:
         name = machine.gpu.name if machine.gpu else None
         return sorted(fitting, key=lambda plan: plan[1].gpu != name)

@@ -20,8 +20,9 @@ from elf_rt.backends.trt_graph import TrtGraph
 from elf_rt.bundle import Bundle
 from elf_rt.cli import main
 from elf_rt.commands.build_engine import _default_batch
+from elf_rt.commands.info import describe_plans
 from elf_rt.device.cudart import Gpu
-from elf_rt.plans import Record, describe_plans
+from elf_rt.plans import Record
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from elf_rt.backends.ort import OrtBackend
 from elf_rt.backends.trt_graph import TrtGraph
 from elf_rt.backends.trt_inspect import inspect_denoiser
 from elf_rt.bundle import Bundle
+from elf_rt.commands.info import describe_plans
 from elf_rt.device.cudart import Gpu
 from elf_rt.engines.build import PlanRequest, build, plan_spec
 from elf_rt.engines.recipe import RECIPES
@@ -28,7 +29,7 @@ from elf_rt.errors import BackendError, GpuMemoryError
 from elf_rt.measure.verify import verify
 from elf_rt.model import Model
 from elf_rt.network import GRAPHS
-from elf_rt.plans import RECORD, TENSORRT, Profile, Range, Record, describe_plans, find_plans, this_machine
+from elf_rt.plans import RECORD, TENSORRT, Profile, Range, Record, find_plans, this_machine
 
 NEWEST = "11.4.0.106"
 
@@ -295,13 +296,10 @@ def test_the_engine_inspector_tells_the_types_of_a_plan_that_runs_here(
     ready("1").close()
     ((folder, record),) = find_plans(bundle, "fp32", TENSORRT, NEWEST, this_machine())
     assert inspect_denoiser(folder, record) == {"fp16": 3, "fp32": 1, "bf16": 1}
-    assert (
-        "denoiser as built: 1 of 5 layers in FP32 (engine inspector)"
-        in dict(describe_plans(bundle, inspect_denoiser))[""]
-    )
+    assert "denoiser as built: 1 of 5 layers in FP32 (engine inspector)" in dict(describe_plans(bundle))[""]
     install_cuda(monkeypatch, sm=90)
     assert inspect_denoiser(folder, record) is None
-    assert "as built" not in str(describe_plans(bundle, inspect_denoiser))
+    assert "as built" not in str(describe_plans(bundle))
 
 
 class TestTheRecordIsCheckedFirst:
@@ -345,7 +343,7 @@ class TestTheRecordIsCheckedFirst:
         self.refused(
             bundle, r"denoiser\.plan was altered after it was built .*: run elf-rt build-engine --precision fp32 again$"
         )
-        ((name, text),) = describe_plans(bundle, inspect_denoiser)  # elf-rt info tells it too
+        ((name, text),) = describe_plans(bundle)  # elf-rt info tells it too
         assert name == "plan" and "denoiser.plan was altered" in text
 
     def test_truncated(self, plan: Path, bundle: Bundle) -> None:
@@ -381,7 +379,7 @@ class TestTheRecordIsCheckedFirst:
         change(record)
         (plan / RECORD).write_text(json.dumps(record))
         self.refused(bundle, rf"plan\.json is damaged \(.*{reason}.*\): delete that folder and run elf-rt build-engine")
-        ((name, text),) = describe_plans(bundle, inspect_denoiser)
+        ((name, text),) = describe_plans(bundle)
         assert name == "plan" and "is damaged" in text
 
     def test_other_weights(self, plan: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

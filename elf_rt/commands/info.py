@@ -9,9 +9,10 @@ from elf_rt.backends.trt_inspect import inspect_denoiser
 from elf_rt.bundle import Bundle
 from elf_rt.commands.options import bundle_argument
 from elf_rt.console import print_json
+from elf_rt.errors import BackendError
 from elf_rt.manifest import PrecisionPart
 from elf_rt.params import SamplingParams
-from elf_rt.plans import describe_plans
+from elf_rt.plans import Record, graph_hashes, plan_folders
 
 MAIN = ("steps", "sampler", "schedule", "guidance_scale", "sc_cfg", "gamma")  # that every preset shows
 
@@ -52,7 +53,28 @@ def _lines(bundle: Bundle) -> list[tuple[str, str]]:
         if doubt := bundle.unproven.get(name):
             lines.append(("", f"not proven, so only by name: {doubt}"))
     lines += [("left out", f"{name}: {reason}") for name, reason in bundle.left_out.items()]
-    return lines + describe_plans(bundle, inspect_denoiser)
+    return lines + describe_plans(bundle)
+
+
+def describe_plans(bundle: Bundle) -> list[tuple[str, str]]:
+    """(name, text) lines about every plan of a bundle."""
+    lines: list[tuple[str, str]] = []
+    for folder in plan_folders(bundle):
+        try:
+            record = Record.read(folder)
+            record.check_files(folder, bundle.digest)
+        except BackendError as error:
+            lines.append(("plan", str(error)))
+            continue
+        shapes = ", ".join(f"{profile.rows} rows of {profile.length} tokens" for profile in record.profiles)
+        stale = record.precision not in bundle.variants or record.graphs != graph_hashes(bundle, record.precision)
+        lines.append(("plan", f"{folder.name}: {record.precision}, {shapes}{', of other weights' if stale else ''}"))
+        lines.append(("", record.proof()))
+        lines += [("", f"{name}: {engine.summary(record.precision)}") for name, engine in record.engines.items()]
+        if built := inspect_denoiser(folder, record):
+            share = f"{built.get(record.precision, 0)} of {sum(built.values())}"
+            lines.append(("", f"denoiser as built: {share} layers in {record.precision.upper()} (engine inspector)"))
+    return lines
 
 
 def _preset(params: SamplingParams) -> str:
