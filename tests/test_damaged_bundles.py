@@ -190,7 +190,6 @@ GOOD = np.ones((ROWS, WIDTH), np.float32)
         GOOD.astype("U4"),
         GOOD.astype(np.complex64),
         GOOD.astype(object),
-        np.asfortranarray(GOOD),
         GOOD.astype([("a", "f4")]),
         np.where(np.arange(WIDTH) == 3, np.nan, GOOD).astype(np.float32),
         np.where(np.arange(WIDTH) == 3, -np.inf, GOOD).astype(np.float32),

@@ -2,6 +2,7 @@
 
 import io
 import json
+import resource
 import shutil
 import zipfile
 from pathlib import Path
@@ -141,8 +142,11 @@ def test_an_array_that_claims_more_than_there_is(bundle, tmp_path, rows):
     path = tmp_path / "replay.npz"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("fwd_z.npy", header.getvalue() + bytes(2048))
-    with pytest.raises(InputError, match="is not one whole array"):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
+    with pytest.raises(InputError, match=r"is no \.npz file of arrays, or damaged") as caught:
         read_replay(path, Bundle.open(bundle("uncond")).config)
+    assert "memory ran out" not in str(caught.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("fwd_z.npy", "w") as file:
         header = io.BytesIO()
         np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (2**16, 16, 32)})

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from elf_rt.arrays import Archive
+from elf_rt.arrays import read_archive
 from elf_rt.errors import InputError
 from elf_rt.params import ModelConfig, SamplingParams
 from elf_rt.sampling import schedule
+
+Arrays = Mapping[str, np.ndarray]
 
 CALL = {"z": "RLC", "x_prev": "RLC", "t": "R", "sc": "R", "x": "RLC"}
 RUN = {"spec": "", "t": "T", "z0": "BLC", "eps": "EBLC", "latent": "BLC", "ids": "BL"}
@@ -63,8 +65,8 @@ def read_replay(
     Raises:
         InputError: it is no such file, an array is missing or of another type or shape, or it is of another model.
     """
-    archive = Archive(path)
-    groups = {match[0] for name in archive.headers if (match := re.match(r"fwd_|dec_|run\d+_", name))}
+    arrays = read_archive(path)
+    groups = {match[0] for name in arrays if (match := re.match(r"fwd_|dec_|run\d+_", name))}
     runs = sorted(groups - {"fwd_", "dec_"}, key=lambda name: int(name[3:-1]))
     if runs != [f"run{i}_" for i in range(len(runs))]:
         raise InputError(f"{path} lacks a run: it holds {', '.join(name.strip('_') for name in runs)}")
@@ -72,51 +74,50 @@ def read_replay(
         raise InputError(f"{path} holds no run to compare with")
     called = bool({"fwd_", "dec_"} & groups) or "call" in needed
     if called:
-        ids = {"dec_ids": "RL"} if "dec_ids" in archive.headers else {"dec_logits": "RLV"}
-        _check(archive, config, {f"fwd_{name}": sizes for name, sizes in CALL.items()} | ids)
+        ids = {"dec_ids": "RL"} if "dec_ids" in arrays else {"dec_logits": "RLV"}
+        _check(path, arrays, config, {f"fwd_{name}": sizes for name, sizes in CALL.items()} | ids)
     for run in runs:
-        _check_run(archive, config, run, needed)
-    arrays = archive.read()
+        _check_run(path, arrays, config, run, needed)
     for name, array in arrays.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise InputError(f"{path}: {name} has numbers that are not finite")
     return _call(arrays) if called else None, [_run(path, config, arrays, name) for name in runs]
 
 
-def _check_run(archive: Archive, config: ModelConfig, prefix: str, needed: Sequence[str]) -> None:
-    sourced = any(prefix + name in archive.headers for name in SOURCE)
-    _check(archive, config, {prefix + name: sizes for name, sizes in (RUN | SOURCE if sourced else RUN).items()})
-    batch, length, _ = archive.headers[f"{prefix}z0"].shape
+def _check_run(path: Path, arrays: Arrays, config: ModelConfig, prefix: str, needed: Sequence[str]) -> None:
+    sourced = any(prefix + name in arrays for name in SOURCE)
+    _check(path, arrays, config, {prefix + name: sizes for name, sizes in (RUN | SOURCE if sourced else RUN).items()})
+    batch, length, _ = arrays[f"{prefix}z0"].shape
     room = max(1, length - config.max_input_length) if sourced else length
-    seen = {prefix + n: sizes for n, sizes in SEEN.items() if prefix + n in archive.headers or n in needed}
-    _check(archive, config, seen, B=batch, M=room)
+    seen = {prefix + n: sizes for n, sizes in SEEN.items() if prefix + n in arrays or n in needed}
+    _check(path, arrays, config, seen, B=batch, M=room)
 
 
-def _check(archive: Archive, config: ModelConfig, wanted: Mapping[str, str], **known: int) -> None:
-    """Check arrays by their headers. Sizes that several share are told by letters, L and C by the model too."""
+def _check(path: Path, arrays: Arrays, config: ModelConfig, wanted: Mapping[str, str], **known: int) -> None:
+    """Check types and shapes. Sizes that several share are told by letters, L and C by the model too."""
     sizes: dict[str, int] = {"C": config.latent_dim, "V": config.vocab_size, **known}
     for name, letters in wanted.items():
-        if name not in archive.headers:
-            raise InputError(f"{archive.path} lacks {name}")
-        shape, dtype = archive.headers[name].shape, archive.headers[name].dtype
+        if name not in arrays:
+            raise InputError(f"{path} lacks {name}")
+        shape, dtype = arrays[name].shape, arrays[name].dtype
         want = ", ".join(str(sizes.get(letter, letter)) for letter in letters)
         sizes = dict(zip(letters, shape, strict=False)) | sizes
         if len(shape) != len(letters) or shape != tuple(sizes[letter] for letter in letters):
-            raise InputError(f"{archive.path}: {name} must have shape ({want}), got {shape}: is it of another model?")
+            raise InputError(f"{path}: {name} must have shape ({want}), got {shape}: is it of another model?")
         if dtype.kind not in KINDS.get(re.sub(r"run\d+_", "", name), "f"):
-            raise InputError(f"{archive.path}: {name} must not hold {dtype}")
+            raise InputError(f"{path}: {name} must not hold {dtype}")
         most = config.max_length
         if sizes.get("L", 1) > most or any(sizes[letter] < 1 for letter in letters if letter != "E"):
-            raise InputError(f"{archive.path}: {name} has shape {shape}, the model takes texts of 1 to {most} tokens")
+            raise InputError(f"{path}: {name} has shape {shape}, the model takes texts of 1 to {most} tokens")
 
 
-def _call(arrays: Mapping[str, np.ndarray]) -> RecordedCall:
+def _call(arrays: Arrays) -> RecordedCall:
     ids = arrays["dec_ids"] if "dec_ids" in arrays else arrays["dec_logits"].argmax(-1)
     z, x_prev, t, s, x = (arrays[f"fwd_{name}"] for name in CALL)
     return RecordedCall(z, x_prev, t, s, x, ids)
 
 
-def _run(path: Path, config: ModelConfig, arrays: Mapping[str, np.ndarray], prefix: str) -> RecordedRun:
+def _run(path: Path, config: ModelConfig, arrays: Arrays, prefix: str) -> RecordedRun:
     run = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
     params = _parse_spec(path, str(run["spec"]))
     try:
