@@ -133,16 +133,6 @@ class Bundle:
             )
         return self.part(self.variants[precision])
 
-    def encoder_graph(self) -> Path:
-        """The checked encoder.onnx.
-
-        Raises:
-            BundleError: this bundle has none, or a file of it is altered.
-        """
-        if self.encoder is None or self.encoder.kind != "onnx":
-            raise BundleError(f"{self.folder} has no text encoder: export the checkpoint again with --encoder")
-        return self.part(self.encoder.files)["encoder"]
-
     def why_left_out(self, precision: str) -> str:
         """In brackets, why export left a precision out; empty where it did not."""
         reason = self.left_out.get(precision)

@@ -236,6 +236,7 @@ def charsmap(data: bytes) -> dict:
         {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
         {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"],
                    "continuing_subword_prefix": "######"}},
+        {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [1], "continuing_subword_prefix": "#"}},
         {"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}},
         {"model": {"type": "WordLevel", "vocab": {"a": 4_000_000_000}, "unk_token": "a"}},
         {"model": []},
@@ -390,8 +391,3 @@ def test_openvino_trusts_no_cache_that_was_damaged(copy, tmp_path, monkeypatch, 
     before = {path: path.stat().st_mtime_ns for path in cache.rglob("*.blob")}
     assert use(copy, "openvino") == want
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.blob")} == before  # sound, so used
-
-
-def test_an_encoder_that_a_bundle_lacks(copy):
-    with pytest.raises(BundleError, match="no text encoder"):
-        Bundle.open(copy).encoder_graph()

@@ -1,7 +1,7 @@
 """The text encoder of a conditional model: it runs once a text, on the CPU in float32, whatever runs the network."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ def open_encoder(bundle: Bundle, threads: int | None = None) -> Encoder | None:
         shape = (bundle.encoder.vocab_size, bundle.config.latent_dim)
         table = open_table(bundle.part(bundle.encoder.files)["table"], shape)
         return lambda ids, mask: np.asarray(table[ids], np.float32)
-    return NetworkEncoder(bundle, threads or cores())
+    return NetworkEncoder(bundle, bundle.encoder.files, threads or cores())
 
 
 class NetworkEncoder:
@@ -33,15 +33,15 @@ class NetworkEncoder:
         BackendError: neither ONNX Runtime nor OpenVINO is installed, or it cannot load the graph.
     """
 
-    def __init__(self, bundle: Bundle, threads: int) -> None:
-        self._bundle, self._threads = bundle, threads
+    def __init__(self, bundle: Bundle, files: Mapping[str, str], threads: int) -> None:
+        self._bundle, self._files, self._threads = bundle, files, threads
         self._run: Encoder | None = None
         self._lock = threading.Lock()
 
     def __call__(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         with self._lock:
             if self._run is None:
-                self._run = _open(self._bundle.encoder_graph(), self._threads)
+                self._run = _open(self._bundle.part(self._files)["encoder"], self._threads)
         return self._run(ids, mask)
 
 

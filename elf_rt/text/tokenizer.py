@@ -73,32 +73,18 @@ def _checked(path: Path, content: str | None) -> str:
         if path.stat().st_size > MOST_BYTES:
             raise ValueError(f"it has more than {MOST_BYTES >> 20} MB")
         content = content or path.read_text(encoding="utf-8")
-        values = json.loads(content)
+        values = json.loads(content, object_hook=_sound)
         if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
             raise ValueError("it has no model")
-        for part in _parts(values):
-            _check_part(part)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except (ValueError, TypeError, LookupError, RecursionError) as error:  # the middle ones of merges that are none
         raise InputError(f"{path} is not a tokenizer.json: {first_line(error)}") from error
     return content
 
 
-def _parts(values: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every normalizer, pre-tokenizer and so on with a type of its own, at any depth; and the model."""
-    waiting = [values.get(key) for key in ("normalizer", "pre_tokenizer", "model", "decoder", "post_processor")]
-    while waiting:
-        part = waiting.pop()
-        if isinstance(part, dict):
-            yield part
-            waiting += [part[key] for key in ("normalizers", "pretokenizers", "decoders", "processors") if key in part]
-        elif isinstance(part, list):
-            waiting += part
-
-
-def _check_part(part: dict[str, Any]) -> None:
-    """Raises ValueError where the library would panic, or take memory by what the file says."""
+def _sound(part: dict[str, Any]) -> dict[str, Any]:
+    """An object of the JSON as it is. Raises ValueError where the library would panic, or take memory as it says."""
     kind = part.get("type")
     if kind == "Precompiled":  # a trie behind its size in bytes, then the texts that it points to
         try:
@@ -115,3 +101,4 @@ def _check_part(part: dict[str, Any]) -> None:
         seconds = [merge.split(" ")[-1] if isinstance(merge, str) else merge[-1] for merge in merges if merge]
         if not all(isinstance(piece, str) and piece.startswith(prefix) for piece in seconds):
             raise ValueError("a merge lacks the prefix that all but the first piece of a word have")
+    return part
