@@ -2,12 +2,15 @@
 
 import gc
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 from elf_rt.bundle import Bundle
+from elf_rt.files import locked
 
 
 def run(script, tmp_path, *args, timeout=120):
@@ -156,3 +159,18 @@ def test_a_forked_child_leaves_the_copies_of_links_to_its_parent(bundle, tmp_pat
     del opened
     gc.collect()
     assert not copy.exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_folder_is_free_after_its_block_although_a_child_that_was_forked_in_it_lives(tmp_path):
+    with locked(tmp_path):
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        with locked(tmp_path, seconds=0):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
