@@ -22,8 +22,9 @@ from elf_rt.engines.shapes import parse_profiles
 from elf_rt.errors import BackendError
 from elf_rt.export.graph import variant_files, write_graphs
 from elf_rt.export.precision import Precision, PrecisionPlan
+from elf_rt.export.presets import presets_for
 from elf_rt.export.random_init import random_state
-from elf_rt.params import RELEASED, ModelConfig, presets_for
+from elf_rt.params import RELEASED, ModelConfig
 from elf_rt.plans import Record, this_machine
 
 FP32_SM = 89  # the FP32 plan to compare with; its size is the same for every GPU that has FP32 products
@@ -49,9 +50,7 @@ def make_bundle(folder: Path, config: ModelConfig) -> Bundle:
         (folder / place).mkdir(parents=True, exist_ok=True)
         write_graphs(folder / place, config, state, PrecisionPlan(Precision(precision)))
         variants[precision] = variant_files(place)
-    presets = {name: params.to_json() for name, params in presets_for(config).items()}
-    manifest = {"model": config.to_json(), "presets": presets, "variants": variants}
-    write_manifest(folder, manifest)
+    write_manifest(folder, {"model": config, "presets": presets_for(config), "variants": variants})
     return Bundle.open(folder)
 
 

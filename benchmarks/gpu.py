@@ -18,7 +18,7 @@ import platform
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -246,7 +246,7 @@ def main() -> None:
     print(f"the ceiling, one large product: {ceiling:.3g} TFLOP/s", flush=True)
     arguments.output.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    study = {"machine": machine, "versions": libraries, "ceiling_tflops": ceiling, "params": params.to_json()}
+    study = {"machine": machine, "versions": libraries, "ceiling_tflops": ceiling, "params": asdict(params)}
     for row in run(setting, ceiling):
         rows.append(row)  # and written at once: a run that is cut short keeps what it measured
         study |= {"seconds": time.monotonic() - begun, "rows": rows}

@@ -116,9 +116,9 @@ def make_bundle(folder: Path, config: ModelConfig) -> Bundle:
     state = {name: tensor.numpy() for name, tensor in random_state(config, seed=0).items()}
     write_graphs(folder / "fp16", config, state, PrecisionPlan(Precision.FP16))
     variants = {"fp16": variant_files("fp16/")}
-    presets = {"default": SamplingParams().to_json()}
+    presets = {"default": SamplingParams()}
     source = {"checkpoint": "random weights", "sha256": "", "weights": "random"}
-    manifest = {"model": config.to_json(), "presets": presets, "variants": variants, "source": source}
+    manifest = {"model": config, "presets": presets, "variants": variants, "source": source}
     write_manifest(folder, manifest)
     return Bundle.open(folder)
 

@@ -17,6 +17,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from json import dumps
 from pathlib import Path
 from typing import Any, Self
@@ -190,8 +191,8 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write manifest.json with the sha256 of every other file now in the folder.
 
     Args:
-        manifest: "model", "presets" and "variants" at least; what else is left out is that of a model without a text
-            side, of which nothing was measured.
+        manifest: "model", "presets" and "variants" at least, with dataclasses as they are; what else is left out is
+            that of a model without a text side, of which nothing was measured.
     """
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
     values = {
@@ -207,7 +208,7 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
         **manifest,
         "files": {p.relative_to(folder).as_posix(): sha256(p) for p in files},
     }
-    (folder / MANIFEST).write_text(dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / MANIFEST).write_text(dumps(values, indent=1, ensure_ascii=False, default=asdict) + "\n", encoding="utf-8")
 
 
 def find_bundle(folder: Path) -> Path:

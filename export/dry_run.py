@@ -10,8 +10,9 @@ from elf_rt.export.checkpoint import Checkpoint, load_checkpoint
 from elf_rt.export.encoder import encoder_beside
 from elf_rt.export.families import family_of
 from elf_rt.export.pipeline import RANGE_STEPS, ExportOptions, range_texts
+from elf_rt.export.presets import presets_for
 from elf_rt.export.reference import ELF
-from elf_rt.params import SamplingParams, presets_for
+from elf_rt.params import SamplingParams
 
 BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.3, "int8-openvino": 1.3}  # bytes of a weight, roughly
 PASSES = {"fp32": 3, "fp16": 1, "bf16": 6, "int8": 2, "int8-openvino": 3}  # how often the runs are sampled, roughly

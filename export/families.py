@@ -44,7 +44,7 @@ def official_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def family_of(settings: Mapping[str, Any]) -> str:
-    """Which presets a checkpoint's settings ask for: a key of ``elf_rt.params.FAMILY_PRESETS``, or "" for none."""
+    """Which presets a checkpoint's settings ask for: a key of ``presets.FAMILY_PRESETS``, or "" for none."""
     if _is_student(settings):
         return "ELF-MMD conditional" if settings.get("max_input_length") else "ELF-MMD"
     if settings.get("task") == "tinygsm":

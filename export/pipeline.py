@@ -17,13 +17,14 @@ from elf_rt.export.families import family_of
 from elf_rt.export.foreign import printable, read_json
 from elf_rt.export.graph import FUSED_OPSET
 from elf_rt.export.precisions import PrecisionWriter, Proof
+from elf_rt.export.presets import presets_for
 from elf_rt.export.reference import ELF
 from elf_rt.export.replay import Run, plan_runs, record
 from elf_rt.export.sources import WEIGHT_SUFFIXES
 from elf_rt.export.special_tokens import special_ids
 from elf_rt.export.tokenizer import check_tokenizer, write_tokenizer
 from elf_rt.manifest import TokenizerPart
-from elf_rt.params import ModelConfig, SamplingParams, presets_for
+from elf_rt.params import ModelConfig, SamplingParams
 from elf_rt.text.codec import TextCodec
 
 REPLAY_BATCH = 4
@@ -98,13 +99,12 @@ def export_bundle(
     model.load_state_dict(checkpoint.state)
     model.eval()
     with atomic_folder(output) as folder:
-        official = presets_for(checkpoint.config, family_of(checkpoint.settings.values))
-        manifest = _describe(checkpoint, official | options.presets)
+        presets = presets_for(checkpoint.config, family_of(checkpoint.settings.values)) | options.presets
+        manifest = _describe(checkpoint, presets)
         manifest |= _write_text_side(folder, checkpoint, options)
         write_manifest(folder, manifest | {"variants": {}})  # enough for the text side
         codec = TextCodec(Bundle.open(folder))
         cond, mask = _sources(codec, manifest, options)
-        presets = {name: SamplingParams(**values) for name, values in manifest["presets"].items()}
 
         say("running the reference model")
         runs = plan_runs(checkpoint.config, presets, cond, mask, max_steps=REPLAY_STEPS, batch=REPLAY_BATCH, seed=0)
@@ -146,8 +146,8 @@ def _describe(checkpoint: Checkpoint, presets: dict[str, SamplingParams]) -> dic
             "layout": checkpoint.layout,
             "step": checkpoint.step,
         },
-        "model": checkpoint.config.to_json(),
-        "presets": {name: params.to_json() for name, params in presets.items()},
+        "model": checkpoint.config,
+        "presets": presets,
         "encoder": None,
     }
 

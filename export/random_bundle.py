@@ -9,12 +9,13 @@ import torch
 from elf_rt.bundle import write_manifest
 from elf_rt.export.graph import variant_files, write_graphs
 from elf_rt.export.precision import Precision, PrecisionPlan
+from elf_rt.export.presets import presets_for
 from elf_rt.export.quantize import Calibration, write_int8
 from elf_rt.export.quantize_openvino import write_openvino_int8
 from elf_rt.export.random_init import random_state
 from elf_rt.export.reference import ELF
 from elf_rt.export.replay import plan_runs
-from elf_rt.params import ModelConfig, presets_for
+from elf_rt.params import ModelConfig
 
 RANDOM_STEPS = 4  # steps of the run that int8 is measured on
 
@@ -40,12 +41,11 @@ def write_random_bundle(
         else:
             write_graphs(folder / place, config, arrays, PrecisionPlan(Precision(precision)))
         variants[precision] = variant_files(place)
-    presets = {name: params.to_json() for name, params in presets_for(config).items()}
     write_manifest(
         folder,
         {
-            "model": config.to_json(),
-            "presets": presets,
+            "model": config,
+            "presets": presets_for(config),
             "variants": variants,
             "source": {"checkpoint": f"random weights, seed {seed}", "sha256": "", "weights": "random"},
         },

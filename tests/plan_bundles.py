@@ -38,8 +38,8 @@ def model_bundle(
         write_graphs(folder / place, config, arrays, PrecisionPlan(Precision(precision)), opset)
         variants[precision] = variant_files(place)
     manifest = {
-        "model": config.to_json(),
-        "presets": {"default": SamplingParams().to_json()},
+        "model": config,
+        "presets": {"default": SamplingParams()},
         "variants": variants,
         "source": {"checkpoint": "test", "weights": "ema", "sha256": ""},
     }

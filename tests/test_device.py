@@ -1,6 +1,7 @@
 """The device engine end to end on a fake GPU that runs the real kernel, against the host engine and the golden runs."""
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from elf_rt.device.engine import DEPTH
 from elf_rt.errors import BackendError
 from elf_rt.measure.verify import verify
 from elf_rt.model import Model
-from elf_rt.params import ModelConfig
 from elf_rt.sampling.program import Program
 
 pytestmark = pytest.mark.filterwarnings("error")  # a refused capture warns
@@ -68,7 +68,7 @@ def test_same_as_the_host_engine(name: str, drafts_every: int, batch: int, bundl
 def test_four_guidance_rows_and_a_draft(bundles: Any, gpu: FakeGpu) -> None:
     """Both kinds of guidance at once: a model with sources whose self-conditioning has no tokens."""
     bundle = bundles("no_sc_tokens")
-    config = ModelConfig(**bundle.config.to_json() | {"max_input_length": 5})
+    config = replace(bundle.config, max_input_length=5)
     programs = programs_of(config, [1, 2], sc_cfg=2.0, guidance_scale=1.5, drafts_every=2)
     assert programs[0].max_rows == 5
     with on_host(bundle) as host, on_device(bundle, gpu) as device:

@@ -22,11 +22,12 @@ from elf_rt.export.checkpoint import load_checkpoint
 from elf_rt.export.families import family_of
 from elf_rt.export.graph import LOGITS_AT_ONCE
 from elf_rt.export.precision import Precision, PrecisionPlan
+from elf_rt.export.presets import FAMILY_PRESETS
 from elf_rt.export.random_init import random_state
 from elf_rt.export.reference import ELF
 from elf_rt.measure.verify import verify, verify_folder
 from elf_rt.model import Model, load
-from elf_rt.params import FAMILY_PRESETS, ModelConfig
+from elf_rt.params import ModelConfig
 
 INPUTS = "z", "x_prev", "t", "s", "mode"
 SIZES = ModelConfig(

@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import asdict
 from importlib import resources
 from typing import Any
 
@@ -121,7 +122,7 @@ def _card(service: Service, created: int) -> ModelCard:
         conditional=model.config.max_input_length > 0,
         max_length=model.config.max_length,
         engine=f"{model.backend.name} {model.backend.precision}",
-        presets={name: params.to_json() for name, params in model.bundle.presets.items()},
+        presets={name: asdict(params) for name, params in model.bundle.presets.items()},
         samplers=list(SAMPLERS),
         schedules=list(SCHEDULES),
     )
