@@ -27,14 +27,13 @@ from elf_rt.files import is_utf8, locked, remembered_sha256, sha256, unfinished_
 from elf_rt.graph_file import Shape, read_graph
 from elf_rt.machine import user_cache
 from elf_rt.manifest import FORMAT, MANIFEST, SCHEMA_VERSION, Manifest, listed_files
+from elf_rt.network import GRAPHS, tensor_shapes
 
 MIN_AGREEMENT = 0.99  # share of float32's tokens that another precision must write to count as the same text
 SUFFIX = ".elfrt"
 AGAIN = "export the checkpoint again"
 PUBLISH_SECONDS = 600.0  # that a whole export waits for another one to move its files
 COPIES = ".elf-rt-links-"  # how folders with copies of files that are links begin
-INPUTS = {"denoiser": {"z", "x_prev", "t", "s", "mode"}, "discretizer": {"hidden"}, "encoder": {"ids", "mask"}}
-ALWAYS = {"denoiser": {"z", "t"}, "discretizer": {"hidden"}, "encoder": {"ids", "mask"}}
 
 
 class Bundle:
@@ -109,10 +108,10 @@ class Bundle:
         if any(map(self._is_link, files.values())):  # an engine looks for the weights beside their graph
             paths = {role: self._copy(name) for role, name in files.items()}
         ends: dict[Path, int] = {}
-        for role in INPUTS.keys() & paths.keys():
+        for role in sorted(paths.keys() & {*GRAPHS, "encoder"}):
             graph = read_graph(paths[role])
-            if graph.inputs is not None and graph.outputs is not None:
-                self._check_ports(role, paths[role], set(graph.inputs), {**graph.inputs, **graph.outputs})
+            if graph.ports is not None:
+                self._check_ports(role, paths[role], graph.ports)
             for name, end in graph.weights.items():
                 weights = paths[role].with_name(name)
                 if weights not in paths.values():
@@ -146,20 +145,14 @@ class Bundle:
         for name in self.manifest.files:
             self.path(name)
 
-    def _check_ports(self, role: str, path: Path, inputs: set[str], ports: Mapping[str, Shape]) -> None:
-        """Names of a graph's inputs, and the widths of what goes in and out."""
-        if not ALWAYS[role] <= inputs <= INPUTS[role]:
-            raise BundleError(f"{path} is no {role} (its inputs are {', '.join(sorted(inputs))}): {AGAIN}")
-        latent, hidden = self.config.latent_dim, self.config.hidden_size
-        widths: dict[str, dict[str, int | None]] = {
-            "denoiser": {"z": latent, "x": latent, "hidden": hidden},
-            "discretizer": {"hidden": hidden, "ids": None},
-            "encoder": {"latents": latent},
-        }
-        for name, width in widths[role].items():
-            if name not in ports or ports[name][-1] != width:
-                got = f"{ports[name][-1]} wide" if name in ports else "missing"
-                raise BundleError(f"{path} is of another model than {MANIFEST}: {name} is {got}, not {width}: {AGAIN}")
+    def _check_ports(self, role: str, path: Path, ports: Mapping[str, Shape]) -> None:
+        """Names of a graph's inputs and outputs, and their widths behind rows and length."""
+        want = {name: shape[2:] for name, shape in tensor_shapes(role, self.config, 1, 1).items()}
+        found = {name: shape[2:] for name, shape in ports.items()}
+        wrong = sorted(name for name in want.keys() | found.keys() if want.get(name) != found.get(name))
+        if wrong:
+            names = ", ".join(wrong)
+            raise BundleError(f"{path} is no {role} of the model in {MANIFEST} (see its {names}): {AGAIN}")
 
     def _is_link(self, name: str) -> bool:
         """As the Hub's cache, DVC and git-annex make them, of all files or of the large ones."""

@@ -1,4 +1,4 @@
-"""What a graph file says of itself, read without its engine: inputs, outputs, and where its weights lie.
+"""What a graph file says of itself, read without its engine: inputs and outputs, and where its weights lie.
 
 ONNX is protobuf (https://protobuf.dev/programming-guides/encoding, field numbers of onnx.proto); OpenVINO's IR is XML.
 """
@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from elf_rt.errors import BundleError
 
@@ -22,11 +23,10 @@ IR_WEIGHTS = re.compile(rb'<data [^>]*\boffset="(\d{1,18})" size="(\d{1,18})"')
 
 @dataclass(frozen=True)
 class GraphFile:
-    """inputs, outputs: shapes by name; None where the file does not tell (OpenVINO's IR).
+    """ports: shapes of inputs and outputs by name; None where the file does not tell (OpenVINO's IR).
     weights: name of the file beside it -> where the last weight ends in it."""
 
-    inputs: Mapping[str, Shape] | None
-    outputs: Mapping[str, Shape] | None
+    ports: Mapping[str, Shape] | None
     weights: Mapping[str, int]
 
 
@@ -36,56 +36,45 @@ def read_graph(path: Path) -> GraphFile:
         try:
             data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
             return _read_ir(path, data) if path.suffix == ".xml" else _read_onnx(data)
-        except (ValueError, IndexError, UnicodeDecodeError, KeyError) as error:
+        except (ValueError, IndexError, KeyError, TypeError) as error:
             raise BundleError(f"{path} is no graph, or damaged: export the checkpoint again") from error
 
 
 def _read_ir(path: Path, data: memoryview) -> GraphFile:
     ends = [int(offset) + int(size) for offset, size in IR_WEIGHTS.findall(data)]
-    return GraphFile(None, None, {path.with_suffix(".bin").name: max(ends)})
+    return GraphFile(None, {path.with_suffix(".bin").name: max(ends)})
 
 
 def _read_onnx(data: memoryview) -> GraphFile:
-    inputs: dict[str, Shape] = {}
-    outputs: dict[str, Shape] = {}
-    weights: dict[str, int] = {}
     (graph,) = _all(data, MODEL_GRAPH)
-    for field, value in _fields(graph):
-        if isinstance(value, int):
-            continue
-        if field == INITIALIZER:
-            place = dict(_entry(entry) for entry in _all(value, TENSOR_EXTERNAL))
-            if place:
-                end = int(place["offset"]) + int(place["length"])
-                weights[place["location"]] = max(end, weights.get(place["location"], 0))
-        elif field in (INPUT, OUTPUT):
-            name = _text(value, VALUE_NAME)
-            (inputs if field == INPUT else outputs)[name] = _shape(value)
-    return GraphFile(inputs, outputs, weights)
+    ports = [*_all(graph, INPUT), *_all(graph, OUTPUT)]
+    ends: dict[str, int] = {}
+    for tensor in _all(graph, INITIALIZER):
+        entries = _all(tensor, TENSOR_EXTERNAL)
+        if entries:
+            place = {_text(entry, ENTRY_KEY): _text(entry, ENTRY_VALUE) for entry in entries}
+            end = int(place["offset"]) + int(place["length"])
+            ends[place["location"]] = max(end, ends.get(place["location"], 0))
+    return GraphFile({_text(port, VALUE_NAME): _shape(port) for port in ports}, ends)
 
 
 def _shape(value: memoryview) -> Shape:
     for field in (VALUE_TYPE, TYPE_TENSOR, TENSOR_SHAPE):
         (value,) = _all(value, field)
-    sizes = (dict(_fields(dim)).get(DIM_VALUE) for dim in _all(value, SHAPE_DIM))
-    return tuple(size if isinstance(size, int) else None for size in sizes)
-
-
-def _entry(data: memoryview) -> tuple[str, str]:
-    return _text(data, ENTRY_KEY), _text(data, ENTRY_VALUE)
+    return tuple(dict(_fields(dim)).get(DIM_VALUE) for dim in _all(value, SHAPE_DIM))
 
 
 def _text(data: memoryview, wanted: int) -> str:
     (text,) = _all(data, wanted)
-    return bytes(text).decode()
+    return str(text, "utf-8")
 
 
-def _all(data: memoryview, wanted: int) -> list[memoryview]:
-    """Every value of a field of bytes."""
-    return [value for field, value in _fields(data) if field == wanted and isinstance(value, memoryview)]
+def _all(data: memoryview, wanted: int) -> list[Any]:
+    """Every value of a field."""
+    return [value for field, value in _fields(data) if field == wanted]
 
 
-def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+def _fields(data: memoryview) -> Iterator[tuple[int, Any]]:
     """(number, value) of each field of a message; a value is a number, or the bytes of text or of another message."""
     at = 0
     while at < len(data):

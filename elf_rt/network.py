@@ -10,7 +10,6 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from elf_rt.errors import BackendError
 from elf_rt.params import ModelConfig
 
 Graph = Literal["denoiser", "discretizer"]
@@ -125,19 +124,11 @@ class Enqueued:
         """Nothing was kept."""
 
 
-def check_widths(name: str, config: ModelConfig, widths: Mapping[str, int]) -> None:
-    """Raises BackendError when the denoiser's outputs "x" and "hidden" do not have the sizes of the manifest."""
-    for output, want in (("x", config.latent_dim), ("hidden", config.hidden_size)):
-        if widths[output] != want:
-            raise BackendError(
-                f"{name}: the graphs do not have the sizes of the manifest ({output} is {widths[output]} wide, "
-                f"not {want}): export the checkpoint again"
-            )
-
-
-def tensor_shapes(graph: Graph, config: ModelConfig, rows: int, length: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of a graph's inputs and outputs for R rows of length L."""
+def tensor_shapes(graph: str, config: ModelConfig, rows: int, length: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of a graph's inputs and outputs, or the text encoder's, for R rows of length L."""
     latents, hidden = (rows, length, config.latent_dim), (rows, length, config.hidden_size)
+    if graph == "encoder":
+        return {"ids": (rows, length), "mask": (rows, length), "latents": latents}
     if graph == "discretizer":
         return {"hidden": hidden, "ids": (rows, length)}
     shapes: dict[str, tuple[int, ...]] = {"z": latents, "t": (rows,), "x": latents, "hidden": hidden}

@@ -301,7 +301,7 @@ def test_a_manifest_of_other_sizes(run_cli, spoken, backend):
     manifest["model"]["hidden_size"] += 64
     path.write_text(json.dumps(manifest))
     done = run_cli("generate", "--prompt", SPOKEN, "--backend", backend)
-    done.assert_clear_error("is of another model than manifest.json")
+    done.assert_clear_error("denoiser.onnx is no denoiser of the model in manifest.json (see its hidden)")
 
 
 def test_presets_that_go_are_told(run_cli, tmp_path):

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from golden_cases import golden, relative_error
@@ -67,6 +68,17 @@ def test_it_is_near_float32_and_a_row_does_not_touch_another(quantized):
     x, ids = call(backend, 4, 16)
     assert 1e-4 < relative_error(x, exact) < 0.15
     assert_rows_are_apart(backend, x, ids)
+
+
+def test_the_denoiser_of_another_model_is_told(quantized, tmp_path):
+    """What goes in and out of a file in OpenVINO's own format, only OpenVINO tells."""
+    folder = Path(shutil.copytree(quantized.folder, tmp_path / "b.elfrt"))
+    graph = folder / "int8-openvino" / "denoiser.xml"
+    graph.write_text(graph.read_text(encoding="utf-8").replace('names="z"', 'names="y"'), encoding="utf-8")
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    write_manifest(folder, {name: value for name, value in manifest.items() if name != "files"})
+    with pytest.raises(BundleError, match=r"denoiser\.xml is no denoiser of this model \(see its z\)"):
+        ov.open_backend(Bundle.open(folder), "int8", 1)
 
 
 def test_without_nncf_it_is_one_clear_line(monkeypatch, tmp_path):

@@ -11,7 +11,7 @@ from elf_rt.bundle import Bundle
 from elf_rt.errors import BackendError, first_line
 from elf_rt.libraries import import_library, why_absent
 from elf_rt.machine import cores
-from elf_rt.network import Graph, HostBackend, check_widths, tensor_shapes
+from elf_rt.network import Graph, HostBackend, tensor_shapes
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -45,8 +45,6 @@ class OrtBackend(HostBackend):
             "denoiser": self._session(str(files["denoiser"]), rounded),
             "discretizer": self._session(str(files["discretizer"]), rounded),
         }
-        outputs = self.sessions["denoiser"].get_outputs()
-        check_widths(NAME, self.config, {output.name: output.shape[-1] for output in outputs})
 
     def _session(self, path: str, rounded: bool = False) -> "onnxruntime.InferenceSession":
         """`rounded`: the graph has 16-bit types, which this provider does not compute in."""

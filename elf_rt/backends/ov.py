@@ -17,11 +17,11 @@ import numpy as np
 
 from elf_rt.backends.table import variant_of
 from elf_rt.bundle import Bundle
-from elf_rt.errors import BackendError, last_line, warn
+from elf_rt.errors import BackendError, BundleError, last_line, warn
 from elf_rt.files import is_utf8, remove_oldest, sealed_folder
 from elf_rt.libraries import import_library, why_absent
 from elf_rt.machine import cores, user_cache
-from elf_rt.network import Graph, HostBackend, check_widths, tensor_shapes
+from elf_rt.network import Graph, HostBackend, tensor_shapes
 
 if TYPE_CHECKING:
     import openvino
@@ -85,9 +85,7 @@ class OpenVinoBackend(HostBackend):
             cache = self._cache_option(variant, held)
             self._trained_length = self._compile(self._files["denoiser"], self.config.max_length, cache)
             self.discretizer = self._compile(self._files["discretizer"], -1, cache)
-        ports = {name: self._trained_length.output(name) for name in ("x", "hidden")}
-        widths = {name: port.get_partial_shape()[2].get_length() for name, port in ports.items()}
-        check_widths(NAME, self.config, widths)
+        self._check_ports(self._trained_length)
 
     def denoiser(self, length: int) -> "openvino.CompiledModel":
         """The network for texts of this length and any number of them."""
@@ -125,6 +123,15 @@ class OpenVinoBackend(HostBackend):
                 return self._core.compile_model(model, "CPU", self._options | dict(options or {}))
         except (RuntimeError, UnicodeDecodeError) as error:  # the latter of a message with bytes of a damaged file
             raise BackendError(f"{NAME} cannot load {path}: {last_line(error)}") from error
+
+    def _check_ports(self, denoiser: "openvino.CompiledModel") -> None:
+        """The bundle cannot tell what goes in and out of a file in OpenVINO's own format."""
+        ports = [*denoiser.inputs, *denoiser.outputs]
+        widths = {name: tuple(port.get_partial_shape())[2:] for port in ports for name in port.names}
+        for name, shape in tensor_shapes("denoiser", self.config, 1, 1).items():
+            if widths.get(name) != shape[2:]:
+                path = self._files["denoiser"]
+                raise BundleError(f"{path} is no denoiser of this model (see its {name}): export the checkpoint again")
 
     def _cache_option(self, variant: str, held: contextlib.ExitStack) -> dict[str, str]:
         """OpenVINO keeps what it compiled in a folder of this bundle's own. It checks that against its own version, and
