@@ -76,7 +76,6 @@ class Manifest:
     variants: precision -> the files that an engine reads, by role. precision: precision -> its plan.
     agreement: precision -> share of float32's tokens, where export measured it. left_out, unproven: precision -> what
     its proof found, of those that are not here and of those that are here all the same. files: name -> sha256.
-    json: the manifest as it was read.
     """
 
     model: ModelConfig
@@ -90,7 +89,6 @@ class Manifest:
     left_out: dict[str, str]
     unproven: dict[str, str]
     files: dict[str, str]
-    json: dict[str, Any]
 
     def __post_init__(self) -> None:
         for name in self.files:
@@ -128,7 +126,7 @@ class Manifest:
                 "update elf-rt, or export the checkpoint again"
             )
         try:
-            return parse(cls, values | {"json": values})
+            return parse(cls, values)
         except InputError as error:
             raise BundleError(f"{path} is incomplete or altered: {error}: export the checkpoint again") from error
 

@@ -69,7 +69,9 @@ def test_export_names_the_bundle_after_the_checkpoint(run_cli, tmp_path):
     assert (done.code, done.out.strip()) == (0, "checkpoint_10.elfrt"), done.err
     assert "proven: latent error" in done.err and "no tokenizer.json found" in done.err
     assert run_cli("verify").code == 0
-    model = json.loads((tmp_path / "checkpoint_10.elfrt" / "manifest.json").read_text(encoding="utf-8"))["model"]
+    manifest = json.loads((tmp_path / "checkpoint_10.elfrt" / "manifest.json").read_text(encoding="utf-8"))
+    assert json.loads(run_cli("info", "--json").out) == manifest
+    model = manifest["model"]
     assert f"width {model['hidden_size']}, {model['num_heads']} heads of {model['head_dim']}" in run_cli("info").out
 
 

