@@ -29,7 +29,6 @@ ENUMERATIONS = (
     "DataType",
     "DynamicShapesKernelSpecializationStrategy",
     "ExecutionContextAllocationStrategy",
-    "LayerInformationFormat",
     "LayerType",
     "NetworkDefinitionCreationFlag",
     "ProfilingVerbosity",

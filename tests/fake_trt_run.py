@@ -60,9 +60,6 @@ def add_runtime(making: "Making") -> None:
         def create_runtime_config(self) -> Any:
             return IRuntimeConfig()
 
-        def create_engine_inspector(self) -> Any:
-            return EngineInspector()
-
     class RuntimeConfig:
         """What a context is made with."""
 
@@ -106,15 +103,6 @@ def add_runtime(making: "Making") -> None:
                 if shape not in self._shapes:
                     cuda.events.append("finish kernels")
                     self._shapes.add(shape)
-
-    @strict
-    class EngineInspector:
-        def get_engine_information(self, form: Any) -> str:
-            """As real ones answer: fused layers, short type names, a bare name where details were left out."""
-            assert form == trt.LayerInformationFormat.JSON
-            kinds = ["Half", "Half", "Float", "BFloat16", "Int64", "Row major linear FP16 format"]
-            layers: list[Any] = [{"Name": "__myl_Fc", "Outputs": [{"Format/Datatype": kind}]} for kind in kinds]
-            return json.dumps({"Layers": [*layers, "[Constant]", {"Name": "no output", "Outputs": []}], "Bindings": []})
 
     @strict
     class IExecutionContext:

@@ -18,7 +18,6 @@ from plan_bundles import golden_bundle, model_bundle, rtx_spec
 from elf_rt.backends import open_backend, trt, trt_rtx
 from elf_rt.backends.ort import OrtBackend
 from elf_rt.backends.trt_graph import TrtGraph
-from elf_rt.backends.trt_inspect import inspect_denoiser
 from elf_rt.bundle import Bundle
 from elf_rt.commands.info import describe_plans
 from elf_rt.device.cudart import Gpu
@@ -29,7 +28,7 @@ from elf_rt.errors import BackendError, GpuMemoryError
 from elf_rt.measure.verify import verify
 from elf_rt.model import Model
 from elf_rt.network import GRAPHS
-from elf_rt.plans import RECORD, TENSORRT, Profile, Range, Record, find_plans, this_machine
+from elf_rt.plans import RECORD, Profile, Range, Record, this_machine
 
 NEWEST = "11.4.0.106"
 
@@ -288,18 +287,6 @@ def test_rtx_keeps_the_kernels_that_it_finished(
     assert finished(b"RTX 4090") == 0
     assert finished(b"RTX 4080") == 4
     assert len(list((tmp_path / "cache").rglob("*.rtx"))) == 2
-
-
-def test_the_engine_inspector_tells_the_types_of_a_plan_that_runs_here(
-    ready: Any, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ready("1").close()
-    ((folder, record),) = find_plans(bundle, "fp32", TENSORRT, NEWEST, this_machine())
-    assert inspect_denoiser(folder, record) == {"fp16": 3, "fp32": 1, "bf16": 1}
-    assert "denoiser as built: 1 of 5 layers in FP32 (engine inspector)" in dict(describe_plans(bundle))[""]
-    install_cuda(monkeypatch, sm=90)
-    assert inspect_denoiser(folder, record) is None
-    assert "as built" not in str(describe_plans(bundle))
 
 
 class TestTheRecordIsCheckedFirst:

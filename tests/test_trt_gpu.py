@@ -9,7 +9,6 @@ from plan_bundles import golden_bundle
 
 from elf_rt.backends import open_backend
 from elf_rt.backends.trt import TrtBackend, why_unavailable
-from elf_rt.backends.trt_inspect import inspect_denoiser
 from elf_rt.bundle import Bundle
 from elf_rt.device import cudart
 from elf_rt.device.cudart import Gpu, Stream, find_gpu
@@ -19,7 +18,7 @@ from elf_rt.engines.shapes import parse_profiles
 from elf_rt.measure.verify import verify
 from elf_rt.model import Model
 from elf_rt.network import GRAPHS
-from elf_rt.plans import LIBRARIES, find_plans, this_machine
+from elf_rt.plans import LIBRARIES, this_machine
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not isinstance(find_gpu(), Gpu), reason="no NVIDIA GPU")]
 
@@ -120,12 +119,3 @@ def test_close_gives_the_memory_back(library: str, tmp_path: Path) -> None:
         run_once(backend, 16)
         backend.close()
     assert used_bytes() - before < 8 << 20
-
-
-def test_the_inspector_finds_fp16_layers(library: str, tmp_path: Path) -> None:
-    bundle, backend = opened(tmp_path, library, "fp16")
-    backend.close()
-    names = LIBRARIES[library]
-    folder, record = find_plans(bundle, "fp16", names, names.load().__version__, this_machine())[0]
-    counts = inspect_denoiser(folder, record)
-    assert counts is None or counts.get("fp16", 0) > 0

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import click
 
-from elf_rt.backends.trt_inspect import inspect_denoiser
 from elf_rt.bundle import Bundle
 from elf_rt.commands.options import bundle_argument
 from elf_rt.console import print_json
@@ -72,9 +71,6 @@ def describe_plans(bundle: Bundle) -> list[tuple[str, str]]:
         lines.append(("plan", f"{folder.name}: {record.precision}, {shapes}{', of other weights' if stale else ''}"))
         lines.append(("", record.proof()))
         lines += [("", f"{name}: {engine.summary(record.precision)}") for name, engine in record.engines.items()]
-        if built := inspect_denoiser(folder, record):
-            share = f"{built.get(record.precision, 0)} of {sum(built.values())}"
-            lines.append(("", f"denoiser as built: {share} layers in {record.precision.upper()} (engine inspector)"))
     return lines
 
 
