@@ -88,9 +88,9 @@ def test_both_ways_of_the_blocks_agree_and_the_choice_is_named(precision: str, s
     network, length = model.backend.network, model.bundle.config.max_length
     if network.fused is None:
         pytest.skip(said["passed over"])
-    tiles = [possible[0] for possible in torch_tuning.tiles_of(network.fused, find_gpu().sm).values()]
+    possible = torch_tuning.tiles_of(network.fused, find_gpu().sm)
     plain = torch_tuning.Choice()
-    fused = torch_tuning.Choice(tiles=torch_tuning.make_tiles(tiles))
+    fused = torch_tuning.Choice(tiles={product: tiles[0] for product, tiles in possible.items()})
     with torch.inference_mode():
         for rows in (1, 3):
             call = torch_tuning.Call(network, rows, length)

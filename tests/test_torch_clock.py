@@ -100,8 +100,9 @@ def test_the_cache_is_named_by_what_measurements_hold_for(
     bundle = golden_bundle(tmp_path / "a.elfrt", "uncond", ("fp32",))
     network = TorchBackend(bundle, "fp32", "cpu").network
     before = tuner_here(network, torch.float32, tune=True)
-    assert before.sm == 90 and before.cache.path("1x8").parent.parent.parent == tmp_path
-    assert tuner_here(network, torch.float32, tune=True).cache.path("1x8") == before.cache.path("1x8")
+    assert before.sm == 90 and before._file(1, 8) != before._file(2, 8)
+    assert before._file(1, 8).parent.parent.parent == tmp_path
+    assert tuner_here(network, torch.float32, tune=True)._file(1, 8) == before._file(1, 8)
     match changed:
         case "gpu":
             monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "another GPU")
@@ -111,4 +112,4 @@ def test_the_cache_is_named_by_what_measurements_hold_for(
             monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 99900)
         case "triton":
             monkeypatch.setattr(torch_tuning, "triton_version", lambda: "99.0")
-    assert tuner_here(network, torch.float32, tune=True).cache.path("1x8") != before.cache.path("1x8")
+    assert tuner_here(network, torch.float32, tune=True)._file(1, 8) != before._file(1, 8)

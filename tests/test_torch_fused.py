@@ -11,8 +11,7 @@ from plan_bundles import model_bundle
 from elf_rt.backends import torch_tuning
 from elf_rt.backends.torch_attention import TORCH
 from elf_rt.backends.torch_network import Choice, Network
-from elf_rt.backends.torch_tuning import KERNELS, Call, Tuner, make_fused, make_tiles, tiles_of
-from elf_rt.backends.tuning_cache import TuningCache
+from elf_rt.backends.torch_tuning import KERNELS, Call, Tuner, make_fused, tiles_of
 from elf_rt.bundle import Bundle
 from elf_rt.export.graph import variant_files, write_graphs
 from elf_rt.export.precision import Item, Precision, PrecisionPlan
@@ -27,7 +26,7 @@ def fused_call(bundle: Bundle) -> torch.Tensor:
     fused = make_fused(network, 90)
     assert not isinstance(fused, str)
     network.fused = fused
-    tiles = make_tiles([possible[0] for possible in tiles_of(fused, 90).values()])
+    tiles = {product: possible[0] for product, possible in tiles_of(fused, 90).items()}
     torch.manual_seed(1)
     call = Call(network, 2, 9)
     with torch.inference_mode():
@@ -60,9 +59,7 @@ def test_widths_that_no_tile_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     data = golden("uncond")
     network = Network(model_bundle(tmp_path / "a.elfrt", data.config, data.state, ("fp16",)), "fp16", "cpu")
     monkeypatch.setattr(torch_tuning, "SIZES", ((64, 8, 64, 4, 3),))  # heads are 16 wide
-    tuner = Tuner(
-        network, torch.float16, 90, TuningCache("torch", ["a GPU"], tmp_path), usable=lambda *_: ([TORCH], {})
-    )
+    tuner = Tuner(network, torch.float16, 90, tmp_path, ["a GPU"], usable=lambda *_: ([TORCH], {}))
     tuner.prepare(1, 8)
     assert network.choices[1, 8] == Choice(TORCH)
     assert tuner.passed_over == {KERNELS: "no tile fits the model's widths"}

@@ -18,11 +18,11 @@ from torch_on_cpu import CpuTorch, call
 
 from elf_rt.backends import torch_attention, torch_cuda, torch_tuning
 from elf_rt.backends.ort import OrtBackend
+from elf_rt.backends.table import NO_TUNE
 from elf_rt.backends.torch_attention import TORCH, Attention, sdpa
 from elf_rt.backends.torch_cuda import TorchBackend
 from elf_rt.backends.torch_network import Choice
-from elf_rt.backends.torch_tuning import KERNELS, Tuner, make_fused, make_tiles, tiles_of
-from elf_rt.backends.tuning_cache import NO_TUNE, TuningCache
+from elf_rt.backends.torch_tuning import KERNELS, Tuner, make_fused, tiles_of
 from elf_rt.bundle import Bundle
 from elf_rt.commands import doctor
 from elf_rt.commands.options import backend_options
@@ -58,7 +58,7 @@ def by_kernels(backend: TorchBackend) -> TorchBackend:
     network = backend.network
     network.fused = make_fused(network, 90)  # type: ignore[assignment]
     assert not isinstance(network.fused, str), network.fused
-    network.first = Choice(TORCH, make_tiles([tiles[0] for tiles in tiles_of(network.fused, 90).values()]))
+    network.first = Choice(TORCH, {product: tiles[0] for product, tiles in tiles_of(network.fused, 90).items()})
     return backend
 
 
@@ -117,13 +117,14 @@ class Clock:
 
 
 def tuner(backend: TorchBackend, folder: Path, clock: Clock | None = None, sm: int = 90, **options: Any) -> Tuner:
-    cache = TuningCache("torch", options.pop("made_with", ["a GPU", "a torch"]), folder)
+    made_with = options.pop("made_with", ["a GPU", "a torch"])
+    clock = clock or Clock()
     attentions = options.pop("attentions", [SLOW, FAST, TORCH])
 
     def usable(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[list[Attention], dict[str, str]]:
         return attentions, {"cudnn": "its version is too old"}
 
-    return Tuner(backend.network, torch.float16, sm, cache, clock=clock or Clock(), usable=usable, **options)
+    return Tuner(backend.network, torch.float16, sm, folder, made_with, clock=clock, usable=usable, **options)
 
 
 @pytest.fixture(autouse=True)
@@ -136,7 +137,7 @@ def test_the_fastest_is_taken_named_and_kept(backend: TorchBackend, tmp_path: Pa
     first.prepare(1, 8)
     choice = backend.network.choices[1, 8]
     assert choice.attention is FAST and choice.tiles is not None
-    assert {(tile.rows, tile.columns) for tile in vars(choice.tiles).values()} == {(32, 64)}
+    assert {(tile.rows, tile.columns) for tile in choice.tiles.values()} == {(32, 64)}
     said = first.describe()
     assert (said["attention"], said["blocks"]) == ("library fast", KERNELS)
     assert "cudnn: its version is too old" in said["passed over"]
@@ -187,6 +188,18 @@ def test_other_versions_have_another_file(backend: TorchBackend, tmp_path: Path)
     clock = Clock()
     tuner(backend, tmp_path, clock, made_with=["a GPU", "a newer torch"]).prepare(1, 8)
     assert clock.timed > 0 and len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_cannot_be_taken_any_more_is_measured_anew(backend: TorchBackend, tmp_path: Path) -> None:
+    tuner(backend, tmp_path, attentions=[SLOW, FAST]).prepare(1, 8)
+    assert backend.network.choices.pop((1, 8)).attention is FAST
+    clock = Clock()
+    tuner(backend, tmp_path, clock, attentions=[TORCH, SLOW]).prepare(1, 8)
+    choice = backend.network.choices.pop((1, 8))
+    assert choice.attention is SLOW and choice.tiles and clock.timed > 0
+    backend.network.fused = None
+    tuner(backend, tmp_path, sm=75).prepare(1, 8)  # without the kernels, whose tiles are kept
+    assert backend.network.choices[1, 8].tiles is None
 
 
 def test_a_cache_that_cannot_be_written_is_said(

@@ -46,6 +46,7 @@ BACKENDS: dict[str, Ability] = {
 }
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8")  # what may be asked for
+NO_TUNE = "ELF_RT_NO_TUNE"  # environment variable: where it is set nothing is measured at load
 
 
 def variant_of(name: str, precision: str) -> str:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from elf_rt import device
-from elf_rt.backends.tuning_cache import NO_TUNE
+from elf_rt.backends.table import NO_TUNE
 from elf_rt.bundle import Bundle
 from elf_rt.device import setup_lock
 from elf_rt.errors import BackendError, GpuMemoryError, first_line, warn

@@ -14,16 +14,6 @@ from elf_rt.backends.torch_weights import Block, Linear
 
 
 @dataclass(frozen=True)
-class Tiles:
-    """Of the four products of a block."""
-
-    qkv: Tile
-    proj: Tile
-    w12: Tile
-    w3: Tile
-
-
-@dataclass(frozen=True)
 class FusedBlock:
     norm1: Tensor
     qkv: Tensor  # (3 heads D, H)
@@ -50,19 +40,19 @@ class FusedBlocks:
         self._cos, self._sin = cos[:, :half].contiguous(), sin[:, :half].contiguous()
         self.blocks = [fused_block(block, self.heads, self.width) for block in blocks]
 
-    def run(self, h: Tensor, do: Pointwise, attention: Attention, tiles: Tiles) -> Branch:
-        """h (R, S, H) float32 -> h with all branches but the last added, and that one."""
+    def run(self, h: Tensor, do: Pointwise, attention: Attention, tiles: dict[str, Tile]) -> Branch:
+        """h (R, S, H) float32 -> h with all branches but the last added, and that one. tiles: of each of `products`."""
         rows, size, width = h.shape
         tokens, first = h.view(-1, width), self.blocks[0]
         x, stats = do.first_norm(tokens, first.norm1, self._eps, first.qkv.dtype)
         for block, after in zip(self.blocks, [*self.blocks[1:], None], strict=True):
-            qkv = self.qkv(block, x, stats, size, tiles.qkv).view(rows, size, 3, self.heads, self.width)
+            qkv = self.qkv(block, x, stats, size, tiles["qkv"]).view(rows, size, 3, self.heads, self.width)
             q, k, v = qkv.unbind(2)
             mixed = attention.run(q, k, v, self._scale).reshape(len(tokens), -1).contiguous()
-            x, stats = self.add(block.proj, mixed, tokens, stats, block.norm2, tiles.proj)
-            gated = kernels.gate(x, block.w12, stats, block.w12_bias, self._eps, tiles.w12)
+            x, stats = self.add(block.proj, mixed, tokens, stats, block.norm2, tiles["proj"])
+            gated = kernels.gate(x, block.w12, stats, block.w12_bias, self._eps, tiles["w12"])
             if after is not None:
-                x, stats = self.add(block.w3, gated, tokens, stats, after.norm1, tiles.w3)
+                x, stats = self.add(block.w3, gated, tokens, stats, after.norm1, tiles["w3"])
         return h, *block.w3.unfinished(gated.view(rows, size, -1))
 
     def qkv(self, block: FusedBlock, x: Tensor, stats: Tensor, size: int, tile: Tile) -> Tensor:

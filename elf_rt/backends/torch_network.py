@@ -26,7 +26,8 @@ from elf_rt.bundle import Bundle
 from elf_rt.manifest import PrecisionPart
 
 if TYPE_CHECKING:
-    from elf_rt.backends.torch_fused import FusedBlocks, Tiles
+    from elf_rt.backends.torch_fused import FusedBlocks
+    from elf_rt.backends.torch_kernels import Tile
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LOGITS_AT_ONCE = 4096 * 32100  # logits in memory at the same time: 0.5 GB
@@ -36,10 +37,11 @@ VOCABULARY = 128
 
 @dataclass(frozen=True)
 class Choice:
-    """How the blocks run for one shape. tiles: of the kernels of ``torch_kernels``, or None for torch's products."""
+    """How the blocks run for one shape. tiles: of the four products of a block ("qkv", "proj", "w12", "w3") by the
+    kernels of ``torch_kernels``, or None for torch's products."""
 
     attention: Attention = torch_attention.TORCH
-    tiles: "Tiles | None" = None
+    tiles: "dict[str, Tile] | None" = None
 
 
 class Network:

@@ -7,6 +7,7 @@ becomes slower than torch.compile is, nor wrong.
 
 import hashlib
 import itertools
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
@@ -22,11 +23,12 @@ from elf_rt.backends.torch_attention import Attention
 from elf_rt.backends.torch_cuda import clear_workspaces, own_settings
 from elf_rt.backends.torch_network import Choice, Network
 from elf_rt.backends.torch_weights import why_not
-from elf_rt.backends.tuning_cache import TuningCache
 from elf_rt.errors import first_line
+from elf_rt.files import read_sealed, write_sealed
+from elf_rt.machine import user_cache
 
 if TYPE_CHECKING:
-    from elf_rt.backends.torch_fused import FusedBlocks, Tiles
+    from elf_rt.backends.torch_fused import FusedBlocks
     from elf_rt.backends.torch_kernels import Tile
 
 Ways = Sequence[Callable[[], object]]
@@ -53,13 +55,22 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Tuner:
-    """Chooses for one network. precision: of its products. sm: compute capability, 90 for 9.0. tune: measure what the
-    cache does not hold; without it, the first attention that can be asked for and torch's products."""
+    """Chooses for one network.
+
+    Args:
+        precision: of its products.
+        sm: compute capability, 90 for 9.0.
+        folder: of what was measured, a sealed file for each shape.
+        made_with: the GPU, versions and sources that measurements hold for.
+        tune: measure what the folder does not hold; without it, the first attention that can be asked for and torch's
+            products.
+    """
 
     network: Network
     precision: torch.dtype
     sm: int
-    cache: TuningCache
+    folder: Path
+    made_with: Sequence[str]
     tune: bool = True
     clock: Clock = field(default_factory=lambda: gpu_clock)
     usable: Callable[..., tuple[list[Attention], dict[str, str]]] = torch_attention.usable
@@ -86,17 +97,15 @@ class Tuner:
         size = config.num_prefix_tokens + length
         attentions, absent = self.usable(self.precision, (rows, config.num_heads, size, width))
         self.passed_over |= absent
-        widths = f"{config.depth}x{config.hidden_size} {config.num_heads}x{width} {config.mlp_dim}"
-        ways = "both" if self.network.fused is not None else "torch"
-        key = f"{self.precision} {widths} {rows}x{length} {ways}"
-        choice = self._stored(self.cache.get(key), attentions) if self.tune else Choice(attentions[0])
+        file = self._file(rows, length)
+        choice = self._stored(file, attentions) if self.tune else Choice(attentions[0])
         if choice is None:
             try:
                 with torch.inference_mode(), own_settings(torch):
                     choice = self._measured(rows, length, attentions)
-                tiles = choice.tiles and [list(astuple(tile)) for tile in vars(choice.tiles).values()]
-                why = None if tiles else self.passed_over.get(KERNELS)
-                self.cache.put(key, {"attention": choice.attention.name, "tiles": tiles, "why": why})
+                tiles = {product: astuple(tile) for product, tile in (choice.tiles or {}).items()}
+                entry = {"attention": choice.attention.name, "tiles": tiles, "why": self.passed_over.get(KERNELS)}
+                write_sealed(file, json.dumps(entry).encode(), "measurements")
             except torch.OutOfMemoryError:  # measuring takes more than running
                 choice = Choice(attentions[0])
                 self.passed_over[KERNELS] = f"no GPU memory to measure {rows} rows of {length} tokens"
@@ -110,22 +119,27 @@ class Tuner:
         why = [f"{way}: {reason}" for way, reason in self.passed_over.items()]
         return {"attention": ", ".join(attention), "blocks": ", ".join(blocks), "passed over": "; ".join(why)}
 
-    def _stored(self, entry: Any, attentions: list[Attention]) -> Choice | None:
-        """What the cache says, if that is possible here."""
-        if not isinstance(entry, dict):
-            return None
+    def _file(self, rows: int, length: int) -> Path:
+        """Where a shape's choice is kept: named by all that it holds for, but the attentions that are installed."""
+        config, block = self.network.config, self.network.blocks[0]
+        heads, width = block.head_bias.shape[1:]
+        widths = f"{config.depth}x{config.hidden_size} {heads}x{width} {block.w3.weight.shape[1]}"
+        ways = "both" if self.network.fused is not None else "torch"
+        key = "\0".join((*self.made_with, f"{self.precision} {widths} {rows}x{length} {ways}"))
+        return self.folder / f"torch-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+
+    def _stored(self, file: Path, attentions: list[Attention]) -> Choice | None:
+        """What was measured before, if that attention can still be asked for."""
+        entry: dict[str, Any] = json.loads(read_sealed(file) or b"{}")
         attention = next((a for a in attentions if a.name == entry.get("attention")), None)
-        tiles = entry.get("tiles")
-        if attention is not None and tiles is None:
-            self.passed_over |= {KERNELS: str(entry["why"])} if entry.get("why") else {}
-            return Choice(attention)
-        if attention is None or self.network.fused is None or not isinstance(tiles, list):
+        if attention is None:
             return None
-        possible = tiles_of(self.network.fused, self.sm)
-        found = [
-            next((t for t in p if list(astuple(t)) == s), None) for p, s in zip(possible.values(), tiles, strict=False)
-        ]
-        return Choice(attention, make_tiles(found)) if len(found) == len(possible) and all(found) else None
+        if not entry["tiles"]:
+            self.passed_over[KERNELS] = entry["why"]
+            return Choice(attention)
+        from elf_rt.backends.torch_kernels import Tile
+
+        return Choice(attention, {product: Tile(*tile) for product, tile in entry["tiles"].items()})
 
     def _measured(self, rows: int, length: int, attentions: list[Attention]) -> Choice:
         """The fastest attention; with it, the fastest of the calls that agree with torch's."""
@@ -159,17 +173,19 @@ class Tuner:
                 ways[attention] = way
         return self._fastest(ways, lambda a: a.library) or torch_attention.TORCH
 
-    def _fastest_tiles(self, fused: "FusedBlocks", rows: int, size: int) -> "Tiles | None":
+    def _fastest_tiles(self, fused: "FusedBlocks", rows: int, size: int) -> "dict[str, Tile] | None":
         """Of each product alone, on numbers like those that it will get."""
         runs = fused.products(lambda *shape: normal(self.network, *shape), rows, size)
-        chosen = []
+        chosen: dict[str, Tile] = {}
         for product, possible in tiles_of(fused, self.sm).items():
-            chosen.append(self._fastest({tile: partial(runs[product], tile) for tile in possible}, lambda _: KERNELS))
-            if chosen[-1] is None:
+            ways = {tile: partial(runs[product], tile) for tile in possible}
+            best = self._fastest(ways, lambda _: KERNELS)
+            if best is None:
                 self._refuse_kernels(self.passed_over.get(KERNELS, "no tile fits the model's widths"))
                 return None
+            chosen[product] = best
         self.passed_over.pop(KERNELS, None)  # the reasons of single tiles do not count any more
-        return make_tiles(chosen)
+        return chosen
 
     def _fastest(self, ways: Mapping[Any, Callable[[], object]], name: Callable[[Any], str]) -> Any | None:
         """The key of the fastest way that works."""
@@ -187,7 +203,7 @@ def tuner_here(network: Network, precision: torch.dtype, tune: bool) -> Tuner:
     sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("torch_*.py")))
     libraries = torch.__version__, str(torch.version.cuda), torch_attention.cudnn_version(), triton_version()
     made_with = torch.cuda.get_device_name(), f"{major}.{minor}", *libraries, hashlib.sha256(sources).hexdigest()
-    return Tuner(network, precision, 10 * major + minor, TuningCache("torch", made_with), tune)
+    return Tuner(network, precision, 10 * major + minor, user_cache() / "tuning", made_with, tune)
 
 
 def triton_version() -> str:
@@ -242,7 +258,7 @@ def make_fused(network: Network, sm: int) -> "FusedBlocks | str":
 
 
 def tiles_of(fused: "FusedBlocks", sm: int) -> dict[str, list["Tile"]]:
-    """The tiles that each product of a block can have, in the order of ``Tiles``."""
+    """The tiles that each product of a block can have."""
     from elf_rt.backends.torch_kernels import MOST_TILES, Tile
 
     block = fused.blocks[0]
@@ -251,12 +267,6 @@ def tiles_of(fused: "FusedBlocks", sm: int) -> dict[str, list["Tile"]]:
     tiles = [Tile(*size, tma=sm >= TMA and not any(width % 8 for width in widths)) for size in SIZES]
     adding = [t for t in tiles if t.columns <= MOST_ADDED and hidden <= t.columns * MOST_TILES.value]
     return {"qkv": [t for t in tiles if t.columns >= fused.width], "proj": adding, "w12": tiles, "w3": adding}
-
-
-def make_tiles(tiles: list[Any]) -> "Tiles":
-    from elf_rt.backends.torch_fused import Tiles
-
-    return Tiles(*tiles)
 
 
 def normal(network: Network, *shape: int) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from elf_rt.backends import BACKENDS, PRECISIONS
-from elf_rt.backends.tuning_cache import NO_TUNE
+from elf_rt.backends.table import NO_TUNE
 from elf_rt.bundle import find_bundle
 from elf_rt.params import SAMPLERS, SCHEDULES, SamplingParams
 
