@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch_kernels_twin as twin
 from conftest import HAS_GPU
 from golden_cases import relative_error
 
 pytest.importorskip("triton")
 from elf_rt.backends import torch_kernels as kernels  # after conftest chose the interpreter
-from elf_rt.backends import torch_kernels_twin as twin
 from elf_rt.backends.torch_kernels import Tile
 from elf_rt.backends.torch_pointwise import first_norm, power_of_two
 

@@ -9,7 +9,7 @@ range of FP16 wherever h is, and no rounding is added.
 Letters: M rows of tokens, H hidden, D head width, I inner width, S tokens of a text. Weights are (outputs, inputs),
 their outputs in pairs that lie side by side: the two halves of a rotary pair, a and b of SwiGLU (`paired`).
 `stats` (1 + tiles, M) float32: the scales, and below them the sums of squares of each tile of columns of h.
-Each function here has a twin in plain torch, in ``torch_kernels_twin``; tests hold the two together.
+Each function here has a twin in plain torch, in ``tests/torch_kernels_twin.py``, that it is tested against.
 """
 
 from dataclasses import dataclass
