@@ -86,13 +86,6 @@ def test_arrays_are_the_engines_own(bundle):
     assert head._request.get_tensor("hidden").data.ctypes.data == head.arrays["hidden"].ctypes.data
 
 
-def test_tokens_do_not_depend_on_how_many_are_discretized_at_once(bundle, monkeypatch):
-    backend = ov.open_backend(Bundle.open(bundle("spoken-to-written")), "fp32", 1)
-    _, whole = call(backend, 3, 64)
-    monkeypatch.setattr(ov, "DISCRETIZED_TOKENS", 50)
-    assert np.array_equal(call(backend, 3, 64)[1], whole)
-
-
 def test_ties_take_the_lowest_id(tmp_path):
     from test_graph import TINY
 

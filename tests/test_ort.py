@@ -16,7 +16,7 @@ from conftest import EXAMPLES
 from golden_cases import golden, relative_error
 from onnx_run import random_call
 
-from elf_rt.backends import ort
+from elf_rt.backends import ort, ov
 from elf_rt.bundle import Bundle, write_manifest
 from elf_rt.export.checkpoint import load_checkpoint
 from elf_rt.export.graph import variant_files
@@ -25,6 +25,7 @@ from elf_rt.export.reference import ELF
 from elf_rt.export.replay import plan_runs
 from elf_rt.model import load
 from elf_rt.params import SamplingParams
+from elf_rt.sampling import engine
 
 PROMPTS = ["she paid nine hundred dollars", "it costs three dollars and fifty cents", "at a quarter past nine"]
 
@@ -98,13 +99,19 @@ def test_eight_threads_write_what_one_writes(bundle, backend, monkeypatch, tmp_p
         assert [(result.text, result.seed) for result in a] == [(result.text, result.seed) for result in b]
 
 
-def test_tokens_do_not_depend_on_how_many_are_discretized_at_once(bundle, monkeypatch):
-    backend = ort.open_backend(Bundle.open(bundle("uncond")), "fp32", 1)
-    x, ids = calls(backend, 3, 16)
-    monkeypatch.setattr(ort, "DISCRETIZED_TOKENS", 7)
-    x_again, ids_again = calls(backend, 3, 16)
-    assert np.array_equal(ids, ids_again)
-    assert np.array_equal(x, x_again)
+@pytest.mark.parametrize("library", [ort, ov])
+def test_the_head_takes_tokens_in_pieces(library, bundle, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(engine, "HEAD_TOKENS", 7)
+    backend = library.open_backend(Bundle.open(bundle("spoken-to-written")), "fp32", 1)
+    network, head = backend.bind("denoiser", 3, 16), backend.bind("discretizer", 3, 16)
+    fill(network.arrays, backend, 3, 16)
+    _, want = run(network, head)
+    host = engine.HostEngine(backend, backend.config.latent_dim)
+    found = host._discretize(network.arrays["hidden"], [0, 2], 16)
+    assert list(found) == [0, 2] and all(np.array_equal(found[row], want[row]) for row in found)
+    assert list(host._bound) == [("discretizer", 1, 7), ("discretizer", 1, 32 % 7)]
+    assert host._discretize(network.arrays["hidden"], [], 16) == {}
 
 
 def test_an_int8_layer_is_its_arithmetic(tmp_path):

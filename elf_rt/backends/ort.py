@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     import onnxruntime
 
 NAME = "onnxruntime"
-DISCRETIZED_TOKENS = 256  # positions whose logits, each V wide, are in memory at the same time
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -63,12 +62,9 @@ class OrtBackend(HostBackend):
             raise BackendError(f"{NAME} cannot load {path}: {first_line(error)}") from error
 
     def bind(self, graph: Graph, rows: int, length: int) -> "OrtGraph":
-        """int8 products take the range of their whole input: a call for each row keeps one text from changing another.
-        The discretizer runs on pieces of the tokens."""
+        """In int8 a call for each row: products take the range of their whole input, which must be one text."""
         shapes = tensor_shapes(graph, self.config, rows, length)
-        if graph == "denoiser":
-            return OrtGraph(self._ort, self.sessions[graph], shapes, 1 if self.precision == "int8" else rows)
-        return OrtGraph(self._ort, self.sessions[graph], shapes, DISCRETIZED_TOKENS, merged=True)
+        return OrtGraph(self._ort, self.sessions[graph], shapes, 1 if self.precision == "int8" else rows)
 
     def describe(self) -> Mapping[str, str]:
         return {
@@ -85,28 +81,17 @@ open_backend = OrtBackend
 
 
 class OrtGraph:
-    """Numpy arrays bound to the inputs and outputs of a session, so that a call copies nothing.
+    """Numpy arrays bound to the inputs and outputs of a session, so that a call copies nothing. size: rows of one call
+    of the session."""
 
-    Args:
-        size: rows of one call of the session. merged: rows and positions are one axis, of which `size` are taken.
-    """
-
-    def __init__(self, ort: Any, session: Any, shapes: Mapping[str, tuple[int, ...]], size: int, merged: bool = False):
-        known = {value.name for value in session.get_inputs()}
-        outputs = {value.name for value in session.get_outputs()}
+    def __init__(self, ort: Any, session: Any, shapes: Mapping[str, tuple[int, ...]], size: int) -> None:
         self._ort, self._session = ort, session
         self._values: list[Any] = []  # an OrtValue over a numpy array shares its memory, and must outlive its binding
         self.arrays = {
             name: np.zeros(shape, np.int64 if name == "ids" else np.float32) for name, shape in shapes.items()
         }
-        views = {n: a.reshape(1, -1, *a.shape[2:]) if merged else a for n, a in self.arrays.items()}
-        axis = 1 if merged else 0
-        count = next(iter(views.values())).shape[axis]
-        self._calls = []
-        for start in range(0, count, size):
-            part = (slice(None),) * axis + (slice(start, start + size),)
-            here = {name: view[part] for name, view in views.items()}
-            self._calls.append(self._bind({n: here[n] for n in known}, {n: here[n] for n in outputs}))
+        starts = range(0, len(self.arrays["hidden"]), size)
+        self._calls = [self._bind(slice(start, start + size)) for start in starts]
 
     def run(self) -> None:
         for call in self._calls:
@@ -117,11 +102,13 @@ class OrtGraph:
             binding.clear_binding_inputs()
             binding.clear_binding_outputs()
 
-    def _bind(self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> Any:
+    def _bind(self, rows: slice) -> Any:
         binding = self._session.io_binding()
-        for arrays, bind in ((inputs, binding.bind_ortvalue_input), (outputs, binding.bind_ortvalue_output)):
-            for name, array in arrays.items():
-                value = self._ort.OrtValue.ortvalue_from_numpy(array)
-                self._values.append(value)
-                bind(name, value)
+        for values, bind in (
+            (self._session.get_inputs(), binding.bind_ortvalue_input),
+            (self._session.get_outputs(), binding.bind_ortvalue_output),
+        ):
+            for name in (value.name for value in values):
+                self._values.append(self._ort.OrtValue.ortvalue_from_numpy(self.arrays[name][rows]))
+                bind(name, self._values[-1])
         return binding

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 NAME = "openvino"
 KEPT_NETWORKS = 8  # compiled ones in the user's cache, each as large as its weights: every export makes a new one
-DISCRETIZED_TOKENS = 256  # positions whose logits, each V wide, are in memory at the same time
 # OpenVINO sets the process's locale to "C" while it reads a cached network, and back. Of two threads that do so at the
 # same time, one may put back what the other had set, and Python's open() then takes every file for ASCII.
 _COMPILING = threading.Lock()
@@ -95,11 +94,9 @@ class OpenVinoBackend(HostBackend):
             self._any_length = self._compile(self._files["denoiser"], -1)
         return self._any_length
 
-    def bind(self, graph: Graph, rows: int, length: int) -> "OpenVinoGraph | OpenVinoHead":
-        shapes = tensor_shapes(graph, self.config, rows, length)
-        if graph == "denoiser":
-            return OpenVinoGraph(self._ov, self.denoiser(length), shapes)
-        return OpenVinoHead(self._ov, self.discretizer, shapes)
+    def bind(self, graph: Graph, rows: int, length: int) -> "OpenVinoGraph":
+        compiled = self.denoiser(length) if graph == "denoiser" else self.discretizer
+        return OpenVinoGraph(self._ov, compiled, tensor_shapes(graph, self.config, rows, length))
 
     def describe(self) -> Mapping[str, str]:
         return {
@@ -160,10 +157,11 @@ class OpenVinoGraph:
 
     def __init__(self, ov: Any, compiled: "openvino.CompiledModel", shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._request = compiled.create_infer_request()
-        self._tensors = {name: ov.Tensor(ov.Type.f32, ov.Shape(shape)) for name, shape in shapes.items()}
+        types = {name: ov.Type.i64 if name == "ids" else ov.Type.f32 for name in shapes}
+        self._tensors = {name: ov.Tensor(types[name], ov.Shape(shape)) for name, shape in shapes.items()}
         self.arrays: dict[str, np.ndarray] = {name: tensor.data for name, tensor in self._tensors.items()}
         for name, tensor in self._tensors.items():
-            tensor.data[:] = 0.0
+            tensor.data[:] = 0
             self._request.set_tensor(name, tensor)
 
     def run(self) -> None:
@@ -171,28 +169,6 @@ class OpenVinoGraph:
 
     def close(self) -> None:
         self.arrays.clear()
-        del self._request
-
-
-class OpenVinoHead:
-    """The discretizer, on pieces of the tokens."""
-
-    def __init__(self, ov: Any, compiled: "openvino.CompiledModel", shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self._request = compiled.create_infer_request()
-        hidden, ids = np.zeros(shapes["hidden"], np.float32), np.zeros(shapes["ids"], np.int64)
-        self.arrays: dict[str, np.ndarray] = {"hidden": hidden, "ids": ids}
-        tokens, found = hidden.reshape(1, -1, hidden.shape[-1]), ids.reshape(1, -1)
-        pieces = [slice(start, start + DISCRETIZED_TOKENS) for start in range(0, ids.size, DISCRETIZED_TOKENS)]
-        self._pieces = [(ov.Tensor(tokens[:, piece], shared_memory=True), found[:, piece]) for piece in pieces]
-
-    def run(self) -> None:
-        for tokens, ids in self._pieces:
-            self._request.set_tensor("hidden", tokens)
-            (ids[:],) = self._request.infer(share_outputs=True).values()
-
-    def close(self) -> None:
-        self.arrays.clear()
-        self._pieces.clear()
         del self._request
 
 

@@ -28,6 +28,7 @@ from elf_rt.sampling.schedule import Row, X
 
 MAX_BOUND = 12  # graphs of different shapes that stay bound
 MAX_TOKENS = 16384  # rows x length of one call, whatever pays
+HEAD_TOKENS = 256  # positions whose logits, each V wide, are in memory at the same time
 
 
 @dataclass
@@ -226,13 +227,16 @@ class HostEngine:
         return Written(decoded, slot.z if program.latents else None)
 
     def _discretize(self, hidden: np.ndarray, rows: list[int], length: int) -> dict[int, np.ndarray]:
-        """(L,) ids of each of these rows of the last call."""
-        if not rows:
-            return {}
-        head = self._graph("discretizer", len(rows), length)
-        np.take(hidden, rows, axis=0, out=head.arrays["hidden"], mode="clip")  # "raise" would copy twice
-        head.run()
-        return dict(zip(rows, head.arrays["ids"].copy(), strict=True))
+        """(L,) ids of each of these rows of the last call, whose tokens go through the head in pieces."""
+        tokens = hidden[rows].reshape(-1, hidden.shape[-1])
+        ids = np.empty(len(tokens), np.int64)
+        for start in range(0, len(tokens), HEAD_TOKENS):
+            piece = tokens[start : start + HEAD_TOKENS]
+            head = self._graph("discretizer", 1, len(piece))
+            head.arrays["hidden"][0] = piece
+            head.run()
+            ids[start : start + len(piece)] = head.arrays["ids"][0]
+        return dict(zip(rows, ids.reshape(-1, length), strict=True))
 
     def _graph(self, graph: Graph, rows: int, length: int) -> BoundGraph:
         key = (graph, rows, length)
