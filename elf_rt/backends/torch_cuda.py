@@ -112,7 +112,9 @@ class TorchBackend:
 
     def fuse(self) -> None:
         """Let torch.compile fuse what stands between the matrix products; keep torch's own kernels where it cannot."""
-        eager, self.network.pointwise = self.network.pointwise, type(self.network.pointwise).compiled()
+        from elf_rt.backends import torch_pointwise
+
+        self.network.pointwise = torch_pointwise.compiled()
         try:
             for graph in GRAPHS:
                 bound = TorchGraph(self, graph, 3, min(8, self.config.max_length))
@@ -120,7 +122,7 @@ class TorchBackend:
                 bound.close()
             self.fused = True
         except Exception as error:  # dynamo, inductor, Triton and the C compiler have no common error
-            self.network.pointwise = eager
+            self.network.pointwise = torch_pointwise.EAGER
             warn(f"torch.compile does not work here, so more kernels run, which is slower: {first_line(error)}")
 
     def bind(self, graph: Graph, rows: int, length: int, stream: int) -> "TorchGraph":

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from elf_rt.backends import torch_kernels as kernels
 from elf_rt.backends.torch_attention import Attention
 from elf_rt.backends.torch_kernels import Tile, paired
-from elf_rt.backends.torch_pointwise import Branch, Pointwise, first_norm
+from elf_rt.backends.torch_pointwise import Branch, first_norm
 from elf_rt.backends.torch_weights import Block, Linear
 
 
@@ -40,7 +41,7 @@ class FusedBlocks:
         self._cos, self._sin = cos[:, :half].contiguous(), sin[:, :half].contiguous()
         self.blocks = [fused_block(block, self.heads, self.width) for block in blocks]
 
-    def run(self, h: Tensor, do: Pointwise, attention: Attention, tiles: dict[str, Tile]) -> Branch:
+    def run(self, h: Tensor, do: SimpleNamespace, attention: Attention, tiles: dict[str, Tile]) -> Branch:
         """h (R, S, H) float32 -> h with all branches but the last added, and that one. tiles: of each of `products`."""
         rows, size, width = h.shape
         tokens, first = h.view(-1, width), self.blocks[0]

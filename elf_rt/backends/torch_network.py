@@ -12,6 +12,7 @@ Letters: R rows, L text length, P prefix tokens, S = P + L, C latents, H hidden,
 
 import itertools
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from elf_rt.backends import torch_attention
 from elf_rt.backends.torch_attention import Attention
-from elf_rt.backends.torch_pointwise import Branch, Pointwise, norm
+from elf_rt.backends.torch_pointwise import EAGER, Branch, norm
 from elf_rt.backends.torch_weights import Block, GraphWeights, Linear, make_block, whole_unembedding
 from elf_rt.bundle import Bundle
 from elf_rt.manifest import PrecisionPart
@@ -45,14 +46,14 @@ class Choice:
 
 
 class Network:
-    """The denoiser and the discretizer. Exchange `pointwise` for ``Pointwise.compiled()`` to make it faster.
+    """The denoiser and the discretizer. Exchange `pointwise` for ``torch_pointwise.compiled()`` to make it faster.
 
     choices: by (R, L); `first` for shapes that nothing was chosen for.
     """
 
     def __init__(self, bundle: Bundle, precision: str, device: str) -> None:
         self.config = config = bundle.config
-        self.pointwise = Pointwise.eager()
+        self.pointwise = EAGER
         self.fused: FusedBlocks | None = None
         self.first = Choice()
         self.choices: dict[tuple[int, int], Choice] = {}
@@ -145,7 +146,7 @@ class Prefix:
         self._mode_tokens = weights.tensor("mode_tokens") if "mode_tokens" in weights else None
 
     def unfinished(
-        self, do: Pointwise, t: Tensor, s: Tensor | None, mode: Tensor | None
+        self, do: SimpleNamespace, t: Tensor, s: Tensor | None, mode: Tensor | None
     ) -> tuple[list[Tensor], Tensor, Tensor, Tensor | None, Tensor | None]:
         """What ``residual`` makes the tokens of, from scalars (R,)."""
         first, second = self._weights

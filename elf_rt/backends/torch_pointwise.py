@@ -1,12 +1,12 @@
-"""What stands between the products of the network, as functions that torch.compile may fuse into one kernel each.
+"""What stands between the products of the network, as functions that torch.compile may fuse into one kernel each. A
+function that is used on one width alone has it as a constant.
 
 Letters: R rows, L text length, S tokens with the prefix, C latents, H hidden, D head width (padded), V vocabulary.
 """
 
-import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,45 +16,6 @@ from torch import Tensor
 Branch = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # h (R, S, H), and a product that is to be added to it
 COMPILED_FORMS = 64  # of one function: it is compiled for each set of shapes, types and absent scales
 LEVEL = 2.0**-3  # the root mean square that `first_norm` brings a row below: room for 10^4 above it, and 10^3 below
-
-
-@dataclass(frozen=True)
-class Pointwise:
-    """What stands between the products, as functions that a compiler may fuse into one kernel each. A function that is
-    used on one width alone has it as a constant."""
-
-    text_input: Callable[..., Tensor]
-    angles: Callable[..., Tensor]
-    activated: Callable[..., Tensor]
-    finished: Callable[..., Tensor]
-    residual: Callable[..., Tensor]
-    norm: Callable[..., Tensor]
-    first_norm: Callable[..., tuple[Tensor, Tensor]]
-    rotated_heads: Callable[..., Tensor]
-    gate: Callable[..., Tensor]
-    added_norm: Callable[..., tuple[Tensor, Tensor]]
-    final_norm: Callable[..., Tensor]
-    write_finished: Callable[..., None]
-    likeliest: Callable[..., Tensor]
-
-    @classmethod
-    def eager(cls) -> "Pointwise":
-        return cls(*(globals()[field.name] for field in dataclasses.fields(cls)))
-
-    @classmethod
-    def compiled(cls) -> "Pointwise":
-        """By torch.compile: fewer launches, less memory traffic. It needs Triton on a GPU, and seconds at the start.
-        Sizes that differ between calls become variables: R, L and S."""
-        # A thread count or a default type that somebody sets must not compile anew while a graph is captured: what is
-        # compiled here depends on none, and always runs in inference mode.
-        guards: dict[str, Any] = {"guard_filter_fn": _without_global_state}
-        limits: dict[str, Any] = {}
-        if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # torch 2.13
-            limits = {"recompile_limit": COMPILED_FORMS, "isolate_recompiles": True}
-        else:  # counted for all models of the process together
-            torch._dynamo.config.recompile_limit = max(COMPILED_FORMS, torch._dynamo.config.recompile_limit)
-        functions = vars(cls.eager()).values()
-        return cls(*(torch.compile(function, options=dict(guards), **limits) for function in functions))  # it pops them
 
 
 def text_input(z: Tensor, x_prev: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -171,6 +132,28 @@ def write_finished(product: Tensor, scale: Tensor | None, bias: Tensor | None, t
 def likeliest(product: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     """Logits (tokens, V) -> ids (tokens,)."""
     return finished(product, scale, bias).argmax(-1)
+
+
+FUSED = (
+    text_input, angles, activated, finished, residual, norm, first_norm, rotated_heads, gate, added_norm, final_norm,
+    write_finished, likeliest,
+)  # fmt: skip
+EAGER = SimpleNamespace(**{function.__name__: function for function in FUSED})
+
+
+def compiled() -> SimpleNamespace:
+    """EAGER by torch.compile: fewer launches, less memory traffic. It needs Triton on a GPU, and seconds at the start.
+    Sizes that differ between calls become variables: R, L and S."""
+    # A thread count or a default type that somebody sets must not compile anew while a graph is captured: what is
+    # compiled here depends on none, and always runs in inference mode.
+    guards: dict[str, Any] = {"guard_filter_fn": _without_global_state}
+    limits: dict[str, Any] = {}
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # torch 2.13
+        limits = {"recompile_limit": COMPILED_FORMS, "isolate_recompiles": True}
+    else:  # counted for all models of the process together
+        torch._dynamo.config.recompile_limit = max(COMPILED_FORMS, torch._dynamo.config.recompile_limit)
+    functions = {f.__name__: torch.compile(f, options=dict(guards), **limits) for f in FUSED}  # it pops the options
+    return SimpleNamespace(**functions)
 
 
 def _without_global_state(guards: Sequence[Any]) -> list[bool]:
