@@ -34,7 +34,9 @@ class Library(Protocol):
         """Library, version, precision, threads: what ``elf-rt bench`` prints."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """After all graphs that were bound."""
+        ...
 
 
 class BoundGraph(Protocol):
@@ -108,7 +110,7 @@ class DeviceBackend(Library, Protocol):
         Raises:
             BackendError: it could not be captured this time.
         """
-        ...
+        return plain(stream, body)
 
 
 Backend = HostBackend | DeviceBackend

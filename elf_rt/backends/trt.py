@@ -5,9 +5,9 @@ execution contexts, inputs, outputs, scratch memory) is allocated and bound once
 call is one enqueue on the caller's stream, with no synchronisation, so that it can be captured in a CUDA graph.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from elf_rt import device
 from elf_rt.backends.trt_engine import LoadedEngine
@@ -15,10 +15,8 @@ from elf_rt.backends.trt_graph import TrtGraph
 from elf_rt.bundle import Bundle
 from elf_rt.device.kernels import default_cache
 from elf_rt.errors import BackendError
-from elf_rt.network import GRAPHS, Capture, Graph, Launchable
+from elf_rt.network import GRAPHS, DeviceBackend, Graph
 from elf_rt.plans import TENSORRT, Library, Record, find_plans, make_log, this_machine
-
-NAME = TENSORRT.name
 
 
 def unavailable() -> str | None:
@@ -30,7 +28,7 @@ def open_backend(bundle: Bundle, precision: str, threads: int | None = None) -> 
     """Load the bundle's plan for this machine. ``threads`` has no meaning on a GPU.
 
     Raises:
-        BackendError: no library, driver, GPU or plan; says which, and the command that mends it.
+        BackendError: no library or plan for this machine; says which, and the command that mends it.
     """
     return TrtBackend(bundle, precision, TENSORRT)
 
@@ -40,17 +38,13 @@ def why_unavailable(library: Library) -> str | None:
     return library.unavailable() or device.unavailable()
 
 
-class TrtBackend:
+class TrtBackend(DeviceBackend):
     """The plans of one bundle in one precision."""
-
-    device: Literal["cuda"] = "cuda"
 
     def __init__(
         self, bundle: Bundle, precision: str, library: Library, plans: Sequence[tuple[Path, Record]] | None = None
     ) -> None:
         """``plans``: those to run, where it is not all that fit."""
-        if reason := why_unavailable(library):
-            raise BackendError(f"{library.name}: {reason}")
         self.name = library.name
         self.precision = precision
         self._library = library
@@ -61,7 +55,6 @@ class TrtBackend:
         self._log = make_log(self._trt)
         self._runtime: Any = self._trt.Runtime(self._log)
         self._loaded: dict[Path, dict[str, LoadedEngine]] = {}
-        self._bound: list[TrtGraph] = []
         self._load(*self._plans[0])  # what the library refuses is refused now, so that another backend can be tried
 
     def max_rows(self, length: int, needed: int = 1) -> int:
@@ -73,16 +66,9 @@ class TrtBackend:
 
     def bind(self, graph: Graph, rows: int, length: int, stream: int) -> TrtGraph:
         """Fewer rows than the plans take are padded with rows of zeros."""
-        if self._runtime is None:
-            raise BackendError(f"{self.name}: the backend is closed")
         folder, record, profile, padded = self._choose(rows, length)
         engine = self._load(folder, record)[graph]
-        bound = TrtGraph(self._trt, engine, graph, profile, (padded, length), stream, self._failure)
-        self._bound = [known for known in self._bound if known.buffers] + [bound]  # a closed graph has no buffers
-        return bound
-
-    def capture(self, plain: Capture, stream: int, body: Callable[[], None]) -> Launchable:
-        return plain(stream, body)
+        return TrtGraph(self._trt, engine, graph, profile, (padded, length), stream, self._failure)
 
     def describe(self) -> Mapping[str, str]:
         folder, record = next((plan for plan in self._plans if plan[0] in self._loaded), self._plans[0])
@@ -97,10 +83,7 @@ class TrtBackend:
         }
 
     def close(self) -> None:
-        """Free every network, engine and byte of GPU memory that this backend made."""
-        for bound in self._bound:
-            bound.close()
-        self._bound.clear()
+        """Free the engines."""
         for engines in self._loaded.values():
             for engine in engines.values():
                 engine.close()

@@ -43,8 +43,6 @@ class TrtGraph:
 
     def enqueue(self) -> None:
         """Only puts work on the stream; can be captured after it ran once."""
-        if self._context is None:
-            raise BackendError("this network is closed")
         if not self._context.execute_async_v3(self._stream):
             raise self._failure(f"could not run the {self._name}")
 

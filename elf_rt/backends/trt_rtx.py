@@ -4,8 +4,6 @@ from elf_rt.backends.trt import TrtBackend, why_unavailable
 from elf_rt.bundle import Bundle
 from elf_rt.plans import TENSORRT_RTX
 
-NAME = TENSORRT_RTX.name
-
 
 def unavailable() -> str | None:
     """Why this backend cannot be used here, or None."""
