@@ -15,19 +15,9 @@ from elf_rt.errors import InputError
 
 # Linux's names of the instructions that decide how fast a network runs, slowest first.
 ISA_FLAGS = (
-    "avx2",
-    "avx_vnni",
-    "avx512f",
-    "avx512_vnni",
-    "avx512_bf16",
-    "amx_int8",
-    "amx_bf16",
-    "asimd",
-    "asimddp",
-    "i8mm",
-    "bf16",
-    "sve",
-)
+    "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16",
+    "asimd", "asimddp", "i8mm", "bf16", "sve",
+)  # fmt: skip
 BF16_FLAGS = frozenset(("avx512_bf16", "amx_bf16", "bf16"))
 
 
@@ -38,16 +28,10 @@ def user_cache() -> Path:
     that names no absolute path counts as unset, by the XDG specification: it would mean a place in any folder.
     """
     variable, usual = ("LOCALAPPDATA", "AppData/Local") if sys.platform == "win32" else ("XDG_CACHE_HOME", ".cache")
-    named = Path(os.environ.get(variable, ""))
-    return (named if named.is_absolute() else _home() / usual) / "elf-rt"
-
-
-def _home() -> Path:
-    try:
-        home = Path.home()
-    except (RuntimeError, KeyError):  # neither HOME nor an entry in passwd
-        return _passing_home()
-    return home if home.is_absolute() else _passing_home()
+    named, home = Path(os.environ.get(variable, "")), Path(os.path.expanduser("~"))  # "~" itself where there is none
+    if not named.is_absolute():
+        named = (home if home.is_absolute() else _passing_home()) / usual
+    return named / "elf-rt"
 
 
 @cache
@@ -137,22 +121,14 @@ def cpu_name() -> str:
 
 
 def memory() -> dict[str, int]:
-    """Bytes of this process: "now" and "peak" resident, and "private", without pages of files; empty if not Linux."""
+    """Bytes of this process that are resident "now", and "private", without pages of files; empty if not Linux."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     except OSError:
         return {}
     fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    names = {"now": "VmRSS", "peak": "VmHWM", "private": "RssAnon"}
+    names = {"now": "VmRSS", "private": "RssAnon"}
     return {name: int(fields[field].split()[0]) * 1024 for name, field in names.items() if field in fields}
-
-
-def reset_peak_memory() -> None:
-    """Let "peak" of ``memory`` begin again from what is resident now, where Linux allows it."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return  # without it "peak" stays that of the whole process
 
 
 @cache

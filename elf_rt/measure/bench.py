@@ -34,7 +34,7 @@ class Work:
 @dataclass
 class Opened:
     """A contender with its model. load_s: until it could be called; first_s: its first text, which may compile.
-    memory_mb: growth of the process's resident memory until then, at its peak; None where the system does not tell."""
+    memory_mb: growth of the process's resident memory until then; None where the system does not tell."""
 
     name: str
     model: Model
@@ -98,7 +98,6 @@ class BenchReport:
 def open_contender(load: Load, work: Work) -> Opened:
     """Load a model and write its first texts."""
     before = machine.memory().get("now")
-    machine.reset_peak_memory()
     begun = time.perf_counter()
     model = load()
     opened = Opened(f"{model.backend.name} {model.backend.precision}", model, time.perf_counter() - begun)
@@ -107,9 +106,8 @@ def open_contender(load: Load, work: Work) -> Opened:
     except BaseException:
         model.close()
         raise
-    peak = machine.memory().get("peak")
-    if before is not None and peak is not None:
-        opened.memory_mb = max(0, peak - before) / 1e6
+    if before is not None:
+        opened.memory_mb = max(0, machine.memory()["now"] - before) / 1e6
     return opened
 
 
