@@ -17,20 +17,15 @@ from elf_rt.device.kernels import BLOCK, load_kernel
 from elf_rt.errors import BackendError, first_line
 
 
-class Graph:
+class Graph(cudart.Owned):
     """A captured graph on the stream that it was captured from."""
 
     def __init__(self, executable: Any, stream: int) -> None:
-        self._executable = executable
+        super().__init__(executable, "cudaGraphExecDestroy")
         self._stream = stream
 
     def launch(self) -> None:
-        cudart.call("cudaGraphLaunch", self._executable, self._stream)
-
-    def close(self) -> None:
-        executable, self._executable = self._executable, None
-        if executable is not None:
-            cudart.call("cudaGraphExecDestroy", executable)
+        cudart.call("cudaGraphLaunch", self._made, self._stream)
 
 
 class Cuda:
@@ -44,10 +39,7 @@ class Cuda:
         gpu = cudart.find_gpu()
         if isinstance(gpu, str):  # cuda.core does not return without a driver, so it is not asked
             raise BackendError(f"CUDA: {gpu}")
-        try:
-            self._core = importlib.import_module("cuda.core")
-        except ImportError as error:
-            raise BackendError("cuda-core is not installed: pip install 'cuda-core>=1.0,<2'") from error
+        self._core = importlib.import_module("cuda.core")
         self._core.Device(0).set_current()  # in this thread, the only one that uses it
         self._kernel = load_kernel(gpu.sm)
         self._core_stream = functools.cache(self._core.Stream.from_handle)  # from_handle makes a class for each stream

@@ -65,12 +65,25 @@ def _module() -> ModuleType:
     return importlib.import_module(MODULE)
 
 
-class DeviceMemory:
-    """Device memory of a fixed size, zeroed, aligned to 256 bytes; freed by ``close``."""
+class Owned:
+    """What a CUDA function made. ``close`` gives it back to another one, the first time."""
+
+    def __init__(self, made: Any, destroy: str) -> None:
+        self._made, self._destroy = made, destroy
+
+    def close(self) -> None:
+        made, self._made = self._made, None
+        if made is not None:
+            call(self._destroy, made)
+
+
+class DeviceMemory(Owned):
+    """Device memory of a fixed size, zeroed, aligned to 256 bytes."""
 
     def __init__(self, num_bytes: int) -> None:
         self.num_bytes = num_bytes
         self.pointer = int(call("cudaMalloc", max(1, num_bytes)))
+        super().__init__(self.pointer, "cudaFree")
         try:
             call("cudaMemset", self.pointer, 0, num_bytes)
             synchronize(0)  # zeroed on the default stream, for which the others do not wait
@@ -78,36 +91,27 @@ class DeviceMemory:
             self.close()
             raise
 
-    def close(self) -> None:
-        pointer, self.pointer = self.pointer, 0
-        if pointer:
-            call("cudaFree", pointer)
 
-
-class PinnedArray:
-    """A zeroed array in page-locked host memory, which the GPU copies from and to at full speed; freed by ``close``,
-    after which ``array`` must not be touched."""
+class PinnedArray(Owned):
+    """A zeroed array in page-locked host memory, which the GPU copies from and to at full speed. After ``close``,
+    ``array`` must not be touched."""
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype | type) -> None:
         num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
-        self._pointer = int(call("cudaMallocHost", num_bytes))
-        ctypes.memset(self._pointer, 0, num_bytes)
-        raw = (ctypes.c_byte * num_bytes).from_address(self._pointer)
+        pointer = int(call("cudaMallocHost", num_bytes))
+        super().__init__(pointer, "cudaFreeHost")
+        ctypes.memset(pointer, 0, num_bytes)
+        raw = (ctypes.c_byte * num_bytes).from_address(pointer)
         self.array: np.ndarray = np.frombuffer(memoryview(raw), dtype).reshape(shape)
 
-    def close(self) -> None:
-        pointer, self._pointer = self._pointer, 0
-        if pointer:
-            call("cudaFreeHost", pointer)
 
-
-class Stream:
-    """A stream that does not wait for the default one; destroyed by ``close``."""
+class Stream(Owned):
+    """A stream that does not wait for the default one."""
 
     def __init__(self) -> None:
-        cudart = _module()
-        self._stream = call("cudaStreamCreateWithFlags", cudart.cudaStreamNonBlocking)
-        self.handle = int(self._stream)
+        stream = call("cudaStreamCreateWithFlags", _module().cudaStreamNonBlocking)
+        super().__init__(stream, "cudaStreamDestroy")
+        self.handle = int(stream)
 
     def upload(self, device: int, host: np.ndarray) -> None:
         """A page-locked array, which must stay as it is until the copy is made, to a device address."""
@@ -122,41 +126,31 @@ class Stream:
         self._copy(target, source, num_bytes, "DeviceToDevice")
 
     def zero(self, device: int, num_bytes: int) -> None:
-        call("cudaMemsetAsync", device, 0, num_bytes, self._stream)
+        call("cudaMemsetAsync", device, 0, num_bytes, self._made)
 
     def synchronize(self) -> None:
-        call("cudaStreamSynchronize", self._stream)
-
-    def close(self) -> None:
-        stream, self._stream = self._stream, None
-        if stream is not None:
-            call("cudaStreamDestroy", stream)
+        call("cudaStreamSynchronize", self._made)
 
     def _copy(self, target: int, source: int, num_bytes: int, direction: str) -> None:
         kind = getattr(_module().cudaMemcpyKind, f"cudaMemcpy{direction}")
-        call("cudaMemcpyAsync", target, source, num_bytes, kind, self._stream)
+        call("cudaMemcpyAsync", target, source, num_bytes, kind, self._made)
 
 
-class Event:
-    """A point on a stream that the host can wait for, and the time between two of them; destroyed by ``close``."""
+class Event(Owned):
+    """A point on a stream that the host can wait for, and the time between two of them."""
 
     def __init__(self) -> None:
-        self._event = call("cudaEventCreate")
+        super().__init__(call("cudaEventCreate"), "cudaEventDestroy")
 
     def record(self, stream: Stream) -> None:
-        call("cudaEventRecord", self._event, stream.handle)
+        call("cudaEventRecord", self._made, stream.handle)
 
     def wait(self) -> None:
-        call("cudaEventSynchronize", self._event)
+        call("cudaEventSynchronize", self._made)
 
     def seconds_since(self, begin: "Event") -> float:
         """After both were waited for."""
-        return float(call("cudaEventElapsedTime", begin._event, self._event)) / 1e3
-
-    def close(self) -> None:
-        event, self._event = self._event, None
-        if event is not None:
-            call("cudaEventDestroy", event)
+        return float(call("cudaEventElapsedTime", begin._made, self._made)) / 1e3
 
 
 def synchronize(stream: int) -> None:
