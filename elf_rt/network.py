@@ -20,6 +20,7 @@ class Library(Protocol):
     """What every backend is: an engine library with one model loaded in one precision."""
 
     name: str
+    library: str  # its name and version, to be read
     precision: str
 
     def max_rows(self, length: int, needed: int = 1) -> int | None:
@@ -31,8 +32,8 @@ class Library(Protocol):
         return None
 
     def describe(self) -> Mapping[str, str]:
-        """Library, version, precision, threads: what ``elf-rt bench`` prints."""
-        ...
+        """What ``elf-rt bench`` prints."""
+        return {"library": self.library, "precision": self.precision}
 
     def close(self) -> None:
         """After all graphs that were bound."""
@@ -55,6 +56,10 @@ class HostBackend(Library, Protocol):
     """A library that computes on the CPU."""
 
     device: Literal["cpu"] = "cpu"
+    threads: int
+
+    def describe(self) -> Mapping[str, str]:
+        return {**super().describe(), "threads": str(self.threads)}
 
     def bind(self, graph: Graph, rows: int, length: int) -> BoundGraph:
         """Buffers and engine state for calls of this shape."""

@@ -39,26 +39,18 @@ class TorchCpuBackend(HostBackend):
     ) -> None:
         torch.set_num_threads(threads)
         self.name = "torch-compile" if compiled else "torch-eager"
-        self.precision = "bf16" if bf16 else "fp32"
+        self.library, self.precision, self.threads = f"PyTorch {torch.__version__}", "bf16" if bf16 else "fp32", threads
         self.config = config
         self.model = ELF(config)
         for block in self.model.blocks:
             block.attn = FusedAttention(config.hidden_size, config.num_heads, config.head_dim)
         self.model.load_state_dict(state)
         self.model.eval()
-        self._threads = threads
         with _clear_errors(self.name):
             self.forward: Any = torch.compile(self.model, dynamic=False) if compiled else self.model
 
     def bind(self, graph: Graph, rows: int, length: int) -> "TorchGraph":
         return TorchGraph(self, graph, tensor_shapes(graph, self.config, rows, length))
-
-    def describe(self) -> Mapping[str, str]:
-        return {
-            "library": f"PyTorch {torch.__version__}",
-            "precision": self.precision,
-            "threads": str(self._threads),
-        }
 
     def close(self) -> None:
         del self.model, self.forward

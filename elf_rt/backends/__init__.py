@@ -50,9 +50,9 @@ def _open_named(bundle: Bundle, name: str, precision: str, threads: int | None) 
         raise InputError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {name!r}")
     if reason := _module(name).unavailable():
         raise BackendError(f"{name}: {reason}")
-    accepted = BACKENDS[name].accepted
-    if precision not in ("auto", *accepted):
-        raise InputError(f"precision of {name} must be one of auto, {', '.join(accepted)}, got {precision!r}")
+    accepted = dict.fromkeys(("auto", *BACKENDS[name].precisions, *BACKENDS[name].by_name))
+    if precision not in accepted:
+        raise InputError(f"precision of {name} must be one of {', '.join(accepted)}, got {precision!r}")
     backend = _open(name, bundle, precision, threads)
     asked = "as asked" if precision in ("auto", backend.precision) else f"instead of {precision}"
     return backend, f"{name} {backend.precision}, {asked}"

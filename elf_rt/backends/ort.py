@@ -11,7 +11,7 @@ from elf_rt.bundle import Bundle
 from elf_rt.errors import BackendError, first_line
 from elf_rt.libraries import import_library, why_absent
 from elf_rt.machine import cores
-from elf_rt.network import Graph, HostBackend, tensor_shapes
+from elf_rt.network import GRAPHS, Graph, HostBackend, tensor_shapes
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -35,27 +35,25 @@ class OrtBackend(HostBackend):
 
     def __init__(self, bundle: Bundle, precision: str, threads: int | None) -> None:
         self._ort = import_library("onnxruntime")
+        self.library = f"ONNX Runtime {self._ort.__version__}"
         self.precision = precision
         self.config = bundle.config
-        self._threads = threads or cores()
+        self.threads = threads or cores()
         files = bundle.variant(precision)
-        rounded = precision in ("fp16", "bf16")
         self.sessions: dict[Graph, onnxruntime.InferenceSession] = {
-            "denoiser": self._session(str(files["denoiser"]), rounded),
-            "discretizer": self._session(str(files["discretizer"]), rounded),
+            graph: self._session(files[graph]) for graph in GRAPHS
         }
 
-    def _session(self, path: str, rounded: bool = False) -> "onnxruntime.InferenceSession":
-        """`rounded`: the graph has 16-bit types, which this provider does not compute in."""
+    def _session(self, path: Path) -> "onnxruntime.InferenceSession":
         options = self._ort.SessionOptions()
-        options.intra_op_num_threads = self._threads
+        options.intra_op_num_threads = self.threads
         options.log_severity_level = 4  # errors are raised, so the log need not tell them again
         # Threads wait actively inside a call, never after it: between calls the cores belong to the integrator.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        graph: str | bytes = path
-        if rounded:
-            graph = rounded_graph(Path(path))
-            options.add_session_config_entry(EXTERNAL_FOLDER, str(Path(path).parent))
+        graph: str | bytes = str(path)
+        if self.precision in ("fp16", "bf16"):  # types that this provider does not compute in
+            graph = rounded_graph(path)
+            options.add_session_config_entry(EXTERNAL_FOLDER, str(path.parent))
         try:
             return self._ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own errors have no common base
@@ -65,13 +63,6 @@ class OrtBackend(HostBackend):
         """In int8 a call for each row: products take the range of their whole input, which must be one text."""
         shapes = tensor_shapes(graph, self.config, rows, length)
         return OrtGraph(self._ort, self.sessions[graph], shapes, 1 if self.precision == "int8" else rows)
-
-    def describe(self) -> Mapping[str, str]:
-        return {
-            "library": f"ONNX Runtime {self._ort.__version__}",
-            "precision": self.precision,
-            "threads": str(self._threads),
-        }
 
     def close(self) -> None:
         self.sessions.clear()

@@ -44,6 +44,7 @@ class OrtCudaBackend(DeviceBackend):
 
     def __init__(self, bundle: Bundle, precision: str) -> None:
         self._ort = import_library("onnxruntime")
+        self.library = f"ONNX Runtime {self._ort.__version__} ({PROVIDER})"
         self.precision = precision
         self.config = bundle.config
         files = bundle.variant(precision)
@@ -58,9 +59,6 @@ class OrtCudaBackend(DeviceBackend):
     def capture(self, plain: Capture, stream: int, body: Callable[[], None]) -> Enqueued:
         """Never a CUDA graph."""
         return Enqueued(body)
-
-    def describe(self) -> Mapping[str, str]:
-        return {"library": f"ONNX Runtime {self._ort.__version__} ({PROVIDER})", "precision": self.precision}
 
     def close(self) -> None:
         self.sessions.clear()

@@ -65,6 +65,7 @@ class OpenVinoBackend(HostBackend):
 
     def __init__(self, bundle: Bundle, precision: str, threads: int | None) -> None:
         self._ov = import_library("openvino")
+        self.library = f"OpenVINO {self._ov.get_version().split('-')[0]}"
         self._core = self._ov.Core()
         self.config = bundle.config
         bf16 = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
@@ -72,11 +73,11 @@ class OpenVinoBackend(HostBackend):
         variant = variant_of(NAME, self.precision)
         self._files = bundle.variant(variant)
         self._bundle = bundle
-        self._threads = threads or cores()
+        self.threads = threads or cores()
         self._options: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": "bf16" if bf16 and self.precision != "fp32" else "f32",
-            "INFERENCE_NUM_THREADS": self._threads,
+            "INFERENCE_NUM_THREADS": self.threads,
             "ENABLE_CPU_PINNING": threads is None,
         }
         self._any_length: openvino.CompiledModel | None = None
@@ -97,13 +98,6 @@ class OpenVinoBackend(HostBackend):
     def bind(self, graph: Graph, rows: int, length: int) -> "OpenVinoGraph":
         compiled = self.denoiser(length) if graph == "denoiser" else self.discretizer
         return OpenVinoGraph(self._ov, compiled, tensor_shapes(graph, self.config, rows, length))
-
-    def describe(self) -> Mapping[str, str]:
-        return {
-            "library": f"OpenVINO {self._ov.get_version().split('-')[0]}",
-            "precision": self.precision,
-            "threads": str(self._threads),
-        }
 
     def close(self) -> None:
         global _closed

@@ -11,21 +11,15 @@ from elf_rt.machine import has_bf16
 class Ability:
     """module: has unavailable() and, called where that gives None, open_backend(bundle, precision, threads).
 
-    precisions: best first. checking: those that it only emulates, to check their graphs, and runs where it is named.
-    rounded: those that may be asked for and give the nearest that the processor has, with a warning. variants: the
-    graphs that it reads for a precision, where they are not those of the same name.
+    precisions: best first. by_name: others that may be asked for, of a library that only emulates them, to check their
+    graphs, or gives the nearest that the processor has, with a warning. variants: the graphs that it reads for a
+    precision, where they are not those of the same name.
     """
 
     module: str
     precisions: tuple[str, ...]
-    checking: tuple[str, ...] = ()
-    rounded: tuple[str, ...] = ()
+    by_name: tuple[str, ...] = ()
     variants: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def accepted(self) -> tuple[str, ...]:
-        """What may be asked for by name."""
-        return tuple(dict.fromkeys((*self.precisions, *self.checking, *self.rounded)))
 
 
 GPU = ("fp16", "bf16", "fp32")
@@ -39,10 +33,10 @@ BACKENDS: dict[str, Ability] = {
     "openvino": Ability(
         "elf_rt.backends.ov",
         ("bf16", "fp32", "int8") if has_bf16() else ("fp32", "int8"),
-        rounded=("bf16", "fp16"),
+        by_name=("bf16", "fp16"),
         variants={"bf16": "fp32", "int8": "int8-openvino"},
     ),
-    "onnxruntime": Ability("elf_rt.backends.ort", ("fp32", "int8"), checking=("fp16", "bf16")),
+    "onnxruntime": Ability("elf_rt.backends.ort", ("fp32", "int8"), by_name=("fp16", "bf16")),
 }
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8")  # what may be asked for

@@ -80,14 +80,15 @@ class TorchBackend:
     def __init__(self, bundle: Bundle, precision: str, device: str = "cuda", tune: bool = True) -> None:
         import torch
 
-        from elf_rt.backends.torch_network import Network
+        from elf_rt.backends.torch_network import PRECISIONS, Network
+        from elf_rt.backends.torch_tuning import tuner_here
 
         self.precision = precision
         self.device = device
         self.config = bundle.config
         self._torch = torch
         self._pool = None
-        self._tuner: Tuner | None = None
+        self.tuner: Tuner | None = None
         self.fused = False
         with setup_lock:
             try:
@@ -97,18 +98,7 @@ class TorchBackend:
             if device == "cuda":
                 self._pool = torch.cuda.graph_pool_handle()
                 self.fuse()
-                self._tuner = self._make_tuner(tune)
-
-    def prepare(self, rows: int, length: int) -> None:
-        """Choose how calls of this shape run, before the first of them."""
-        if self._tuner is not None:
-            self._tuner.prepare(rows, length)
-
-    def _make_tuner(self, tune: bool) -> "Tuner":
-        from elf_rt.backends.torch_network import PRECISIONS
-        from elf_rt.backends.torch_tuning import tuner_here
-
-        return tuner_here(self.network, PRECISIONS[self.precision], tune)
+                self.tuner = tuner_here(self.network, PRECISIONS[precision], tune)
 
     def fuse(self) -> None:
         """Let torch.compile fuse what stands between the matrix products; keep torch's own kernels where it cannot."""
@@ -159,13 +149,13 @@ class TorchBackend:
         if self.device == "cuda":
             properties = {"gpu": torch.cuda.get_device_name(), "CUDA": str(torch.version.cuda)}
         properties["fused"] = "torch.compile" if self.fused else "no"
-        chosen = self._tuner.describe() if self._tuner is not None else {}
+        chosen = self.tuner.describe() if self.tuner is not None else {}
         return {"library": f"torch {torch.__version__}", "precision": self.precision, **properties, **chosen}
 
     def close(self) -> None:
         with setup_lock:
             del self.network
-            self._tuner = None
+            self.tuner = None
             if self.device == "cuda":
                 clear_workspaces(self._torch)
                 self._torch.cuda.empty_cache()
@@ -177,8 +167,8 @@ class TorchGraph:
     def __init__(self, backend: TorchBackend, graph: Graph, rows: int, length: int, stream: int | None = None) -> None:
         self._torch, self._network, self._stream = backend._torch, backend.network, stream
         self._graph, self._what = graph, f"a network call of {rows} rows of {length} tokens"
-        if graph == "denoiser":
-            backend.prepare(rows, length)
+        if graph == "denoiser" and backend.tuner is not None:
+            backend.tuner.prepare(rows, length)
         torch = backend._torch
         try:
             self.tensors = {

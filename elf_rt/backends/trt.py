@@ -49,6 +49,7 @@ class TrtBackend(DeviceBackend):
         self.precision = precision
         self._library = library
         self._trt = library.load()
+        self.library = f"{library.title} {self._trt.__version__}"
         self._machine = this_machine()
         self._bundle = bundle
         self._plans = list(plans or find_plans(bundle, precision, library, self._trt.__version__, self._machine))
@@ -75,8 +76,7 @@ class TrtBackend(DeviceBackend):
         denoiser = record.engines["denoiser"]
         gpu = self._machine.gpu
         return {
-            "library": f"{self._library.title} {record.version}",
-            "precision": self.precision,
+            **super().describe(),
             "gpu": f"{gpu.name}, sm_{gpu.sm}" if gpu else "none",
             "plan": folder.name,
             "matrix products": ", ".join(f"{count} {name}" for name, count in denoiser.matmuls.items()),
