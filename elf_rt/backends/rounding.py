@@ -12,9 +12,7 @@ from typing import Any
 from elf_rt.errors import BackendError
 
 # These move numbers and do not make new ones, so their results need no rounding.
-MOVES = frozenset(
-    ("Cast", "Concat", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
-)
+MOVES = {"Concat", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
 
 
 def rounded_graph(path: Path) -> bytes:
@@ -47,13 +45,14 @@ def rounded_graph(path: Path) -> bytes:
             tensor.name = stored
 
     for node in graph.node:
-        kind = _result_kind(node, kinds, onnx.TensorProto.FLOAT)
         nodes.append(node)
-        if kind in small:
-            kinds.update(dict.fromkeys(node.output, kind))
+        kind = _result_kind(node, kinds)
+        if kind not in small:
+            continue
+        kinds |= dict.fromkeys(node.output, kind)
         if node.op_type == "Cast":
-            _set_cast(node, onnx.TensorProto.FLOAT if kind in small else kind)
-        if kind in small and (node.op_type == "Cast" or node.op_type not in MOVES):
+            _target(node).i = onnx.TensorProto.FLOAT
+        if node.op_type not in MOVES:
             for i, name in enumerate(node.output):
                 node.output[i] = f"{name}/exact"
                 cast(f"{name}/exact", f"{name}/rounded", kind)
@@ -65,14 +64,15 @@ def rounded_graph(path: Path) -> bytes:
     return bytes(model.SerializeToString())
 
 
-def _result_kind(node: Any, kinds: dict[str, int], default: int) -> int:
-    """Type of a node's outputs: what it casts to, or that of its first 16-bit input, or `default`."""
+def _result_kind(node: Any, kinds: dict[str, int]) -> int | None:
+    """Type of a node's outputs: what it casts to, or that of its first 16-bit input, or None for any other."""
     if node.op_type == "Cast":
-        return int(next(a.i for a in node.attribute if a.name == "to"))
+        return int(_target(node).i)
     if node.op_type == "Shape":
-        return default
-    return next((kinds[name] for name in node.input if name in kinds), default)
+        return None
+    return next((kinds[name] for name in node.input if name in kinds), None)
 
 
-def _set_cast(node: Any, kind: int) -> None:
-    next(a for a in node.attribute if a.name == "to").i = kind
+def _target(node: Any) -> Any:
+    """The attribute of a Cast that is the type."""
+    return next(attribute for attribute in node.attribute if attribute.name == "to")
