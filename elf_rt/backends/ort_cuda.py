@@ -32,17 +32,12 @@ def unavailable() -> str | None:
     return device.unavailable()
 
 
-def open_backend(bundle: Bundle, precision: str, threads: int | None = None) -> "OrtCudaBackend":
-    """``threads`` has no meaning on a GPU."""
-    return OrtCudaBackend(bundle, precision)
-
-
 class OrtCudaBackend(DeviceBackend):
-    """Two sessions in GPU memory."""
+    """Two sessions in GPU memory. ``threads`` has no meaning there."""
 
     name = NAME
 
-    def __init__(self, bundle: Bundle, precision: str) -> None:
+    def __init__(self, bundle: Bundle, precision: str, threads: int | None = None) -> None:
         self._ort = import_library("onnxruntime")
         self.library = f"ONNX Runtime {self._ort.__version__} ({PROVIDER})"
         self.precision = precision
@@ -75,6 +70,9 @@ class OrtCudaBackend(DeviceBackend):
         if session.get_providers()[0] != PROVIDER:  # ONNX Runtime falls back to the CPU in silence
             raise BackendError(f"{NAME}: CUDA or cuDNN could not be loaded: pip install 'onnxruntime-gpu[cuda,cudnn]'")
         return session
+
+
+open_backend = OrtCudaBackend
 
 
 class OrtCudaGraph:

@@ -48,13 +48,8 @@ class Tile:
         )
 
     @property
-    def options(self) -> dict[str, int | bool]:
-        sizes: dict[str, int | bool] = {
-            "ROWS": self.rows,
-            "COLUMNS": self.columns,
-            "DEPTH": self.depth,
-            "TMA": self.tma,
-        }
+    def options(self) -> dict[str, int]:
+        sizes = {"ROWS": self.rows, "COLUMNS": self.columns, "DEPTH": self.depth, "TMA": self.tma}
         return sizes | {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
     def grid(self, rows: int, columns: int, step: int | None = None) -> tuple[int]:
