@@ -9,7 +9,6 @@ import os
 import secrets
 import shutil
 import stat
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
@@ -208,8 +207,9 @@ def unfinished_folder(parent: Path, prefix: str = UNFINISHED) -> Iterator[Path]:
     with contextlib.ExitStack() as held:
         with locked(parent):  # no other process may take the new folder for an abandoned one before it is locked
             remove_abandoned(parent, prefix)
-            work = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-            held.callback(_remove_own, work, os.getpid())
+            work = parent / f"{prefix}{secrets.token_hex(8)}"
+            held.callback(_remove_own, work, os.getpid())  # before it is there: a signal may come at any moment
+            work.mkdir(0o700)
             held.enter_context(locked(work))
         yield work
 
