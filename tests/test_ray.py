@@ -1,5 +1,6 @@
 """Ray Data and Ray Serve on a real local Ray of two workers, one of which is killed in mid-flight."""
 
+import contextlib
 import json
 import os
 import signal
@@ -9,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -48,13 +49,6 @@ def records() -> list[dict[str, Any]]:
     return [{"input": each["input"], "id": k if k % 2 else {"deep": [str(k), None]}} for k, each in enumerate(read)]
 
 
-def job(bundle, **changes: Any):
-    from elf_rt.scale.ray_data import Job
-
-    given = {"seed": SEED, "sampling": {"steps": STEPS}, "backend": "onnxruntime", "threads": 1, "shard": 3}
-    return Job(bundle("spoken-to-written"), **(given | changes))
-
-
 def lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a JSONL, without how long they took."""
     read = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
@@ -62,65 +56,87 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return read
 
 
-def expected(model: elf_rt.Model, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    results = model.generate([each["input"] for each in records], seed=SEED, steps=STEPS)
-    return [{**each, "text": result.text, "seed": result.seed} for each, result in zip(records, results, strict=True)]
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-def test_a_worker_that_is_killed_costs_no_line(cluster, bundle, model, records, tmp_path):
-    from elf_rt.scale.ray_data import write_jsonl
-
-    workers: list[str] = []
-
-    def kill_the_second(written: Any) -> None:
-        workers.append(written.worker)
-        if len(set(workers)) == 2 and workers.index(written.worker) == len(workers) - 1:
-            os.kill(int(written.worker.rpartition(":")[2]), signal.SIGKILL)
-
-    write_jsonl(records, tmp_path / "out.jsonl", job(bundle), on_shard=kill_the_second)
-    assert len(set(workers)) >= 2, "the second worker wrote nothing, so nothing was killed"
-    assert lines(tmp_path / "out.jsonl") == expected(model, records)
-    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+def workers() -> dict[int, str]:
+    """The processes of this cluster that hold a model for Ray Data, with what they do."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended
+            pid, title = int(path.parent.name), path.read_bytes().rstrip(b"\0").decode()
+            if title.startswith("ray::MapWorker") and parent(parent(pid)) == os.getpid():
+                found[pid] = title
+    return found
 
 
-def test_finished_shards_are_not_written_again(cluster, bundle, model, records, tmp_path):
-    from elf_rt.scale.ray_data import write_jsonl
+def wait_for(condition: Callable[[], Any]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "it does not come"
+        time.sleep(0.01)
 
-    class Stop(Exception):
-        pass
 
-    def stop(written: Any) -> None:
-        raise Stop
+def kill_one_of_two() -> None:
+    """Kill a worker while both write, and wait for another in its place."""
+    wait_for(lambda: [title.endswith(".submit") for title in workers().values()] == [True, True])
+    both = workers().keys()
+    os.kill(min(both), signal.SIGKILL)
+    wait_for(lambda: workers().keys() - both)
 
-    output, folder = tmp_path / "out.jsonl", tmp_path / "out.jsonl.shards"
-    with pytest.raises(Stop) as stopped:
-        write_jsonl(records, output, job(bundle, seed=None, n=2), on_shard=stop)
-    assert not output.exists()
-    assert stopped.value.__notes__ == [f"1 of 8 shards are in {folder}: the same command with --resume writes the rest"]
-    (first,) = folder.glob("0*.jsonl")
-    marked = first.read_text().replace('"text": "', '"text": "kept ')
-    first.write_text(marked)
 
-    with pytest.raises(elf_rt.InputError, match="--resume"):
-        write_jsonl(records, output, job(bundle, seed=None, n=2))
-    for other in ({"sampling": {"steps": STEPS + 1}}, {"n": 1}, {"seed": 5}):
-        with pytest.raises(elf_rt.InputError, match="of another run"):
-            write_jsonl(records, output, job(bundle, **({"seed": None, "n": 2} | other)), resume=True)
-    with pytest.raises(elf_rt.InputError, match="of another run"):
-        write_jsonl(records[1:], output, job(bundle, seed=None, n=2), resume=True)
+def test_a_worker_that_is_killed_costs_no_text(cluster, bundle, model, records):
+    """Its shards come late, and in their place all the same."""
+    from elf_rt.scale.ray_data import write_shards
 
-    seed = write_jsonl(records, output, job(bundle, seed=None, n=2), resume=True)
-    results = model.generate([each["input"] for each in records], 2, seed=seed, steps=STEPS)
-    texts = [line["text"].removeprefix("kept ") for line in lines(output)]
-    assert texts == [result.text for result in results]
-    assert output.read_text().count('"kept ') == marked.count('"kept ') == 6
-    assert not folder.exists()
+    texts = [elf_rt.Text(each["input"], SEED + k, params=model.params(steps=4)) for k, each in enumerate(records)]
+    with ThreadPoolExecutor(1) as pool:
+        killing = pool.submit(kill_one_of_two)
+        shards = write_shards(texts, bundle("spoken-to-written"), "onnxruntime", threads=1, shard=3)
+        written = [result for results in shards for result in results]
+        killing.result()
+    expected = model.write(texts)
+    assert [(each.text, each.seed) for each in written] == [(each.text, each.seed) for each in expected]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_is_stopped_goes_on(cluster, bundle, run_cli, tmp_path, number):
+    """On the cluster or alone: texts that are there are not written again, and half a line is."""
+    count = 320
+    (tmp_path / "in.jsonl").write_text("".join(f'{{"input": "{"a " * (k % 5)}la", "id": {k}}}\n' for k in range(count)))
+    common = ["generate", str(bundle("t5")), "--input", "in.jsonl", "--backend", "onnxruntime", "--threads", "1"]
+    common += ["--steps", "20"]
+    spread = [*common, "--output", "out.jsonl", "--ray", cluster]
+    command = [sys.executable, "-m", "elf_rt", *spread]
+    running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    part = tmp_path / "out.jsonl.part"
+    wait_for(lambda: part.exists() and part.stat().st_size)
+    running.send_signal(number)
+    _, told = running.communicate(timeout=60)
+    kept = part.read_text().count("\n")
+    assert 0 < kept < count and not (tmp_path / "out.jsonl").exists()
+    if number == signal.SIGTERM:
+        assert running.returncode == 128 + number and f"stopped; {kept} of {count} texts are in {part}" in told
+
+    part.write_text(part.read_text().replace('"text": "', '"text": "kept ') + '{"input": "a l')
+    refused = run_cli(*spread)
+    assert refused.code == 1 and "--resume" in refused.err
+    rest = spread if number == signal.SIGKILL else spread[: spread.index("--ray")]
+    assert run_cli(*rest, "--resume").code == 0
+    first = lines(tmp_path / "out.jsonl")[0]["seed"]
+    assert run_cli(*common, "--output", "alone.jsonl", "--seed", str(first)).code == 0
+    alone = lines(tmp_path / "alone.jsonl")
+    for line in alone[:kept]:
+        line["text"] = f"kept {line['text']}"
+    assert lines(tmp_path / "out.jsonl") == alone
+    assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "alone.jsonl", "out.jsonl"}
 
 
 def test_generate_on_a_cluster(cluster, bundle, records, run_cli, tmp_path):
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records[:4]))
     common = ["generate", bundle("spoken-to-written"), "--input", "in.jsonl", "--steps", STEPS, "--seed", SEED]
-    common += ["--backend", "onnxruntime", "--threads", 1]
+    common += ["--backend", "onnxruntime", "--threads", 1, "-n", 2]
     alone = run_cli(*map(str, common), "--output", "alone.jsonl")
     spread = run_cli(*map(str, common), "--output", "spread.jsonl", "--ray", cluster)
     assert (alone.code, spread.code) == (0, 0), spread.err
@@ -137,6 +153,7 @@ def test_what_elf_rt_refuses_is_one_line(cluster, bundle, records, run_cli, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
     run_cli(*common[:4], "--ray", "local").assert_clear_error("--output")
     run_cli(*common, "--ray", "local", "--seed", str(2**64 - 1)).assert_clear_error("seed must be", "2**64 - 2")
+    run_cli(*common, "--ray", "local", "--preset", "odd").assert_clear_error("preset must be")
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 

@@ -1,12 +1,14 @@
 """``elf-rt generate``: text from a bundle."""
 
 import json
+import secrets
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, closing
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeGuard
 
 import click
 
@@ -66,94 +68,82 @@ def command(
     **sampling: Any,
 ) -> None:
     """Write text from BUNDLE (by default the only *.elfrt folder here)."""
-    from elf_rt.model import load
+    from elf_rt.model import Text, load
+    from elf_rt.request import check_seed, preset_of
+    from elf_rt.scale.ray_data import write_shards
 
     if prompts and input_path:
         raise click.UsageError("give --prompt or --input, not both")
+    if (resume or ray_address) and not _is_file(output_path):
+        raise click.UsageError("--resume goes on with the file of --output, and --ray writes one: name it")
     records: list[dict[str, Any]] = [{"input": p} for p in prompts] if input_path is None else read_jsonl(input_path)
-    if resume and (output_path is None or not _is_file(output_path)):
-        raise click.UsageError("--resume goes on with the file of --output: name it")
-    total = n * max(1, len(records))
-    if ray_address is not None:
-        from elf_rt.scale.ray_data import Job
-
-        sampling |= {"length": length, "pinned": template}
-        job = Job(bundle.resolve(), seed, n if records else 1, sampling, backend, precision, threads)
-        _spread(ray_address, records or [{}] * n, output_path, job, resume)
-        return
+    sources, total = [record["input"] for record in records], n * max(1, len(records))
+    opened = Bundle.open(bundle)
+    params = preset_of(opened.presets, sampling["preset"]).replace(**{name: sampling[name] for name in SAMPLING_NAMES})
     part = None
-    if output_path is not None and _is_file(output_path):
-        asked = {"n": n if records else 1, "length": length, "template": template, "backend": backend}
-        manifest = bundle / MANIFEST
-        own = {manifest, *(bundle / name for name in Bundle.open(bundle).manifest.files), input_path}
-        if output_path.exists() and any(path and path.exists() and path.samefile(output_path) for path in own):
-            raise click.UsageError(f"{output_path} is what the texts are made from: name another --output")
-        made_from = {"bundle": sha256(manifest), "precision": precision, **asked, **sampling}
-        part = Part(output_path, made_from, resume=resume)
+    if _is_file(output_path):
+        made_from = {"n": n if records else 1, "length": length, "template": template, **sampling}
+        made_from |= {"backend": backend, "precision": precision}
+        part = _open_part(output_path, input_path, opened, made_from, resume)
     done, seed = (0, seed) if part is None else _resumed(part, records, n, seed)
+    seed = check_seed(secrets.randbits(32) if seed is None else seed, total)
+    engine: dict[str, Any] = {"backend": backend, "precision": precision, "threads": threads}
+    canvas: dict[str, Any] = {"length": length, "pinned": template}
     with ExitStack() as stack:
-        model = stack.enter_context(load(bundle, backend, precision=precision, threads=threads))
-        params = model.params(**sampling)
-        arguments = {
-            "prompts": [r["input"] for r in records[done // n :]] or None,
-            "n": n if records else n - done,
-            "seed": None if seed is None else seed + done,
-            "preset": sampling["preset"],
-            "length": length,
-            "pinned": template,
-            **{name: sampling[name] for name in SAMPLING_NAMES},
-        }
+        watched = watch and ray_address is None and sys.stdout.isatty()
+        begin: Callable[[], Any]
+        if ray_address is None:
+            model = stack.enter_context(load(bundle, **engine))
+            left: dict[str, Any] = {"prompts": sources[done // n :] or None, "n": n if records else n - done}
+            begin = partial(model.stream, **left, seed=seed + done, drafts_every=int(watched), **canvas, **sampling)
+            where = model.backend_reason
+        else:
+            each = [prompt for prompt in sources for _ in range(n)] or [None] * n
+            texts = [Text(prompt, seed + k, params=params, **canvas) for k, prompt in enumerate(each)]
+            begin = partial(write_shards, texts[done:], bundle.resolve(), **engine, address=ray_address)
+            where = f"on Ray at {ray_address}"
         in_json = as_json or output_path is not None
         file = stack.enter_context(part.open(done, total)) if part else _stream(stack, output_path, in_json)
         write = partial(_write_json, file) if in_json else partial(_write_text, file, total == 1)
-        watched = watch and sys.stdout.isatty()
-        batches = _watch(model, arguments) if watched else _wait(model, arguments, total - done)
-        written = done
-        for results in batches if total > done else ():
-            for result in results:
-                source = records[written // n] if records else {}
-                write({**source, **result.to_json()})
-                written += 1
-                seed = result.seed - (written - 1)
-        if not as_json and written:
-            note(f"seed {seed}, {params.steps} steps, {model.backend_reason}")
+        batches = stack.enter_context(closing(_watch(begin) if watched else _wait(begin, total - done)))
+        for k, result in enumerate(chain.from_iterable(batches) if done < total else (), done):
+            source = records[k // n] if records else {}
+            write({**source, **result.to_json()})
+        if not as_json:
+            note(f"seed {seed}, {params.steps} steps, {where}")
 
 
-def _spread(address: str, records: list[dict[str, Any]], output: Path | None, job: Any, resume: bool) -> None:
-    """Texts that a Ray cluster writes, behind a progress bar."""
-    from elf_rt.scale.ray_data import write_jsonl
-
-    if output is None or not _is_file(output):
-        raise click.UsageError("--ray writes the file of --output: name it")
-    total = job.n * len(records)
-    with progress(f"writing {total} text{'s' * (total > 1)} on Ray", total=total) as ticker:
-        seed = write_jsonl(
-            records, output, job, address=address, resume=resume, on_shard=lambda each: ticker.update(each.done)
-        )
-    note(f"seed {seed}, on Ray at {address}")
+def _open_part(output: Path, source: Path | None, bundle: Bundle, made_from: dict[str, Any], resume: bool) -> Part:
+    """Where the texts are kept until all are there."""
+    manifest = bundle.folder / MANIFEST
+    own = {manifest, *(bundle.folder / name for name in bundle.manifest.files), source}
+    if output.exists() and any(path and path.exists() and path.samefile(output) for path in own):
+        raise click.UsageError(f"{output} is what the texts are made from: name another --output")
+    return Part(output, {"bundle": sha256(manifest), **made_from}, resume=resume)
 
 
-def _wait(model: Any, arguments: dict[str, Any], total: int) -> Iterator[list[Any]]:
+def _wait(begin: Callable[[], Any], total: int) -> Generator[list[Any], None, None]:
     """Batches of results behind a progress bar."""
     done = 0
-    with progress(f"writing {total} text{'s' * (total > 1)}", total=total) as ticker:
-        for event in model.stream(drafts_every=0, **arguments):
+    with progress(f"writing {total} text{'s' * (total > 1)}", total=total) as ticker, closing(begin()) as events:
+        for event in events:
             if isinstance(event, list):
                 done += len(event)
                 with ticker.hidden():
                     yield event
+                ticker.update(done)
             else:
                 ticker.update(done + event.batch * event.step / event.steps)
 
 
-def _watch(model: Any, arguments: dict[str, Any]) -> Iterator[list[Any]]:
+def _watch(begin: Callable[[], Any]) -> Generator[list[Any], None, None]:
     """Batches of results behind a live view of the first text of each batch."""
     from rich.console import Console
     from rich.live import Live
     from rich.panel import Panel
     from rich.text import Text
 
-    events = model.stream(drafts_every=1, **arguments)
+    events = begin()
     results: list[Any] | None = []
     while results is not None:
         text, results = "", None
@@ -169,9 +159,9 @@ def _watch(model: Any, arguments: dict[str, Any]) -> Iterator[list[Any]]:
             yield results
 
 
-def _is_file(path: Path) -> bool:
+def _is_file(path: Path | None) -> TypeGuard[Path]:
     """Whether an output is a file, or will be; a pipe or a device is written to directly."""
-    return str(path) != "-" and (path.is_file() or path.is_dir() or not path.exists())
+    return path is not None and str(path) != "-" and (path.is_file() or path.is_dir() or not path.exists())
 
 
 def _resumed(part: Part, records: list[dict[str, Any]], n: int, seed: int | None) -> tuple[int, int | None]:
