@@ -8,13 +8,14 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import openai
 import pytest
 
 import elf_rt
@@ -22,6 +23,7 @@ import elf_rt
 ray = pytest.importorskip("ray", reason="no Ray: pip install 'elf-rt[ray]'")
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's own
+MODEL = "spoken-to-written"
 STEPS = 2
 SEED = 3
 
@@ -183,52 +185,80 @@ def test_serve(cluster, bundle, model, records):
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     try:
         serve.run(app(settings))
-        url = f"http://127.0.0.1:{port}/"
-        check_answers(url, model, records)
-        check_killed_replica(url, model, records)
+        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
+            check_answers(client, model, records)
+            check_a_client_that_leaves(client, records[0]["input"])
+            check_killed_replica(client, model, records)
     finally:
         serve.shutdown()
 
 
-def ask(url: str, **request: Any) -> list[dict[str, Any]]:
-    """The JSON objects of an answer. A request that a dying replica did not finish is sent again."""
+def ask(client: openai.OpenAI, prompt: str, seed: int, steps: int) -> str:
+    """A text. A request that a dying replica did not finish is sent again."""
     for _ in range(20):
         try:
-            with urllib.request.urlopen(
-                urllib.request.Request(url, json.dumps(request).encode()), timeout=30
-            ) as answer:
-                return [json.loads(line) for line in answer.read().decode().splitlines()]
-        except urllib.error.HTTPError as error:
-            if error.code < 500:
-                return [{"status": error.code, **json.load(error)}]
-        except (OSError, ValueError):
-            pass
-        time.sleep(0.5)
+            extra = {"steps": steps}
+            answer = client.completions.create(model=MODEL, prompt=prompt, seed=seed, extra_body=extra, timeout=30)
+            return answer.choices[0].text
+        except (openai.InternalServerError, openai.APIConnectionError):
+            time.sleep(0.5)
     raise AssertionError("no answer")
 
 
-def check_answers(url: str, model: elf_rt.Model, records: list[dict[str, Any]]) -> None:
+def check_answers(client: openai.OpenAI, model: elf_rt.Model, records: list[dict[str, Any]]) -> None:
     """Whole texts, drafts, and refusals."""
     prompt = records[0]["input"]
     (text,) = model.generate(prompt, seed=7, steps=6)
     drafts = [each for each in model.stream(prompt, seed=7, steps=6, drafts_every=2) if isinstance(each, elf_rt.Draft)]
-    (answer,) = ask(url, prompt=prompt, seed=7, steps=6)
-    assert (answer["text"], answer["seed"]) == (text.text, 7)
-    *pieces, last = ask(url, prompt=prompt, seed=7, steps=6, stream=True, drafts_every=2)
-    assert [(each["step"], each["draft"]) for each in pieces] == [(d.step, d.texts[0]) for d in drafts if d.texts]
-    assert (last["text"], last["seed"]) == (text.text, 7)
-    assert ask(url, steps=0) == [{"status": 400, "error": "steps must be between 1 and 10000, got 0"}]
-    assert ask(url, steps="many")[0]["error"].startswith("steps: ")
-    assert ask(url, logprobs=1)[0]["error"].startswith("logprobs: ")
+    assert ask(client, prompt, 7, 6) == text.text
+    asked = {"model": MODEL, "prompt": prompt, "seed": 7}
+    ours = {"steps": 6, "diffusing": True, "drafts_every": 2}
+    *events, last = client.completions.create(**asked, stream=True, extra_body=ours)
+    told = [(event.step, event.choices[0].text) for event in events]
+    assert told == [(draft.step, draft.texts[0]) for draft in drafts if draft.texts]
+    assert last.choices[0].text == text.text
+    with pytest.raises(openai.BadRequestError, match="steps"):
+        client.completions.create(**asked, extra_body={"steps": 0})
 
 
-def check_killed_replica(url: str, model: elf_rt.Model, records: list[dict[str, Any]]) -> None:
+def check_a_client_that_leaves(client: openai.OpenAI, prompt: str) -> None:
+    """Its text is cancelled long before its last step."""
+    ours = {"steps": 10_000, "diffusing": True}
+    with client.completions.create(model=MODEL, prompt=prompt, stream=True, extra_body=ours) as events:
+        assert next(events).step == 1
+    metrics = str(client.base_url).replace("/v1/", "/metrics")  # of one of the replicas
+    for _ in range(200):
+        with urllib.request.urlopen(metrics, timeout=30) as answer:
+            if "elf_rt_texts_cancelled_total 1.0" in answer.read().decode():
+                return
+        time.sleep(0.1)
+    raise AssertionError("the text goes on")
+
+
+def check_killed_replica(client: openai.OpenAI, model: elf_rt.Model, records: list[dict[str, Any]]) -> None:
     """Every client gets its text, though a replica dies with texts in flight."""
     expected = model.generate([each["input"] for each in records], seed=SEED, steps=8)
     with ThreadPoolExecutor(12) as pool:
-        answers = [pool.submit(ask, url, prompt=each.prompt, seed=each.seed, steps=8) for each in expected]
+        answers = [pool.submit(ask, client, each.prompt, each.seed, steps=8) for each in expected]
         answers[0].result()
         names = [each["name"] for each in ray.util.list_named_actors(all_namespaces=True) if "Writer#" in each["name"]]
         assert len(names) == 2
         ray.kill(ray.get_actor(names[0], namespace="serve"))
-        assert [answer.result()[0]["text"] for answer in answers] == [each.text for each in expected]
+        assert [answer.result() for answer in answers] == [each.text for each in expected]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_replica_whose_engine_has_stopped_is_replaced(model, monkeypatch):
+    """Serve replaces a replica whose check fails."""
+    from elf_rt.scale.ray_serve import Writer
+
+    def fail(engine: Any) -> None:
+        raise RuntimeError("broken")
+
+    replica = Writer()
+    replica.app = SimpleNamespace(state=SimpleNamespace(model=model))
+    replica.check_health()
+    monkeypatch.setattr(model._driver, "_admit", fail)
+    for call in (lambda: model.generate("a", seed=0, steps=1), replica.check_health):
+        with pytest.raises(elf_rt.BackendError, match=r"the engine stopped \(RuntimeError: broken\)"):
+            call()

@@ -1,23 +1,19 @@
 """A Ray Serve application: ``serve run elf_rt.scale.ray_serve:app bundle=/models/name.elfrt``.
 
-A replica holds one model, whose engine batches: Serve hands it more requests than fit in a call, and does no batching
-of its own. ``POST /`` takes a JSON object with the fields of ``TextRequest`` and answers with one; with "stream", with
-one a line: drafts, each with its whole text, then the answer.
+A replica is the application of ``elf-rt serve``, with the same API: one model, whose engine batches. Serve hands it
+more requests than fit in a call, and does no batching of its own.
 """
 
-import json
-from collections.abc import AsyncIterator
-from typing import Any
-
-from pydantic import BaseModel, ConfigDict, ValidationError
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict
 from ray import serve
-from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response, StreamingResponse
 
 import elf_rt
-from elf_rt.errors import ElfError, InputError
-
-PIECES = 4  # drafts of a text: Serve is slow with many small pieces
+from elf_rt.errors import BackendError
+from elf_rt.serve.app import create_app
+from elf_rt.serve.boundary import log_to_stderr
+from elf_rt.serve.job import Service
+from elf_rt.serve.server import warm_up
 
 
 class Settings(BaseModel):
@@ -37,23 +33,6 @@ class Settings(BaseModel):
     max_waiting: int = 256
 
 
-class TextRequest(BaseModel):
-    """One text. drafts_every: steps between the drafts of a stream."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    prompt: str | None = None
-    seed: int | None = None
-    preset: str = "default"
-    steps: int | None = None
-    sampler: str | None = None
-    guidance_scale: float | None = None
-    length: int | None = None
-    template: str | None = None
-    stream: bool = False
-    drafts_every: int | None = None
-
-
 def app(settings: Settings) -> serve.Application:
     """The application, as ``serve run`` and Serve's configuration files make it."""
     deployment = serve.deployment(
@@ -62,68 +41,39 @@ def app(settings: Settings) -> serve.Application:
         max_ongoing_requests=2 * settings.max_rows,
         max_queued_requests=settings.max_waiting,
     )
-    return deployment(Writer).bind(settings)
+
+    def build() -> FastAPI:
+        """Called in the process of the replica."""
+        return _server(settings)
+
+    return deployment(serve.ingress(build)(Writer)).bind()
 
 
 class Writer:
-    """A replica."""
+    """A replica. app: what ``serve.ingress`` gives it."""
 
-    def __init__(self, settings: Settings) -> None:
-        threads = None if settings.gpus else settings.cores
-        self._model = elf_rt.load(
-            settings.bundle,
-            settings.backend,
-            precision=settings.precision,
-            threads=threads,
-            max_rows=settings.max_rows,
-        )
-
-    async def __call__(self, http: HttpRequest) -> Response:
-        """One request over HTTP. Its text is cancelled when its client leaves."""
-        try:
-            request = TextRequest.model_validate_json(await http.body())
-            pending = self._start(request)
-            if request.stream:
-                return StreamingResponse(_pieces(pending), media_type="application/x-ndjson")
-            return JSONResponse((await pending).to_json())
-        except ValidationError as error:
-            first = error.errors()[0]
-            return _refusal(400, f"{'.'.join(map(str, first['loc'])) or 'the body'}: {first['msg']}")
-        except InputError as error:
-            return _refusal(400, str(error))
-        except ElfError as error:
-            return _refusal(500, str(error))
+    app: FastAPI
 
     def check_health(self) -> None:
-        """Serve asks, and replaces a replica of which this fails."""
-        self._model.stats()
-
-    def _start(self, request: TextRequest) -> elf_rt.Pending:
-        given = {name: getattr(request, name) for name in ("steps", "sampler", "guidance_scale")}
-        params = self._model.params(request.preset, **given)
-        text = elf_rt.Text(
-            request.prompt, seed=request.seed, params=params, length=request.length, pinned=request.template
-        )
-        every = -(-params.steps // (PIECES + 1)) if request.drafts_every is None else request.drafts_every
-        return self._model.submit(text, drafts_every=every if request.stream else 0)
+        """Serve asks, and replaces a replica of which this fails: an engine that has stopped takes no programs."""
+        self.app.state.model.run([])
 
 
-async def _pieces(pending: elf_rt.Pending) -> AsyncIterator[str]:
-    """One JSON object a line."""
-    try:
-        async for draft in pending:
-            if draft.texts is not None:
-                yield _line({"draft": draft.texts[0], "step": draft.step, "steps": draft.steps, "t": draft.t})
-        yield _line((await pending).to_json())
-    except ElfError as error:
-        yield _line({"error": str(error)})
-    finally:
-        pending.cancel()
-
-
-def _refusal(status: int, error: str) -> Response:
-    return JSONResponse({"error": error}, status)
-
-
-def _line(value: dict[str, Any]) -> str:
-    return json.dumps(value, ensure_ascii=False) + "\n"
+def _server(settings: Settings) -> FastAPI:
+    """The application of a server that is ready."""
+    model = elf_rt.load(
+        settings.bundle,
+        settings.backend,
+        precision=settings.precision,
+        threads=None if settings.gpus else settings.cores,
+        max_rows=settings.max_rows,
+    )
+    if model.codec.tokenizer is None:
+        raise BackendError("this bundle has no tokenizer: export the checkpoint again with --tokenizer")
+    warm_up(model)
+    log_to_stderr(as_json=False)
+    service = Service(model, max_waiting=settings.max_waiting, log_prompts=False)
+    service.gate.ready = True
+    server = create_app(service)
+    server.state.model = model
+    return server
