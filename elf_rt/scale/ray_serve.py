@@ -13,7 +13,6 @@ from elf_rt.errors import BackendError
 from elf_rt.serve.app import create_app
 from elf_rt.serve.boundary import log_to_stderr
 from elf_rt.serve.job import Service
-from elf_rt.serve.server import warm_up
 
 
 class Settings(BaseModel):
@@ -70,7 +69,7 @@ def _server(settings: Settings) -> FastAPI:
     )
     if model.codec.tokenizer is None:
         raise BackendError("this bundle has no tokenizer: export the checkpoint again with --tokenizer")
-    warm_up(model)
+    model.warm_up()
     log_to_stderr(as_json=False)
     service = Service(model, max_waiting=settings.max_waiting, log_prompts=False)
     service.gate.ready = True
