@@ -9,7 +9,6 @@ from pydantic import BaseModel, ConfigDict
 from ray import serve
 
 import elf_rt
-from elf_rt.errors import BackendError
 from elf_rt.serve.app import create_app
 from elf_rt.serve.boundary import log_to_stderr
 from elf_rt.serve.job import Service
@@ -67,12 +66,10 @@ def _server(settings: Settings) -> FastAPI:
         threads=None if settings.gpus else settings.cores,
         max_rows=settings.max_rows,
     )
-    if model.codec.tokenizer is None:
-        raise BackendError("this bundle has no tokenizer: export the checkpoint again with --tokenizer")
-    model.warm_up()
-    log_to_stderr(as_json=False)
     service = Service(model, max_waiting=settings.max_waiting, log_prompts=False)
+    model.warm_up()
     service.gate.ready = True
+    log_to_stderr(as_json=False)
     server = create_app(service)
     server.state.model = model
     return server

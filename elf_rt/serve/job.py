@@ -14,7 +14,7 @@ from typing import Any, Literal
 from anyio import to_thread
 from starlette.requests import Request
 
-from elf_rt.errors import InputError
+from elf_rt.errors import BackendError, InputError
 from elf_rt.model import Model, Text
 from elf_rt.pending import Pending
 from elf_rt.request import MAX_SEED
@@ -30,9 +30,15 @@ SAMPLING = ("steps", "sampler", "schedule", "guidance_scale", "sc_cfg", "gamma",
 
 
 class Service:
-    """What all requests share."""
+    """What all requests share.
+
+    Raises:
+        BackendError: the bundle has no tokenizer.
+    """
 
     def __init__(self, model: Model, *, max_waiting: int, log_prompts: bool) -> None:
+        if model.codec.tokenizer is None:
+            raise BackendError("this bundle has no tokenizer: export the checkpoint again with --tokenizer")
         self.model, self.log_prompts, self.name = model, log_prompts, model.bundle.name
         self.metrics = Metrics(model.stats)
         self.gate = Gate(model, max_waiting, self.metrics)

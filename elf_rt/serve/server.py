@@ -9,7 +9,7 @@ from anyio import to_thread
 from fastapi import FastAPI
 
 from elf_rt.console import note
-from elf_rt.errors import BackendError, ElfError, InputError
+from elf_rt.errors import ElfError, InputError
 from elf_rt.model import Model
 from elf_rt.serve.admission import Gate
 
@@ -69,7 +69,5 @@ def listen(host: str, port: int) -> socket.socket:
 
 def run(app: FastAPI, gate: Gate, model: Model, bound: socket.socket, root_path: str) -> None:
     """Serve until a signal comes and all texts are written."""
-    if model.codec.tokenizer is None:
-        raise BackendError("this bundle has no tokenizer: export the checkpoint again with --tokenizer")
     note(f"{model.bundle.name} by {model.backend_reason}")
     Server(app, gate, model, root_path).run(sockets=[bound])
