@@ -307,7 +307,7 @@ def test_nohup_is_respected(bundle, tmp_path):
 
 
 ONE_THREAD = """
-import os, sys
+import os, sys, time
 import numpy as np
 import elf_rt
 from elf_rt.sampling import integrator
@@ -319,6 +319,7 @@ with elf_rt.load(sys.argv[1], "onnxruntime", threads=int(sys.argv[2])) as model:
     z, coef = np.zeros((4096, 64), np.float32), np.ones(5, np.float32)
     integrator.step([integrator.SlotStep(z, z.copy(), coef, NoiseKey(0, 0))])
     print(tasks() - before)
+time.sleep(0.5)  # a thread that was joined leaves this list a moment later
 print(tasks() - before)
 """
 
