@@ -28,6 +28,7 @@ REMEMBERED_FROM_BYTES = 1 << 24  # smaller files are hashed in 10 ms
 SETTLED_SECONDS = 2  # the coarsest clock of a file system: a file younger than that may change and keep its time
 SEAL, SEAL_BYTES = "seal", 32
 
+_held: set[int] = set()  # handles of the folders that this process has locked
 _log = logging.getLogger(__name__)
 
 
@@ -242,6 +243,7 @@ def locked(folder: Path, *, seconds: float | None = None) -> Iterator[None]:
         return
     end, handle = time.monotonic() + (LOCK_SECONDS if seconds is None else seconds), os.open(folder, os.O_RDONLY)
     owner = os.getpid()
+    _held.add(handle)
     try:
         while True:
             try:
@@ -255,5 +257,17 @@ def locked(folder: Path, *, seconds: float | None = None) -> Iterator[None]:
         yield
     finally:
         if os.getpid() == owner:  # not in a child that was forked in the block
-            fcntl.flock(handle, fcntl.LOCK_UN)  # closing would not do where such a child has the handle too
+            _held.discard(handle)
+            fcntl.flock(handle, fcntl.LOCK_UN)  # a child that was just forked may still have to let go
             os.close(handle)
+
+
+def _let_go() -> None:
+    """In a forked child, which would hold what its parent holds, and for as long as it lives."""
+    for handle in _held:
+        os.close(handle)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)

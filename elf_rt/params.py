@@ -62,7 +62,7 @@ class ModelConfig:
         latent_std: their standard deviation.
 
     Raises:
-        InputError: a number is out of range.
+        InputError: a number is out of range, or of another type.
     """
 
     depth: int
@@ -91,6 +91,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            kinds = (int, float) if field.type is float else (field.type,)
+            if type(value) not in kinds:
+                raise InputError(f"{field.name} must be {field.type.__name__}, got {value!r}")  # type: ignore[union-attr]
             least, most = LIMITS.get(field.name, (1, 1 << 16))
             if field.type in (int, float) and not least <= value <= most:  # also refuses NaN
                 raise InputError(f"{field.name} must be between {least:g} and {most:g}, got {value!r}")

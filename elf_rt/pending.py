@@ -198,6 +198,6 @@ class Pending:
                 self._drafts.append(event)
             else:
                 self._written.set_exception(event)
-            for reader in self._readers:
+            for reader in [*self._readers]:  # an abandoned one may go meanwhile
                 with contextlib.suppress(RuntimeError):  # RuntimeError: the loop of its reader is closed
                     reader(event if isinstance(event, StepDone) else None)

@@ -95,7 +95,7 @@ class Range:
 
     def __post_init__(self) -> None:
         if not 1 <= self.least <= self.best <= self.most:
-            raise InputError(f"sizes must rise from 1 or more, got {self.least}:{self.best}:{self.most}")
+            raise InputError(f"must rise from 1 or more, got {self.least}:{self.best}:{self.most}")
 
     def __str__(self) -> str:
         return str(self.best) if self.least == self.most else f"{self.least}:{self.best}:{self.most}"

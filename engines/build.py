@@ -198,7 +198,7 @@ def _config(
 ) -> Any:
     config = builder.create_builder_config()
     config.builder_optimization_level = spec.request.opt_level
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # so that the engine inspector can name layers
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # for NVIDIA's profilers and inspector
     config.progress_monitor = _monitor_class(trt)(stop)
     if not spec.settings["tf32"]:
         config.clear_flag(trt.BuilderFlag.TF32)

@@ -11,9 +11,10 @@ def parse_range(text: str, option: str) -> Range:
     if len(parts) not in (1, 3) or not all(part.isascii() and part.isdigit() for part in parts):
         raise InputError(f"{option} must be a number such as 8, or least:best:most such as 1:8:32, got {text!r}")
     sizes = [int(part) for part in parts]
-    if not 1 <= sizes[0] <= sizes[-1] or sizes != sorted(sizes):
-        raise InputError(f"{option} must rise from 1 or more, got {text!r}")
-    return Range(sizes[0], sizes[len(sizes) // 2], sizes[-1])
+    try:
+        return Range(sizes[0], sizes[len(sizes) // 2], sizes[-1])
+    except InputError as error:
+        raise InputError(f"{option} {error}") from error
 
 
 def parse_profiles(batch: str, length: str | None, config: ModelConfig) -> tuple[Profile, ...]:

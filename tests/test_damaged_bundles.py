@@ -14,6 +14,7 @@ from text_side import ROWS, WIDTH, text_bundle
 
 import elf_rt
 from elf_rt import files
+from elf_rt.arrays import open_table
 from elf_rt.bundle import COPIES, Bundle
 from elf_rt.errors import BundleError, ElfError, InputError
 from elf_rt.files import sha256
@@ -200,6 +201,12 @@ def test_tables_that_are_none(copy, table):
     reseal(copy, "embedding.npy")
     with pytest.raises(BundleError, match=r"embedding\.npy"):
         use(copy)
+
+
+def test_a_table_by_columns_is_the_same_table(tmp_path):
+    table = np.arange(12, dtype=np.float32).reshape(4, 3)
+    np.save(tmp_path / "table.npy", np.asfortranarray(table))
+    np.testing.assert_array_equal(open_table(tmp_path / "table.npy", (4, 3))[[2, 0]], table[[2, 0]])
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ("torch", "onnx", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "cuda", "transformers", "matplotlib")
+HEAVY = (
+    *("torch", "onnx", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "cuda", "transformers", "matplotlib"),
+    *("ray", "fastapi", "starlette", "uvicorn", "prometheus_client", "pydantic"),
+)
 ALLOWED = {  # package -> modules of elf_rt that it may import, beside its own
     "export": ("bundle", "errors", "files", "libraries", "machine", "manifest", "network", "params", "text"),
     "engines": ("bundle", "errors", "files", "network", "params", "plans"),
@@ -57,7 +60,12 @@ def test_no_module_hides_a_library():
 
 
 @pytest.mark.parametrize(
-    "code", ["import elf_rt", "import elf_rt.model", "from elf_rt.cli import main; main(['generate', '--help'])"]
+    "code",
+    [
+        "import elf_rt",
+        "import elf_rt.model, elf_rt.commands.generate, elf_rt.scale.ray_data",
+        "from elf_rt.cli import main; main(['generate', '--help'])",
+    ],
 )
 def test_importing_loads_no_engine(code, tmp_path):
     check = f"import sys\ntry:\n    {code}\nexcept SystemExit: pass\nprint(sorted(set(sys.modules) & set({HEAVY!r})))"

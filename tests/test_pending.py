@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 
 import numpy as np
@@ -55,6 +55,23 @@ def test_drafts_of_a_pending(model):
     pending.add_done_callback(ended.append)
     assert ended == [pending]
     assert np.array_equal(pending.result().ids, model.generate(seed=3, steps=7)[0].ids)
+
+
+def test_a_reader_that_goes_takes_nothing_from_the_others():
+    """A collection of garbage may close a forgotten iterator at any moment, in the driver's thread too."""
+    gate = Gate()
+    driver = stub_driver(gate)
+    pending = pend(driver, program(3, drafts_every=1))
+    gate.let(3)
+    forgotten = iter(pending)
+    next(forgotten)
+    with pending._reading(lambda done: forgotten.close() if done is None else None):
+        last = iter(pending)
+        next(last), next(last)
+        gate.let(100)
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(list, last).result(LONG) == []
+    driver.close()
 
 
 def test_result_waits_no_longer_than_it_is_told():

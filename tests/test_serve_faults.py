@@ -19,7 +19,7 @@ import elf_rt
 from elf_rt import machine
 from elf_rt.errors import BackendError
 from elf_rt.serve.app import create_app
-from elf_rt.serve.boundary import MAX_BODY
+from elf_rt.serve.boundary import BODY_SECONDS, MAX_BODY
 from elf_rt.serve.job import Service
 from elf_rt.serve.server import Server, listen
 
@@ -147,6 +147,24 @@ def test_a_slow_body_is_given_up(server, monkeypatch):
         assert b" 408 " in connection.recv(65536)
 
 
+def test_a_body_that_will_be_too_large_is_refused_at_once(server):
+    head = post(b"", "Content-Type: application/json").replace(b"Content-Length: 0", b"Content-Length: 1000000000")
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=BODY_SECONDS / 2) as connection:
+        connection.sendall(head)
+        assert b" 413 " in connection.recv(65536)
+
+
+def test_a_client_that_leaves_within_its_body_is_no_bad_request(server):
+    def answered(status: int) -> float:
+        return server.metrics().get(f'elf_rt_http_requests_total{{status="{status}"}}', 0)
+
+    bad, left = answered(400), answered(499)
+    raw(server, post(b'{"prompt": "a"}', "Content-Type: application/json")[:-3], wait=False)
+    wait_for(lambda: answered(499) == left + 1, "499")
+    assert answered(400) == bad
+
+
 def test_a_deadline_that_passes_ends_the_text(server, monkeypatch):
     monkeypatch.setattr(server.service.gate, "_refuse_late", lambda *_: None)  # as if the prediction had been wrong
     for stream in (False, True):
@@ -179,7 +197,7 @@ def test_a_warm_up_that_fails_ends_the_server(bundle, monkeypatch):
         raise BackendError("no memory for a call")
 
     monkeypatch.setattr(elf_rt.Model, "warm_up", fails)
-    with elf_rt.load(bundle("uncond"), "onnxruntime", threads=1) as model, listen("127.0.0.1", 0) as bound:
+    with elf_rt.load(bundle("shakespeare"), "onnxruntime", threads=1) as model, listen("127.0.0.1", 0) as bound:
         service = Service(model, max_waiting=1, log_prompts=False)
         with pytest.raises(BackendError, match="no memory for a call"):
             Server(create_app(service), service.gate, model).run(sockets=[bound])

@@ -335,7 +335,7 @@ class TestTheRecordIsCheckedFirst:
             (lambda record: record.update(key="../../x"), "key must be hexadecimal digits"),
             (lambda record: record.update(precision=None), "precision must be text, got null"),
             (lambda record: record.update(sms=["89"]), r"sms\[0\] must be a whole number"),
-            (lambda record: record["profiles"][0]["rows"].update(least=9), r"rows: sizes must rise .* got 9:"),
+            (lambda record: record["profiles"][0]["rows"].update(least=9), r"rows: must rise .* got 9:"),
             (lambda record: record["engines"].pop("denoiser"), "engines.denoiser is missing"),
             (
                 lambda record: record["engines"]["denoiser"].update(file="../x"),

@@ -83,6 +83,7 @@ class TorchBackend:
         from elf_rt.backends.torch_network import PRECISIONS, Network
         from elf_rt.backends.torch_tuning import tuner_here
 
+        self.library = f"torch {torch.__version__}"
         self.precision = precision
         self.device = device
         self.config = bundle.config
@@ -150,7 +151,7 @@ class TorchBackend:
             properties = {"gpu": torch.cuda.get_device_name(), "CUDA": str(torch.version.cuda)}
         properties["fused"] = "torch.compile" if self.fused else "no"
         chosen = self.tuner.describe() if self.tuner is not None else {}
-        return {"library": f"torch {torch.__version__}", "precision": self.precision, **properties, **chosen}
+        return {"library": self.library, "precision": self.precision, **properties, **chosen}
 
     def close(self) -> None:
         with setup_lock:

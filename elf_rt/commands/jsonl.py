@@ -100,7 +100,7 @@ class Part:
         self.part = self.path.with_name(f"{self.path.name}.part")
         self._run, self._made_from = self.part.with_name(f"{self.part.name}.json"), dict(made_from)
         self.kept = _kept(self.part) if resume else []
-        if not resume and self.part.exists():
+        if not resume and self.part.exists() and self.part.stat().st_size:
             raise InputError(
                 f"{self.part} holds texts of a run that was stopped: give --resume to write the rest, or remove it"
             )

@@ -16,6 +16,7 @@ from elf_rt.serve.errors import ApiError, failed
 from elf_rt.serve.metrics import Metrics
 
 MAX_BODY = 1 << 20  # bytes
+TOO_LARGE = f"the body must be at most {MAX_BODY} bytes"
 BODY_SECONDS = 20.0  # in which a body must be there
 
 PROBES = ("/health", "/ready", "/metrics")  # asked every few seconds, so not in the log
@@ -47,7 +48,7 @@ class Boundary:
 
         try:
             self._check_key(scope)
-            await self._app(scope, _bounded(receive), tell)
+            await self._app(scope, _bounded(scope, receive), tell)
         except Exception as error:
             told = error if isinstance(error, ApiError) else failed(error, number)
             if not status:
@@ -66,9 +67,12 @@ class Boundary:
             raise ApiError(401, "this server asks for an API key: Authorization: Bearer KEY", code="invalid_api_key")
 
 
-def _bounded(receive: Receive) -> Receive:
-    """The same messages, as far as a body is not too large and comes in time."""
+def _bounded(scope: Scope, receive: Receive) -> Receive:
+    """The same messages, as far as a body is not too large, comes in time, and is whole."""
     size, more, end = 0, True, asyncio.get_running_loop().time() + BODY_SECONDS
+    told = dict(scope["headers"]).get(b"content-length", b"0")
+    if not told.isdigit() or int(told[:20]) > MAX_BODY:
+        raise ApiError(413, TOO_LARGE, code="body_too_large")
 
     async def bounded() -> Message:
         nonlocal size, more
@@ -77,10 +81,12 @@ def _bounded(receive: Receive) -> Receive:
                 message = await receive()
         except TimeoutError:
             raise ApiError(408, f"the body did not come within {BODY_SECONDS:.0f} s", code="body_timeout") from None
+        if more and message["type"] == "http.disconnect":
+            raise ApiError(499, "the client left before the end of its body", code="client_left")
         size += len(message.get("body", b""))
         more = message.get("more_body", False)
         if size > MAX_BODY:
-            raise ApiError(413, f"the body must be at most {MAX_BODY} bytes", code="body_too_large")
+            raise ApiError(413, TOO_LARGE, code="body_too_large")
         return message
 
     return bounded

@@ -11,7 +11,7 @@ from elf_rt.text.encoder import open_encoder
 from elf_rt.text.tokenizer import TextTokenizer
 
 MAX_PROMPT = 10**6  # characters: no model reads more, and tokenizers take seconds and a GB for them
-MAX_SOURCES = 8  # prompts whose latents are kept
+MAX_SOURCE_BYTES = 1 << 26  # of latents of prompts that are kept
 
 
 def _closed(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -110,13 +110,15 @@ class TextCodec:
 
     def source(self, ids: tuple[int, ...], length: int) -> tuple[np.ndarray, np.ndarray]:
         """Latents (L, C) and mask (L,) of one prompt. It is encoded by itself, so they do not depend on others."""
-        with self._lock:
-            if (ids, length) not in self._sources:
-                latents, mask = self.encode([ids], length)
-                self._sources[ids, length] = latents[0], mask[0]
-                if len(self._sources) > MAX_SOURCES:
+        source = self._sources.get((ids, length))
+        if source is None:
+            latents, mask = self.encode([ids], length)
+            source = latents[0], mask[0]
+            with self._lock:
+                self._sources[ids, length] = source
+                if len(self._sources) * latents.nbytes > MAX_SOURCE_BYTES:
                     del self._sources[next(iter(self._sources))]
-            return self._sources[ids, length]
+        return source
 
     def latents(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """Clean latents (B, S, C) float32 of token ids (B, S), normalised as in training; mask (B, S) is 1 at tokens.
