@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -178,3 +179,21 @@ def test_an_output_that_exists_is_left_alone(bundle, run_cli, tmp_path):
         "exists"
     )
     assert list(output.iterdir()) == []
+
+
+def test_a_model_is_warm_when_triton_has_loaded_it(bundle, monkeypatch):
+    """Without a server: a stand-in for the module that is there inside Triton alone."""
+    backend = SimpleNamespace(TRITONSERVER_RESPONSE_COMPLETE_FINAL=1)
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", backend)
+    monkeypatch.delitem(sys.modules, "elf_rt.scale.triton_model", raising=False)
+    from elf_rt.scale.triton_model import Batched
+
+    parameters = {"bundle": bundle("shakespeare"), "backend": "onnxruntime", "precision": "fp32"}
+    parameters |= {"threads": "1", "max_queue": "4"}
+    told = {"parameters": {name: {"string_value": str(value)} for name, value in parameters.items()}}
+    loaded = Batched()
+    loaded.initialize({"model_config": json.dumps(told)})
+    try:
+        assert loaded.model.stats().call_ms
+    finally:
+        loaded.finalize()
