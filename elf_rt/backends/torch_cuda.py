@@ -20,7 +20,7 @@ from elf_rt.bundle import Bundle
 from elf_rt.device import setup_lock
 from elf_rt.errors import BackendError, GpuMemoryError, first_line, warn
 from elf_rt.libraries import why_absent
-from elf_rt.network import GRAPHS, Capture, Graph, Launchable, tensor_shapes
+from elf_rt.network import GRAPHS, Capture, Graph, Launchable, Library, tensor_shapes
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +67,7 @@ def details() -> str:
     return f"{versions}; attention by {attentions[0].library}{why}"
 
 
-class TorchBackend:
+class TorchBackend(Library):
     """One network in torch, whose weights all bound graphs share.
 
     Args:
@@ -119,9 +119,6 @@ class TorchBackend:
     def bind(self, graph: Graph, rows: int, length: int, stream: int) -> "TorchGraph":
         return TorchGraph(self, graph, rows, length, stream)
 
-    def max_rows(self, length: int, needed: int = 1) -> None:
-        return None
-
     def capture(self, plain: Capture, stream: int, body: Callable[[], None]) -> Launchable:
         """torch leads a capture itself. All CUDA graphs share one pool: nothing in it outlives a launch.
 
@@ -151,7 +148,7 @@ class TorchBackend:
             properties = {"gpu": torch.cuda.get_device_name(), "CUDA": str(torch.version.cuda)}
         properties["fused"] = "torch.compile" if self.fused else "no"
         chosen = self.tuner.describe() if self.tuner is not None else {}
-        return {"library": self.library, "precision": self.precision, **properties, **chosen}
+        return {**super().describe(), **properties, **chosen}
 
     def close(self) -> None:
         with setup_lock:

@@ -70,7 +70,6 @@ def command(
     """Write text from BUNDLE (by default the only *.elfrt folder here)."""
     from elf_rt.model import Text, load
     from elf_rt.request import check_seed, preset_of
-    from elf_rt.scale.ray_data import write_shards
 
     if prompts and input_path:
         raise click.UsageError("give --prompt or --input, not both")
@@ -98,6 +97,8 @@ def command(
             begin = partial(model.stream, **left, seed=seed + done, drafts_every=int(watched), **canvas, **sampling)
             where = model.backend_reason
         else:
+            from elf_rt.scale.ray_data import write_shards
+
             each = [prompt for prompt in sources for _ in range(n)] or [None] * n
             texts = [Text(prompt, seed + k, params=params, **canvas) for k, prompt in enumerate(each)]
             begin = partial(write_shards, texts[done:], bundle.resolve(), **engine, address=ray_address)

@@ -12,7 +12,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from elf_rt.serve.errors import ApiError, failed
+from elf_rt.serve.errors import ApiError, failed, log
 from elf_rt.serve.metrics import Metrics
 
 MAX_BODY = 1 << 20  # bytes
@@ -20,8 +20,6 @@ TOO_LARGE = f"the body must be at most {MAX_BODY} bytes"
 BODY_SECONDS = 20.0  # in which a body must be there
 
 PROBES = ("/health", "/ready", "/metrics")  # asked every few seconds, so not in the log
-
-log = logging.getLogger("elf_rt.serve")
 
 
 class Boundary:

@@ -8,6 +8,8 @@ from starlette.responses import JSONResponse
 
 from elf_rt.errors import first_line
 
+log = logging.getLogger("elf_rt.serve")
+
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 CHAT = (
     "an ELF model writes a whole text at once and has no chat: POST /v1/completions, with the source text as the prompt"
@@ -41,5 +43,5 @@ def bad_request(message: str, param: str | None = None, code: str = "invalid_val
 def failed(error: Exception, request_id: str) -> ApiError:
     """What a client is told of an error of ours, which goes to the log."""
     about = {"request": request_id, "error": f"{type(error).__name__}: {first_line(error)}"}
-    logging.getLogger("elf_rt.serve").error("failed", extra=about)
+    log.error("failed", extra=about)
     return ApiError(500, "the server failed; its log says why, under the request's id", code="internal")

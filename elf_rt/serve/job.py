@@ -3,7 +3,6 @@
 import asyncio
 import hashlib
 import json
-import logging
 import secrets
 import threading
 import time
@@ -20,11 +19,9 @@ from elf_rt.pending import Pending
 from elf_rt.request import MAX_SEED
 from elf_rt.results import Draft, Result
 from elf_rt.serve.admission import Gate
-from elf_rt.serve.errors import ApiError, bad_request
+from elf_rt.serve.errors import ApiError, bad_request, log
 from elf_rt.serve.metrics import Metrics
 from elf_rt.serve.schema import Choice, Completion, CompletionRequest, CompletionTimings, Usage
-
-log = logging.getLogger("elf_rt.serve")
 
 SAMPLING = ("steps", "sampler", "schedule", "guidance_scale", "sc_cfg", "gamma", "temperature")
 
